@@ -1,0 +1,9 @@
+"""Visual state-space backbones for timm and OpenMMLab: one scan-pattern module, one selective-scan operator.
+
+Importing this package registers its models in timm: ``timm.create_model("vim_tiny")``.
+"""
+
+from backbones import vim
+
+__version__ = "0.1.0"
+__all__ = ["vim"]
