@@ -1,0 +1,173 @@
+"""The selective scan: the one operator that all models of this library share.
+
+>>> import torch
+>>> from backbones.ops import selective_scan
+>>> b, l, k, c, n = 2, 6, 2, 4, 3
+>>> u, delta = torch.randn(b, l, c), torch.rand(b, l, k, c)
+>>> A, B, C = -torch.rand(k, c, n), torch.randn(b, l, k, n), torch.randn(b, l, k, n)
+>>> there_and_back = torch.stack([torch.arange(l), torch.arange(l).flip(0)])
+>>> selective_scan(u, delta, A, B, C, orders=there_and_back).shape
+torch.Size([2, 6, 4])
+"""
+
+import torch
+from torch import Tensor
+
+from backbones.ops.dispatch import BACKENDS, choose_backend, scan_op
+
+__all__ = ["backends", "selective_scan"]
+
+_OUTPUTS = ("sum", "per_order", "per_step")
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    orders: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    out: str = "sum",
+    local_window: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Runs k linear recurrences over the same l tokens, each visiting them in its own order (Mamba, algorithm
+    2).
+
+    With p = orders[k, t] the token visited at step t and dt = softplus(delta[:, p, k] + delta_bias[k])::
+
+        h = exp(dt A[k]) h + dt B[:, p, k] u[:, p]        (h starts at 0)
+        y = <C[:, p, k], h> + D[k] u[:, p]
+
+    Everything is given in token order: nothing is permuted, flipped or merged outside of the operator.
+
+    Args:
+        u: (b, l, c), read by every order, or (b, l, k, c).
+        delta: (b, l, k, c) step sizes before bias and softplus.
+        A: (k, c, n) decay rates, negative for a stable recurrence.
+        B: (b, l, k, n) input weights.
+        C: (b, l, k, n) output weights.
+        D: (k, c) skip weights, or None.
+        orders: (k, t) integers in 0..l-1; an order may skip or repeat tokens. None visits 0..l-1.
+        delta_bias: (k, c), or None.
+        delta_softplus: False takes ``delta + delta_bias`` as dt.
+        out: "sum" gives (b, l, c), all visits of all orders added at their token; "per_order" (b, l, k, c),
+            tokens never visited are 0; "per_step" (b, t, k, c), in visiting order.
+        local_window: w > 1 makes the scan locally bi-directional (LBMamba): within windows of w steps,
+            counted from the first step, a state also receives the later inputs of its window, decayed back to
+            it. 0 and 1 are the plain scan.
+        backend: "naive", "cpu" or "triton"; None takes the fastest that runs on the tensors' device.
+
+    Returns:
+        The output in ``u.dtype``, accumulated in float32 (float64 where ``u`` is float64).
+
+    Raises:
+        ValueError: an argument has another shape, dtype or device than stated, is empty, or names a token out
+            of range; the message names it. Also where ``backend`` is given and cannot run. Any strides are
+            fine, and NaN flows through.
+    """
+    _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, orders=orders, delta_bias=delta_bias)
+    _check_shapes(u, delta, A, B, C, D, orders, delta_bias)
+    if out not in _OUTPUTS:
+        raise ValueError(f"out: got {out!r}, expected one of {', '.join(_OUTPUTS)}")
+    if local_window < 0:
+        raise ValueError(f"local_window: got {local_window}, expected a number of steps >= 0")
+
+    backend = choose_backend(backend, u.device.type, u.dtype)
+    state_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    token_dtype = _token_dtype(backend, u, delta, B, C)
+    save = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (u, delta, A, B, C, D, delta_bias)
+    )
+    y, _ = scan_op(
+        u.to(token_dtype),
+        delta.to(token_dtype),
+        A.to(state_dtype).contiguous(),
+        B.to(token_dtype),
+        C.to(token_dtype),
+        None if D is None else D.to(state_dtype).contiguous(),
+        None if orders is None else orders.to(torch.int32).contiguous(),
+        None if delta_bias is None else delta_bias.to(state_dtype).contiguous(),
+        delta_softplus,
+        out,
+        local_window,
+        save,
+        backend,
+    )
+    return y.to(u.dtype)
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend's name, with None where it runs here and the reason where it does not."""
+    return {name: module.unavailable_reason() for name, module in BACKENDS.items()}
+
+
+def _token_dtype(backend: str, u: Tensor, *others: Tensor) -> torch.dtype:
+    """One dtype for u, delta, B and C: their own if they agree and the backend reads it, else float32 (or
+    float64)."""
+    if u.dtype == torch.float64 or backend == "naive":
+        return u.dtype
+    if any(x.dtype != u.dtype for x in others) or (backend == "cpu" and u.dtype == torch.float16):
+        return torch.float32
+    return u.dtype
+
+
+def _check_tensors(**tensors: Tensor | None) -> None:
+    u = tensors["u"]
+    for name, x in tensors.items():
+        if x is None and name in ("D", "orders", "delta_bias"):
+            continue
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: got {type(x).__name__}, expected a tensor")
+        if x.device != u.device:
+            raise ValueError(f"{name}: got a tensor on {x.device}, expected {u.device}, where u is")
+        if name == "orders":
+            if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+                raise ValueError(f"orders: got dtype {x.dtype}, expected an integer dtype")
+        elif not x.is_floating_point():
+            raise ValueError(f"{name}: got dtype {x.dtype}, expected a real floating dtype")
+
+
+def _check_shapes(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
+    delta_bias: Tensor | None,
+) -> None:  # fmt: skip
+    if delta.dim() != 4:
+        raise ValueError(f"delta: got shape {tuple(delta.shape)}, expected 4 dimensions (b, l, k, c)")
+    if A.dim() != 3:
+        raise ValueError(f"A: got shape {tuple(A.shape)}, expected 3 dimensions (k, c, n)")
+    if 0 in delta.shape:
+        raise ValueError(
+            f"delta: got an empty tensor of shape {tuple(delta.shape)}, expected (b, l, k, c) with no 0"
+        )
+    b, length, k, c = delta.shape
+    n = A.shape[2]
+    if n == 0:
+        raise ValueError(f"A: got an empty tensor of shape {tuple(A.shape)}, expected (k, c, n) with no 0")
+
+    def check(name: str, x: Tensor, expected: tuple[int, ...], axes: str) -> None:
+        if tuple(x.shape) != expected:
+            raise ValueError(
+                f"{name}: got shape {tuple(x.shape)}, expected {expected} = ({axes}), "
+                f"given delta {tuple(delta.shape)} and A {tuple(A.shape)}"
+            )
+
+    if u.dim() == 3:
+        check("u", u, (b, length, c), "b, l, c")
+    else:
+        check("u", u, (b, length, k, c), "b, l, k, c")
+    check("A", A, (k, c, n), "k, c, n")
+    check("B", B, (b, length, k, n), "b, l, k, n")
+    check("C", C, (b, length, k, n), "b, l, k, n")
+    if D is not None:
+        check("D", D, (k, c), "k, c")
+    if delta_bias is not None:
+        check("delta_bias", delta_bias, (k, c), "k, c")
+    if orders is not None and (orders.dim() != 2 or orders.shape[0] != k or orders.shape[1] == 0):
+        raise ValueError(
+            f"orders: got shape {tuple(orders.shape)}, expected ({k}, t) with t >= 1: one row for each order"
+        )

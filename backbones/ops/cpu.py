@@ -1,0 +1,147 @@
+"""The `cpu` backend: a C++ kernel with a plain C interface (`csrc/`), bound by ctypes.
+
+SIMD lanes run across channels, states stay in registers, softplus, exp and D are fused, and backward recomputes the states
+between saved ones. The library knows nothing of Python or PyTorch, so one binary serves every version of both.
+`BACKBONES_CPU_ISA` (avx512, avx2 or baseline) forces a lower instruction set than the best that this CPU has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import struct
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CHUNK = 64  # steps between two saved states; kChunk in csrc/scan.h
+LIBRARY = Path(__file__).with_name("_scan_cpu" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so"))
+_OUT = {"sum": 0, "per_order": 1, "per_step": 2}
+_CALL = struct.Struct("=45q")  # `Call` in csrc/scan.h
+_ORDER_OUT_OF_RANGE, _NO_MEMORY = 1, 2
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The loaded library, or why there is none."""
+    if not LIBRARY.exists():
+        return (
+            f"the compiled kernel {LIBRARY.name} is missing beside {Path(__file__).name}; "
+            "install a C++17 compiler (g++ or clang++) and reinstall ssm-backbones"
+        )
+    try:
+        lib = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return f"the compiled kernel {LIBRARY.name} does not load ({error}); reinstall ssm-backbones on this machine"
+    for name in ("forward", "backward"):
+        function = getattr(lib, f"backbones_scan_{name}")
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
+    lib.backbones_scan_call_size.argtypes, lib.backbones_scan_call_size.restype = [], ctypes.c_int64
+    lib.backbones_scan_select.argtypes, lib.backbones_scan_select.restype = [ctypes.c_char_p], ctypes.c_int64
+    lib.backbones_scan_isa.argtypes, lib.backbones_scan_isa.restype = [], ctypes.c_char_p
+    if lib.backbones_scan_call_size() != _CALL.size:
+        return f"the compiled kernel {LIBRARY.name} belongs to another version; reinstall ssm-backbones"
+    _select(lib, os.environ.get("BACKBONES_CPU_ISA", ""))
+    return lib
+
+
+def _select(lib: ctypes.CDLL, isa: str) -> None:
+    status = lib.backbones_scan_select(isa.encode())
+    if status:
+        what = "is not one of avx512, avx2, baseline" if status == 1 else "is not supported by this CPU or build"
+        raise ValueError(f"BACKBONES_CPU_ISA={isa!r} {what}")
+
+
+def _loaded() -> ctypes.CDLL:
+    lib = _library()
+    if isinstance(lib, str):
+        raise RuntimeError(lib)
+    return lib
+
+
+def instruction_set() -> str:
+    """The instruction set in use: "avx512", "avx2" or "baseline"."""
+    return _loaded().backbones_scan_isa().decode()
+
+
+def unavailable_reason() -> str | None:
+    """None when the kernel runs here, else one line that says why not and what would help.
+
+    Raises ValueError when `BACKBONES_CPU_ISA` names no instruction set of this CPU.
+    """
+    lib = _library()
+    return lib if isinstance(lib, str) else None
+
+
+def states_shape(b: int, t: int, k: int, c: int, n: int) -> tuple[int, ...]:
+    """Shape of what `forward` saves for `backward`: the state at the start of every chunk but the first."""
+    return (b, k, (t - 1) // CHUNK, n, c)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of the batch, token and order axes of (b, l, c) or (b, l, k, c)."""
+    strides = x.stride()
+    return (*strides[:2], strides[2] if len(strides) == 4 else 0)
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _call(function, u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, grad, results) -> None:
+    b, l = u.shape[:2]
+    k, c, n = A.shape
+    t = l if orders is None else orders.shape[1]
+    status = function(
+        _CALL.pack(
+            b, l, t, k, c, n, u.dtype == torch.bfloat16, u.dim() == 3, delta_softplus, _OUT[out], local_window,
+            torch.get_num_threads(), u.data_ptr(), delta.data_ptr(), B.data_ptr(), C.data_ptr(), _pointer(grad),
+            *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *((0, 0, 0) if grad is None else _strides(grad)),
+            A.data_ptr(), _pointer(D), _pointer(delta_bias), _pointer(orders), *results,
+        )
+    )  # fmt: skip
+    if status == _ORDER_OUT_OF_RANGE:
+        found = orders[(orders < 0) | (orders >= l)][0].item()
+        raise ValueError(f"orders: found token {found}, expected 0..{l - 1} (delta has {l} tokens)")
+    if status == _NO_MEMORY:
+        raise MemoryError("selective_scan: no memory for the kernel's scratch space")
+
+
+def forward(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, out: str, local_window: int, save: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y and, when `save`, the states for `backward`. Raises ValueError for an order outside 0..l-1."""
+    u, delta, B, C = _rows(u), _rows(delta), _rows(B), _rows(C)
+    b, l = u.shape[:2]
+    k, c, n = A.shape
+    t = l if orders is None else orders.shape[1]
+    y = u.new_empty({"sum": (b, l, c), "per_order": (b, l, k, c), "per_step": (b, t, k, c)}[out])
+    # A window moves the saved states to its multiples, which may leave slots at the end unused.
+    shape = states_shape(b, t, k, c, n) if save else (0,)
+    states = (A.new_zeros if local_window > 1 else A.new_empty)(shape)
+    results = (y.data_ptr(), states.data_ptr(), *[0] * 7)
+    _call(_loaded().backbones_scan_forward, u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, None, results)
+    return y, states
+
+
+def backward(
+    grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
+    delta_bias: Tensor | None, states: Tensor, delta_softplus: bool, out: str, local_window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of u, delta, A, B, C, D and delta_bias, contiguous; those of absent arguments have shape (0,)."""
+    grad, u, delta, B, C = _rows(grad), _rows(u), _rows(delta), _rows(B), _rows(C)
+    du, ddelta, dB, dC = (x.new_empty(x.shape) for x in (u, delta, B, C))
+    dA = A.new_empty(A.shape)
+    dD = A.new_empty((0,) if D is None else D.shape)
+    dbias = A.new_empty((0,) if delta_bias is None else delta_bias.shape)
+    results = (0, *(x.data_ptr() for x in (states, du, ddelta, dB, dC, dA, dD, dbias)))
+    _call(_loaded().backbones_scan_backward, u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, grad, results)
+    return du, ddelta, dA, dB, dC, dD, dbias

@@ -1,0 +1,315 @@
+// The C interface: checks the orders, prepares parameters, chooses an instruction set, shares the work out, adds partial sums up.
+// How work is cut into partial sums depends on shapes alone, never on the number of threads, so results are bitwise reproducible.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+#include <atomic>
+#include <thread>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "scan.h"
+
+#if defined(_WIN32)
+#define SCAN_EXPORT extern "C" __declspec(dllexport)
+#else
+#define SCAN_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace scan {
+namespace {
+
+enum Status : int64_t { kOk = 0, kOrderOutOfRange = 1, kNoMemory = 2 };
+enum Selected : int64_t { kSelected = 0, kUnknownName = 1, kUnsupported = 2 };
+
+struct Isa {
+  const char* name;
+  const Kernels* kernels;
+  bool supported;
+};
+
+const std::vector<Isa>& isas() {  // the fastest first
+#if defined(SCAN_X86)
+  __builtin_cpu_init();
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  static const std::vector<Isa> all{
+      {"avx512", &kernels_avx512, avx512}, {"avx2", &kernels_avx2, avx2}, {"baseline", &kernels_baseline, true}};
+#else
+  static const std::vector<Isa> all{{"baseline", &kernels_baseline, true}};
+#endif
+  return all;
+}
+
+const Isa* best() {
+  return &*std::find_if(isas().begin(), isas().end(), [](const Isa& isa) { return isa.supported; });
+}
+
+const Isa* selected = nullptr;
+
+const Isa& current() {
+  if (!selected) selected = best();
+  return *selected;
+}
+
+int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
+int64_t round_up(int64_t x, int64_t multiple) { return divide_up(x, multiple) * multiple; }
+
+// States that decay towards zero reach subnormal numbers, which many CPUs handle in microcode. Restored on leaving.
+struct FlushSubnormals {
+#if defined(__x86_64__)
+  unsigned saved = _mm_getcsr();
+  FlushSubnormals() { _mm_setcsr(saved | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(saved); }
+#else
+  FlushSubnormals() {}
+#endif
+};
+
+template <class F>
+void parallel(int64_t threads, int64_t tasks, const F& run) {  // run(thread, task)
+  threads = std::min(threads, tasks);
+  if (threads <= 1) {
+    FlushSubnormals flush;
+    for (int64_t i = 0; i < tasks; i++) run(0, i);
+    return;
+  }
+#if defined(_OPENMP)
+#pragma omp parallel num_threads((int)threads)
+  {
+    FlushSubnormals flush;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < tasks; i++) run(omp_get_thread_num(), i);
+  }
+#else
+  std::atomic<int64_t> next{0};
+  auto work = [&](int64_t thread) {
+    FlushSubnormals flush;
+    for (int64_t i; (i = next.fetch_add(1)) < tasks;) run(thread, i);
+  };
+  std::vector<std::thread> pool;
+  for (int64_t i = 1; i < threads; i++) pool.emplace_back(work, i);
+  work(0);
+  for (auto& thread : pool) thread.join();
+#endif
+}
+
+struct Buffer {  // uninitialised floats, aligned to a cache line
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<float, Free> data;
+  explicit Buffer(int64_t floats) : data((float*)::operator new(std::max<int64_t>(floats, 16) * sizeof(float), std::align_val_t(64))) {}
+  float* get() const { return data.get(); }
+};
+
+struct Prepared {
+  Problem p;
+  std::vector<int32_t> identity;
+  std::vector<uint8_t> visit, seen, seen_any;
+  std::vector<float> parameters;
+};
+
+// Which tokens each order visits, and which visits come first (backward goes through the steps in reverse). False: a token is out of range.
+bool prepare_orders(Prepared& s, bool backwards) {
+  Problem& p = s.p;
+  if (!p.orders) {
+    s.identity.resize(p.t);
+    for (int64_t i = 0; i < p.t; i++) s.identity[i] = (int32_t)i;
+  }
+  p.order = p.orders ? p.orders : s.identity.data();
+  p.order_k = p.orders ? p.t : 0;
+  s.visit.assign(p.k * p.t, 0);
+  s.seen.assign(p.k * p.l, 0);
+  s.seen_any.assign(p.l, 0);
+  int64_t first = 0, first_any = 0;
+  for (int64_t k = 0; k < p.k; k++)
+    for (int64_t step = 0; step < p.t; step++) {
+      const int64_t i = backwards ? p.t - 1 - step : step;
+      const int64_t token = p.order[k * p.order_k + i];
+      if (token < 0 || token >= p.l) return false;
+      uint8_t &own = s.seen[k * p.l + token], &any = s.seen_any[token];
+      s.visit[k * p.t + i] = (own ? 0 : kFirstInOrder) | (any ? 0 : kFirstOfAll);
+      first += !own;
+      first_any += !any;
+      own = any = 1;
+    }
+  p.visit = s.visit.data();
+  p.seen = s.seen.data();
+  p.seen_any = s.seen_any.data();
+  p.first_in_order = first == p.k * p.t;
+  p.first_of_all = first_any == p.k * p.t;
+  p.covers_in_order = first == p.k * p.l;
+  p.covers_any = first_any == p.l;
+  return true;
+}
+
+void prepare_parameters(Prepared& s) {
+  Problem& p = s.p;
+  p.cp = round_up(p.c, kPad);
+  s.parameters.assign(p.k * (p.n + 2) * p.cp, 0.0f);
+  float *A2 = s.parameters.data(), *D = A2 + p.k * p.n * p.cp, *bias = D + p.k * p.cp;
+  for (int64_t k = 0; k < p.k; k++) {
+    for (int64_t ch = 0; ch < p.c; ch++)
+      for (int64_t j = 0; j < p.n; j++) A2[(k * p.n + j) * p.cp + ch] = p.A[(k * p.c + ch) * p.n + j] * kLog2e;
+    if (p.D) std::memcpy(D + k * p.cp, p.D + k * p.c, p.c * sizeof(float));
+    if (p.bias) std::memcpy(bias + k * p.cp, p.bias + k * p.c, p.c * sizeof(float));
+  }
+  p.A2 = A2;
+  p.D0 = D;
+  p.bias0 = bias;
+}
+
+bool prepare(const Call& call, bool backwards, Prepared& s) {
+  Problem& p = s.p;
+  static_cast<Call&>(p) = call;
+  p.window = std::min(p.window, p.t);
+  p.chunk = p.window > 1 ? round_up(kChunk, p.window) : kChunk;
+  p.chunks = divide_up(p.t, p.chunk);
+  if (!prepare_orders(s, backwards)) return false;
+  prepare_parameters(s);
+  return true;
+}
+
+// Into how many pieces to cut the channels of each of `tasks`: the fewest that keep all threads about as busy as possible.
+int64_t choose_pieces(int64_t tasks, int64_t units, int64_t threads) {
+  auto longest = [&](int64_t pieces) { return divide_up(tasks * pieces, threads) * divide_up(units, pieces); };
+  const int64_t most = std::min(units, 4 * threads);
+  int64_t shortest = longest(1);
+  for (int64_t pieces = 2; pieces <= most; pieces++) shortest = std::min(shortest, longest(pieces));
+  int64_t pieces = 1;
+  while (longest(pieces) * 16 > shortest * 17) pieces++;
+  return pieces;
+}
+
+// Runs `kernel` on every image, order (or all orders at once) and piece of channels; pieces are whole numbers of `unit` channels.
+template <class Scratch, class Kernel>
+void run_tasks(const Problem& p, bool split_orders, int64_t unit, Scratch scratch_size, Kernel kernel) {
+  const int64_t orders = split_orders ? p.k : 1, units = divide_up(p.c, unit);
+  const int64_t wanted = choose_pieces(p.b * orders, units, p.threads);
+  const int64_t width = divide_up(units, wanted) * unit, pieces = divide_up(p.c, width), tasks = p.b * orders * pieces;
+  const int64_t scratch = round_up(scratch_size(p, std::min(width, p.c)), 1024) + 256;
+  Buffer buffer(scratch * std::min(p.threads, tasks));
+  parallel(p.threads, tasks, [&](int64_t thread, int64_t i) {
+    const int64_t piece = i % pieces, order = i / pieces % orders, b = i / pieces / orders;
+    const Task task{b, order, split_orders ? order + 1 : p.k, piece * width, std::min((piece + 1) * width, p.c)};
+    kernel(p, task, buffer.get() + thread * scratch);
+  });
+}
+
+void store_as(float x, float* to) { *to = x; }
+void store_as(float x, uint16_t* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  *to = x == x ? (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
+}
+
+template <class E>
+void add_slices(const Problem& p, const float* part, E* to) {
+  const int64_t image = p.l * p.k * p.n;
+  parallel(p.threads, p.b, [&](int64_t, int64_t b) {
+    for (int64_t i = b * image; i < (b + 1) * image; i++) {
+      float total = part[i];
+      for (int64_t slice = 1; slice < p.slices; slice++) total += part[slice * p.b * image + i];
+      store_as(total, to + i);
+    }
+  });
+}
+
+// (b, k, n, cp) -> (k, c, n)
+void add_images(const Problem& p, const float* part, int64_t n, float* to) {
+  parallel(p.threads, p.k, [&](int64_t, int64_t k) {
+    for (int64_t ch = 0; ch < p.c; ch++)
+      for (int64_t j = 0; j < n; j++) {
+        float total = 0;
+        for (int64_t b = 0; b < p.b; b++) total += part[((b * p.k + k) * n + j) * p.cp + ch];
+        to[(k * p.c + ch) * n + j] = total;
+      }
+  });
+}
+
+int64_t forward(const Call& call) {
+  Prepared s;
+  if (!prepare(call, false, s)) return kOrderOutOfRange;
+  const Kernels& kernels = *current().kernels;
+  run_tasks(s.p, s.p.out != kSum, kLanes, kernels.forward_scratch, kernels.forward);
+  return kOk;
+}
+
+int64_t backward(const Call& call) {
+  Prepared s;
+  if (!prepare(call, true, s)) return kOrderOutOfRange;
+  Problem& p = s.p;
+  const int64_t tasks = p.b * (p.u_shared ? 1 : p.k);
+  const int64_t slices = std::max(divide_up(p.c, 128), std::min(divide_up(p.c, kLanes), divide_up(8, tasks)));
+  p.slice = round_up(divide_up(p.c, slices), kLanes);
+  p.slices = divide_up(p.c, p.slice);
+  const int64_t states = p.b * p.l * p.k * p.n, parameters = p.b * p.k * p.cp;
+  Buffer partial(2 * p.slices * states + parameters * (p.n + 2));
+  p.dB_part = partial.get();
+  p.dC_part = p.dB_part + p.slices * states;
+  p.dA_part = p.dC_part + p.slices * states;
+  p.dD_part = p.dA_part + parameters * p.n;
+  p.dbias_part = p.dD_part + parameters;
+  const Kernels& kernels = *current().kernels;
+  run_tasks(p, !p.u_shared, p.slice, kernels.backward_scratch, kernels.backward);
+  if (p.bf16) {
+    add_slices(p, p.dB_part, (uint16_t*)p.dB);
+    add_slices(p, p.dC_part, (uint16_t*)p.dC);
+  } else {
+    add_slices(p, p.dB_part, (float*)p.dB);
+    add_slices(p, p.dC_part, (float*)p.dC);
+  }
+  add_images(p, p.dA_part, p.n, p.dA);
+  if (p.D) add_images(p, p.dD_part, 1, p.dD);
+  if (p.bias) add_images(p, p.dbias_part, 1, p.dbias);
+  return kOk;
+}
+
+template <class F>
+int64_t guarded(F run) {  // no exception may reach Python
+  try {
+    return run();
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
+}
+
+}  // namespace
+}  // namespace scan
+
+SCAN_EXPORT int64_t backbones_scan_forward(const scan::Call* call) {
+  return scan::guarded([&] { return scan::forward(*call); });
+}
+
+SCAN_EXPORT int64_t backbones_scan_backward(const scan::Call* call) {
+  return scan::guarded([&] { return scan::backward(*call); });
+}
+
+SCAN_EXPORT int64_t backbones_scan_call_size() { return sizeof(scan::Call); }
+
+// Empty: the best this CPU runs. 0 on success, 1 for an unknown name, 2 for one that this CPU lacks.
+SCAN_EXPORT int64_t backbones_scan_select(const char* name) {
+  if (!*name) {
+    scan::selected = scan::best();
+    return scan::kSelected;
+  }
+  for (const scan::Isa& isa : scan::isas())
+    if (!std::strcmp(isa.name, name)) {
+      if (!isa.supported) return scan::kUnsupported;
+      scan::selected = &isa;
+      return scan::kSelected;
+    }
+  return scan::kUnknownName;
+}
+
+SCAN_EXPORT const char* backbones_scan_isa() { return scan::current().name; }

@@ -1,0 +1,92 @@
+// Rows of channels: where a token's row lies, how results reach it, and the pieces that forward and backward share.
+#pragma once
+
+#include "math.h"
+
+namespace scan {
+namespace {
+
+constexpr int64_t kTile = 64;  // channels whose steps are worked on together, in L1
+
+// Hands out aligned pieces of one buffer; with a null base it only counts.
+struct Arena {
+  float* base;
+  int64_t used = 0;
+  float* take(int64_t floats) {
+    float* piece = base ? base + used : nullptr;
+    used += round_up(floats, 16);
+    return piece;
+  }
+};
+
+// Where results go: rows of E, or of float when several visits of a bfloat16 token have to be added first.
+struct Target {
+  void* base;
+  int64_t row;  // elements from row to row
+  bool wide;    // float although E is bf16
+};
+
+template <class O>
+SCAN_INLINE void emit(O* p, vf x, int64_t lanes, bool first) {
+  store(p, first ? x : x + load(p, lanes), lanes);
+}
+
+template <class E>
+SCAN_INLINE void emit(const Target& to, int64_t row, int64_t channel, vf x, int64_t lanes, bool first) {
+  if (to.wide)
+    emit((float*)to.base + row * to.row + channel, x, lanes, first);
+  else
+    emit((E*)to.base + row * to.row + channel, x, lanes, first);
+}
+
+template <class E>
+void clear_row(E* p, int64_t channels) {
+  memset(p, 0, channels * sizeof(E));
+}
+
+// Rows of tokens that nothing visited.
+template <class E>
+void clear_unseen(const Target& to, const uint8_t* seen, int64_t l, int64_t channels) {
+  for (int64_t p = 0; p < l; p++)
+    if (!seen[p]) {
+      if (to.wide)
+        clear_row((float*)to.base + p * to.row, channels);
+      else
+        clear_row((E*)to.base + p * to.row, channels);
+    }
+}
+
+template <class E>
+void narrow_rows(const float* from, E* to, int64_t rows, int64_t to_row, int64_t channels) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t ch = 0; ch < channels; ch += W) {
+      int64_t lanes = channels - ch;
+      store(to + r * to_row + ch, load(from + r * channels + ch, lanes), lanes);
+    }
+}
+
+template <class E>
+SCAN_INLINE const E* at(const void* base, const Strides& s, int64_t b, int64_t row, int64_t k) {
+  return (const E*)base + b * s.b + row * s.l + k * s.k;
+}
+
+SCAN_INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
+}
+
+// Rows of B or C of a block of steps, as contiguous floats.
+template <class E>
+void gather_states(const Problem& p, const void* base, const Strides& s, int64_t b, int64_t k, const int32_t* tokens, int64_t steps,
+                   float* to) {
+  for (int64_t i = 0; i < steps; i++) {
+    const E* row = at<E>(base, s, b, tokens[i], k);
+    for (int64_t j = 0; j < p.n; j++) to[i * p.n + j] = to_float(row[j]);
+  }
+}
+
+SCAN_INLINE int64_t block_steps(int64_t window, int64_t wanted) {  // a multiple of the window
+  return window > 1 ? round_up(wanted, window) : wanted;
+}
+
+}  // namespace
+}  // namespace scan

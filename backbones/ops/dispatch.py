@@ -1,0 +1,150 @@
+"""Which backend runs a scan, and the ``torch.library`` operator through which every backend is reached.
+
+One forward and one backward operator serve all backends (the name is an argument), so that shapes, gradients
+and FLOPs are stated once, and ``torch.compile``, ``torch.export`` and ``FlopCounterMode`` see one node
+instead of a loop.
+
+A backend is a module with four functions, called with checked and normalised tensors (see
+``backbones.ops.selective_scan``):
+
+``unavailable_reason()``
+    None where it runs, else one line that says why it does not.
+``states_shape(b, t, k, c, n)``
+    Shape of the float32 states that its forward keeps for its backward.
+``forward(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, save)``
+    (y, states); ``states`` has no elements unless ``save`` is set.
+``backward(grad, u, delta, A, B, C, D, orders, delta_bias, states, delta_softplus, out, local_window)``
+    Gradients of u, delta, A, B, C, D, delta_bias; the last two have no elements where the argument is None.
+"""
+
+import logging
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from backbones.ops import cpu, naive, triton
+
+BACKENDS: dict[str, ModuleType] = {"naive": naive, "cpu": cpu, "triton": triton}
+_FASTEST = {"cpu": "cpu", "meta": "cpu", "cuda": "triton"}
+_logger = logging.getLogger(__name__)
+_fallbacks_told: set[str] = set()
+
+
+@torch.compiler.assume_constant_result  # what runs here does not change, and its probing cannot be traced
+def choose_backend(backend: str | None, device_type: str, dtype: torch.dtype) -> str:
+    """The backend for tensors on a device: the one named by the caller, or the fastest that runs.
+
+    A named backend that cannot run raises ``ValueError`` with the reason. The automatic choice falls back to
+    ``naive`` and says why, once; float64 always takes ``naive``, the only backend in double precision.
+    """
+    if backend is None:
+        backend = "naive" if dtype == torch.float64 else _FASTEST.get(device_type, "naive")
+        problem = _problem(backend, device_type, dtype)
+        if problem is None:
+            return backend
+        if problem not in _fallbacks_told:
+            _fallbacks_told.add(problem)
+            _logger.warning("selective_scan falls back to the slow 'naive' backend: %s", problem)
+        return "naive"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}, or None")
+    problem = _problem(backend, device_type, dtype)
+    if problem is not None:
+        raise ValueError(f"backend: {backend!r} cannot run here: {problem}")
+    return backend
+
+
+def _problem(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    if backend == "naive":
+        return None
+    if dtype == torch.float64:
+        return "it has no double precision (u is float64)"
+    if backend == "cpu" and device_type not in ("cpu", "meta"):
+        return f"the tensors are on {device_type}"
+    return BACKENDS[backend].unavailable_reason()
+
+
+_TENSORS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? orders, Tensor? delta_bias"
+)
+_OPTIONS = "bool delta_softplus, str out, int local_window"
+
+
+@torch.library.custom_op(
+    "backbones::selective_scan",
+    mutates_args=(),
+    schema=f"({_TENSORS}, {_OPTIONS}, bool save, str backend) -> (Tensor, Tensor)",
+)
+def scan_op(*args):  # type: ignore[no-untyped-def]
+    """(y, states) of one selective scan."""
+    *args, backend = args
+    return BACKENDS[backend].forward(*args)
+
+
+@torch.library.custom_op(
+    "backbones::selective_scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_TENSORS}, Tensor states, {_OPTIONS}, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def scan_backward_op(*args):  # type: ignore[no-untyped-def]
+    """Gradients of u, delta, A, B, C, D, delta_bias."""
+    *args, backend = args
+    return BACKENDS[backend].backward(*args)
+
+
+@scan_op.register_fake
+def _(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, save, backend):  # type: ignore
+    b, length, k, c = delta.shape
+    t = length if orders is None else orders.shape[1]
+    shape = {"sum": (b, length, c), "per_order": (b, length, k, c), "per_step": (b, t, k, c)}[out]
+    states = BACKENDS[backend].states_shape(b, t, k, c, A.shape[-1]) if save else (0,)
+    return u.new_empty(shape), u.new_empty(states, dtype=torch.float32)
+
+
+@scan_backward_op.register_fake
+def _(grad, u, delta, A, B, C, D, orders, delta_bias, states, *options):  # type: ignore[no-untyped-def]
+    return tuple(
+        states.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (u, delta, A, B, C, D, delta_bias)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.delta_softplus, ctx.out, ctx.local_window, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad: Tensor | None, _grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 13
+    tensors = ctx.saved_tensors
+    args = (grad, *tensors, ctx.delta_softplus, ctx.out, ctx.local_window)
+    # The gradient of plain PyTorch is autograd's own, which does not run inside of an operator.
+    grads = naive.backward(*args) if ctx.backend == "naive" else scan_backward_op(*args, ctx.backend)
+    *others, dD, ddelta_bias = grads
+    D, _, delta_bias, _ = tensors[5:]
+    return *others, None if D is None else dD, None, None if delta_bias is None else ddelta_bias, *(None,) * 5
+
+
+scan_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.backbones.selective_scan)
+def _forward_flops(u, delta, A, B, C, D, orders, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    """9 operations a step, channel and state, 1 a step and channel for D u: the count that the papers use."""
+    b, length, k, c = delta
+    steps = b * k * (length if orders is None else orders[1])
+    return 9 * steps * c * A[-1] + (steps * c if D is not None else 0)
+
+
+@register_flop_formula(torch.ops.backbones.selective_scan_backward)
+def _backward_flops(grad, u, delta, A, B, C, D, orders, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    """21 operations a step, channel and state: 5 to compute the states again, 16 in the reverse sweep."""
+    b, length, k, c = delta
+    steps = b * k * (length if orders is None else orders[1])
+    return 21 * steps * c * A[-1] + (4 * steps * c if D is not None else 0)

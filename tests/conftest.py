@@ -1,0 +1,33 @@
+"""Fixtures that several test files share."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from backbones import ops
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def available_backends() -> list[str]:
+    """Backends that run on this machine's CPU; the Triton interpreter has tests of its own."""
+    return [name for name, reason in ops.backends().items() if reason is None and name != "triton"]
+
+
+@pytest.fixture(params=available_backends())
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that runs here."""
+    return request.param
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
