@@ -1,0 +1,130 @@
+"""From a registered name to a model: timm's ``build_model_with_cfg`` with our own, strict way of loading
+weights."""
+
+import logging
+from typing import Any
+
+from timm.models import adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
+from timm.models._hub import download_cached_file
+from torch import nn
+
+from backbones import checkpoints
+from backbones.base import Backbone
+from backbones.checkpoints import CheckpointError, StateDict
+
+_logger = logging.getLogger(__name__)
+
+
+def build_model(
+    model_cls: type[Backbone],
+    variant: str,
+    pretrained: bool,
+    *,
+    feature_indices: int | tuple[int, ...],
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Builds a registered model as timm does, ``features_only`` included.
+
+    Weights are read by :mod:`backbones.checkpoints`: timm would prefer averaged weights where the published
+    ones are the plain ones, and would stop checking names as soon as the number of classes differs.
+
+    Args:
+        model_cls: class of the model, called with ``kwargs``.
+        variant: registered name.
+        pretrained: load the weights that the pretrained configuration points to.
+        feature_indices: features that ``features_only=True`` takes unless told.
+        pretrained_cfg: as in timm.
+        pretrained_cfg_overlay: as in timm; ``dict(file=path)`` loads a local file in the official layout or
+            in ours.
+        cache_dir: where downloads are kept.
+        kwargs: arguments of the model, and timm's ``features_only``, ``out_indices`` and ``feature_cls``.
+    """
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    features_only = kwargs.get("features_only", False)
+
+    def construct(**model_kwargs: Any) -> Backbone:
+        model = model_cls(**model_kwargs)
+        if pretrained:
+            load_pretrained(model, cfg.to_dict(), variant, headless=features_only, cache_dir=cache_dir)
+        return model
+
+    return build_model_with_cfg(
+        construct,
+        variant,
+        pretrained=False,
+        pretrained_cfg=cfg.to_dict(),
+        feature_cfg={"out_indices": feature_indices, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def load_pretrained(
+    model: Backbone, cfg: dict[str, Any], variant: str, headless: bool = False, cache_dir: str | None = None
+) -> None:
+    """Loads the weights that ``cfg`` points to, in the official layout or in ours; all or nothing.
+
+    A first convolution for another number of channels is adapted as timm does. A classifier of another size
+    keeps its fresh initialisation, and that is logged. With ``headless`` the classifier does not matter.
+
+    Raises:
+        CheckpointError: no source of weights is known, or its weights do not fit; every key is named.
+        FileNotFoundError: ``cfg["file"]`` does not exist.
+    """
+    state_dict = checkpoints.to_ours(_read(cfg, variant, cache_dir), model.key_rules)
+    state_dict = model.adapt_state_dict(state_dict)
+    _adapt_first_conv(state_dict, cfg, model.in_chans)
+    own = model.state_dict()
+    ignore = []
+    for name in _as_tuple(cfg["classifier"]):
+        given, expected = (len(x.get(f"{name}.weight", ())) for x in (state_dict, own))
+        if headless or given not in (0, expected):
+            ignore.append(name)
+        if not headless and given not in (0, expected) and expected:
+            _logger.warning(
+                "%s: %s starts from random weights: the file has %d classes, the model %d",
+                variant,
+                name,
+                given,
+                expected,
+            )
+    checkpoints.check(state_dict, model, ignore)
+    dropped = tuple(f"{name}." for name in ignore)
+    kept = {name: x for name, x in state_dict.items() if not name.startswith(dropped)}
+    model.load_state_dict(kept | {name: x for name, x in own.items() if name.startswith(dropped)})
+
+
+def _read(cfg: dict[str, Any], variant: str, cache_dir: str | None) -> StateDict:
+    if cfg.get("state_dict"):
+        return cfg["state_dict"]
+    if cfg.get("file"):
+        return checkpoints.read(cfg["file"])
+    if cfg.get("hf_hub_id"):
+        from huggingface_hub import hf_hub_download
+
+        return checkpoints.read(
+            hf_hub_download(cfg["hf_hub_id"], cfg["hf_hub_filename"], cache_dir=cache_dir)
+        )
+    by_hand = f'timm.create_model("{variant}", pretrained=True, pretrained_cfg_overlay=dict(file=PATH)) loads a file.'
+    url = cfg.get("url")
+    if not url:
+        raise CheckpointError(
+            f"{variant}: its authors released no weights ({cfg.get('origin_url')}). {by_hand}"
+        )
+    if "drive.google.com" in url:
+        raise CheckpointError(f"{variant}: its weights must be downloaded by hand from {url}. {by_hand}")
+    return checkpoints.read(download_cached_file(url, cache_dir=cache_dir))
+
+
+def _adapt_first_conv(state_dict: StateDict, cfg: dict[str, Any], in_chans: int) -> None:
+    for name in _as_tuple(cfg["first_conv"]):
+        weight = state_dict.get(f"{name}.weight")
+        if weight is not None and weight.dim() == 4 and weight.shape[1] == cfg["input_size"][0] != in_chans:
+            state_dict[f"{name}.weight"] = adapt_input_conv(in_chans, weight)
+            _logger.info("%s adapted from %d to %d channels", name, weight.shape[1], in_chans)
+
+
+def _as_tuple(names: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names or ())

@@ -1,0 +1,32 @@
+"""Building blocks that two families or more share."""
+
+from backbones.layers.feed_forward import ConvFFN
+from backbones.layers.mamba import MambaBlock, MambaMixer
+from backbones.layers.patch_embed import PatchEmbed
+from backbones.layers.resolution import (
+    ConvDownsample,
+    ConvStem,
+    PatchMerging,
+    PatchStem,
+    channels_first,
+    channels_last,
+)
+from backbones.layers.selective_ssm import SelectiveSSM
+from backbones.layers.ss2d import SS2D, DepthwiseConv2d, scan_grid
+
+__all__ = [
+    "SS2D",
+    "ConvDownsample",
+    "ConvFFN",
+    "ConvStem",
+    "DepthwiseConv2d",
+    "MambaBlock",
+    "MambaMixer",
+    "PatchEmbed",
+    "PatchMerging",
+    "PatchStem",
+    "SelectiveSSM",
+    "channels_first",
+    "channels_last",
+    "scan_grid",
+]

@@ -1,0 +1,49 @@
+"""Image to patch tokens, possibly overlapping."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PatchEmbed(nn.Module):
+    """One convolution, its outputs in raster order as tokens. A remainder at the bottom or right is dropped
+    unless padded.
+
+    Args:
+        patch_size: side of a patch, in pixels.
+        stride: distance between patches, in pixels; less than ``patch_size`` makes them overlap.
+        in_chans: channels of the image.
+        embed_dim: width of a token.
+        pad: append zeros at the bottom and right so that every pixel is in a patch.
+    """
+
+    def __init__(
+        self,
+        patch_size: int,
+        stride: int,
+        in_chans: int,
+        embed_dim: int,
+        pad: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.patch_size, self.stride, self.pad = patch_size, stride, pad
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride, device=device, dtype=dtype)
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches that an image of ``height`` x ``width`` pixels gives."""
+        extra = self.stride - 1 if self.pad else 0
+        rows = (max(height - self.patch_size, -extra) + extra) // self.stride + 1
+        columns = (max(width - self.patch_size, -extra) + extra) // self.stride + 1
+        return rows, columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, in_chans, height, width) to (b, rows * columns, embed_dim)."""
+        height, width = x.shape[-2:]
+        if self.pad:
+            rows, columns = self.grid_size(height, width)
+            bottom = (rows - 1) * self.stride + self.patch_size - height
+            right = (columns - 1) * self.stride + self.patch_size - width
+            x = F.pad(x, (0, max(right, 0), 0, max(bottom, 0)))
+        return self.proj(x).flatten(2).transpose(1, 2)

@@ -1,0 +1,101 @@
+"""Stems and downsampling: where the resolution of a channels-last map changes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(b, c, h, w) to (b, h, w, c)."""
+    return x.permute(0, 2, 3, 1)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """(b, h, w, c) to (b, c, h, w)."""
+    return x.permute(0, 3, 1, 2)
+
+
+class PatchStem(nn.Module):
+    """One 4 x 4 convolution of stride 4 and a norm; a remainder of the image at the bottom or right is
+    dropped."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, 4, 4, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, in_chans, h, w) to (b, h // 4, w // 4, dim)."""
+        return self.norm(channels_last(self.proj(x)))
+
+
+class ConvStem(nn.Module):
+    """Two 3 x 3 convolutions of stride 2, each with a norm, and a GELU between them."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, 2, 1, device=device, dtype=dtype)
+        self.norm1 = nn.LayerNorm(dim // 2, device=device, dtype=dtype)
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, 2, 1, device=device, dtype=dtype)
+        self.norm2 = nn.LayerNorm(dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, in_chans, h, w) to (b, ceil(h / 4), ceil(w / 4), dim)."""
+        x = F.gelu(self.norm1(channels_last(self.conv1(x))))
+        return self.norm2(channels_last(self.conv2(channels_first(x))))
+
+
+class PatchMerging(nn.Module):
+    """Four neighbours side by side, a norm, a linear layer (Swin, section 3.1); odd sides are padded with
+    zeros."""
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, device=device, dtype=dtype)
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) to (b, ceil(h / 2), ceil(w / 2), out_dim)."""
+        rows, columns = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
+        x = F.pad(x, (0, 0, 0, 2 * columns - x.shape[2], 0, 2 * rows - x.shape[1]))
+        x = x.unflatten(2, (columns, 2)).unflatten(1, (rows, 2))
+        # The neighbours of a patch are taken column by column: (0, 0), (1, 0), (0, 1), (1, 1).
+        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return self.reduction(self.norm(x))
+
+
+class ConvDownsample(nn.Module):
+    """A 3 x 3 convolution of stride 2 and a norm."""
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(dim, out_dim, 3, 2, 1, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(out_dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) to (b, ceil(h / 2), ceil(w / 2), out_dim)."""
+        return self.norm(channels_last(self.proj(channels_first(x))))

@@ -1,0 +1,101 @@
+"""The selective state-space layer: input-dependent step sizes, input and output weights around one scan."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.ops import selective_scan
+
+
+class SelectiveSSM(nn.Module):
+    """S6 (Mamba, algorithm 2) for k orders at once, in token order and channels-last.
+
+    ``x_proj`` and ``dt_proj`` act on single tokens, so they commute with any traversal: every token is
+    projected once for each order, and the scan reads it when its turn comes.
+
+    Args:
+        d_inner: channels c of each order.
+        d_state: states n of each channel.
+        dt_rank: rank r of the step size's projection; None is ceil(d_inner / 32), right where d_inner is
+            twice the width.
+        num_orders: k, orders with parameters of their own.
+        backend: see :func:`backbones.ops.selective_scan`.
+    """
+
+    def __init__(
+        self,
+        d_inner: int,
+        d_state: int = 16,
+        dt_rank: int | None = None,
+        num_orders: int = 1,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dt_rank = math.ceil(d_inner / 32) if dt_rank is None else dt_rank
+        self.d_inner, self.d_state, self.dt_rank, self.num_orders = d_inner, d_state, dt_rank, num_orders
+        self.backend = backend
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_orders, *shape, device=device, dtype=dtype))
+
+        self.x_proj_weight = parameter(dt_rank + 2 * d_state, d_inner)
+        self.dt_proj_weight = parameter(d_inner, dt_rank)
+        self.dt_proj_bias = parameter(d_inner)
+        self.A_log = parameter(d_inner, d_state)
+        self.D = parameter(d_inner)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
+        """Mamba's initialisation: A = -1..-n, D = 1, step sizes log-uniform in [dt_min, dt_max]."""
+        self.x_proj_weight.uniform_(-(self.d_inner**-0.5), self.d_inner**-0.5)
+        self.dt_proj_weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        dt = torch.rand_like(self.dt_proj_bias) * math.log(dt_max / dt_min) + math.log(dt_min)
+        dt = dt.exp().clamp(min=dt_floor)
+        self.dt_proj_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        self.A_log.copy_(
+            torch.arange(1, self.d_state + 1, device=self.A_log.device).log().expand_as(self.A_log)
+        )
+        self.D.fill_(1)
+
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """delta (b, l, k, c), B and C (b, l, k, n) of u (b, l, c) or (b, l, k, c); delta before its bias and
+        softplus."""
+        if u.dim() == 3:
+            x = F.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (self.num_orders, -1))
+        else:
+            x = _per_order_linear(u, self.x_proj_weight)
+        dt, B, C = x.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return _per_order_linear(dt, self.dt_proj_weight), B, C
+
+    def forward(
+        self, u: Tensor, orders: Tensor | None = None, out: str = "sum", local_window: int = 0
+    ) -> Tensor:
+        """Scans u (b, l, c), or (b, l, k, c) where orders read different inputs; other arguments as
+        ``selective_scan``."""
+        delta, B, C = self.project(u)
+        return selective_scan(
+            u,
+            delta,
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            self.D,
+            orders=orders,
+            delta_bias=self.dt_proj_bias,
+            out=out,
+            local_window=local_window,
+            backend=self.backend,
+        )
+
+
+def _per_order_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """(b, l, k, i) times (k, o, i) gives (b, l, k, o), stored as (k, b, l, o): one small GEMM for each order,
+    no copies."""
+    b, length, k, _ = x.shape
+    y = torch.bmm(x.permute(2, 0, 1, 3).reshape(k, b * length, -1), weight.transpose(1, 2))
+    return y.unflatten(1, (b, length)).permute(1, 2, 0, 3)

@@ -1,0 +1,119 @@
+"""The 2-D selective scan block of VMamba and its relatives, channels-last."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.layers.selective_ssm import SelectiveSSM
+from backbones.scan_patterns import CROSS, ScanPattern, get_pattern
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """Depthwise convolution of a channels-last map (b, h, w, c), padded to keep its size at stride 1."""
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            dim, dim, kernel_size, stride, kernel_size // 2, groups=dim, bias=bias, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, c) to (b, ceil(h / stride), ceil(w / stride), c)."""
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def checked_pattern(pattern: ScanPattern | str, default: ScanPattern) -> ScanPattern:
+    """The pattern, or the catalogue's one of that name, if it can stand in for ``default``.
+
+    Raises:
+        ValueError: it has another number of orders, and so would need other parameters.
+    """
+    pattern = get_pattern(pattern)
+    if pattern.num_orders != default.num_orders:
+        raise ValueError(
+            f"pattern: got {pattern.name!r} with {pattern.num_orders} orders, expected {default.num_orders} "
+            f"as {default.name!r} has"
+        )
+    return pattern
+
+
+def scan_grid(
+    ssm: SelectiveSSM, x: Tensor, pattern: ScanPattern, local_window: int = 0, out: str = "sum"
+) -> Tensor:
+    """Scans a map along the orders of ``pattern``, and adds their outputs unless ``out`` is "per_order".
+
+    Padded slots of an order read one zero token behind the map: it adds nothing to the state, but the state
+    decays there.
+
+    Args:
+        ssm: what scans.
+        x: the map that every order reads, (b, h, w, c), or one for each of k orders, (b, h, w, k, c).
+        pattern: the k orders.
+        local_window: see :func:`backbones.ops.selective_scan`.
+        out: "sum" gives (b, h, w, c), "per_order" (b, h, w, k, c).
+    """
+    height, width = x.shape[1:3]
+    cells = height * width
+    tokens = x.flatten(1, 2)
+    if not pattern.padded(height, width):
+        orders = pattern.orders(height, width, x.device)
+        return ssm(tokens, orders, out, local_window).unflatten(1, (height, width))
+    orders = pattern.orders(height, width, x.device, pad_index=cells)
+    tokens = F.pad(tokens, (0, 0) * (tokens.dim() - 2) + (0, 1))
+    return ssm(tokens, orders, out, local_window)[:, :cells].unflatten(1, (height, width))
+
+
+class SS2D(nn.Module):
+    """Linear, depthwise 3 x 3 convolution, SiLU, scan along every order, norm, optional gate, linear (VMamba,
+    figure 3).
+
+    Args:
+        dim: width of the map.
+        pattern: orders to scan, each with its own state-space parameters.
+        d_state: states of each channel.
+        ssm_ratio: inner width over ``dim``.
+        dt_rank: rank of the step size's projection; None is ceil(dim / 16).
+        gated: multiply by SiLU(z), z a second projection of the input.
+        conv_bias: bias of the depthwise convolution.
+        local_window: see :func:`backbones.ops.selective_scan`.
+        backend: see :func:`backbones.ops.selective_scan`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        pattern: ScanPattern = CROSS,
+        d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        dt_rank: int | None = None,
+        gated: bool = True,
+        conv_bias: bool = True,
+        local_window: int = 0,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        d_inner = int(ssm_ratio * dim)
+        self.pattern, self.local_window, self.gated = pattern, local_window, gated
+        self.in_proj = nn.Linear(
+            dim, 2 * d_inner if gated else d_inner, bias=False, device=device, dtype=dtype
+        )
+        self.conv2d = DepthwiseConv2d(d_inner, bias=conv_bias, device=device, dtype=dtype)
+        dt_rank = -(-dim // 16) if dt_rank is None else dt_rank
+        self.ssm = SelectiveSSM(d_inner, d_state, dt_rank, pattern.num_orders, backend, device, dtype)
+        self.out_norm = nn.LayerNorm(d_inner, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(d_inner, dim, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) to (b, h, w, dim)."""
+        x, z = self.in_proj(x).chunk(2, dim=-1) if self.gated else (self.in_proj(x), None)
+        y = self.out_norm(scan_grid(self.ssm, F.silu(self.conv2d(x)), self.pattern, self.local_window))
+        return self.out_proj(y if z is None else y * F.silu(z))

@@ -1,0 +1,53 @@
+"""The residual block of VMamba and MSVMamba: a mixer, then, where there is one, a feed-forward layer."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+Constructor = Callable[..., nn.Module]
+
+
+class VSSBlock(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)), on channels-last maps (b, h, w, dim).
+
+    Args:
+        dim: width of the map.
+        mixer: constructor called as ``mixer(dim, device=, dtype=)``.
+        mlp: constructor called as ``mlp(dim, int(mlp_ratio * dim), device=, dtype=)``, or None for a block
+            without one.
+        mlp_ratio: inner width of the feed-forward layer over ``dim``.
+        mlp_post_norm: x + norm(mlp(x)) instead.
+        norm_layer: constructor of the norms.
+        drop_path: rate of stochastic depth, on both branches.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: Constructor,
+        mlp: Constructor | None = None,
+        mlp_ratio: float = 4.0,
+        mlp_post_norm: bool = False,
+        norm_layer: Constructor = partial(nn.LayerNorm, eps=1e-5),
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim, device=device, dtype=dtype)
+        self.mixer = mixer(dim, device=device, dtype=dtype)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.mlp_post_norm = mlp_post_norm
+        self.norm2 = None if mlp is None else norm_layer(dim, device=device, dtype=dtype)
+        self.mlp = None if mlp is None else mlp(dim, int(mlp_ratio * dim), device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) to (b, h, w, dim)."""
+        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        if self.mlp is None or self.norm2 is None:
+            return x
+        y = self.norm2(self.mlp(x)) if self.mlp_post_norm else self.mlp(self.norm2(x))
+        return x + self.drop_path(y)
