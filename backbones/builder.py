@@ -2,6 +2,7 @@
 weights."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from timm.models import adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
@@ -73,7 +74,7 @@ def load_pretrained(
         CheckpointError: no source of weights is known, or its weights do not fit; every key is named.
         FileNotFoundError: ``cfg["file"]`` does not exist.
     """
-    state_dict = checkpoints.to_ours(_read(cfg, variant, cache_dir), model.key_rules)
+    state_dict = checkpoints.to_ours(_read(cfg, variant, model.weight_keys, cache_dir), model.key_rules)
     state_dict = model.adapt_state_dict(state_dict)
     _adapt_first_conv(state_dict, cfg, model.in_chans)
     own = model.state_dict()
@@ -83,39 +84,33 @@ def load_pretrained(
         if headless or given not in (0, expected):
             ignore.append(name)
         if not headless and given not in (0, expected) and expected:
-            _logger.warning(
-                "%s: %s starts from random weights: the file has %d classes, the model %d",
-                variant,
-                name,
-                given,
-                expected,
-            )
+            text = "%s: %s starts from random weights: the file has %d classes, the model %d"
+            _logger.warning(text, variant, name, given, expected)
     checkpoints.check(state_dict, model, ignore)
     dropped = tuple(f"{name}." for name in ignore)
     kept = {name: x for name, x in state_dict.items() if not name.startswith(dropped)}
     model.load_state_dict(kept | {name: x for name, x in own.items() if name.startswith(dropped)})
 
 
-def _read(cfg: dict[str, Any], variant: str, cache_dir: str | None) -> StateDict:
+def _read(cfg: dict[str, Any], variant: str, keys: Sequence[str], cache_dir: str | None) -> StateDict:
     if cfg.get("state_dict"):
         return cfg["state_dict"]
-    if cfg.get("file"):
-        return checkpoints.read(cfg["file"])
+    return checkpoints.read(cfg.get("file") or _download(cfg, variant, cache_dir), keys)
+
+
+def _download(cfg: dict[str, Any], variant: str, cache_dir: str | None) -> str:
     if cfg.get("hf_hub_id"):
         from huggingface_hub import hf_hub_download
 
-        return checkpoints.read(
-            hf_hub_download(cfg["hf_hub_id"], cfg["hf_hub_filename"], cache_dir=cache_dir)
-        )
-    by_hand = f'timm.create_model("{variant}", pretrained=True, pretrained_cfg_overlay=dict(file=PATH)) loads a file.'
+        return hf_hub_download(cfg["hf_hub_id"], cfg["hf_hub_filename"], cache_dir=cache_dir)
     url = cfg.get("url")
+    call = f'timm.create_model("{variant}", pretrained=True, pretrained_cfg_overlay=dict(file=PATH))'
     if not url:
-        raise CheckpointError(
-            f"{variant}: its authors released no weights ({cfg.get('origin_url')}). {by_hand}"
-        )
+        origin = cfg.get("origin_url")
+        raise CheckpointError(f"{variant}: its authors released no weights ({origin}); {call} loads a file")
     if "drive.google.com" in url:
-        raise CheckpointError(f"{variant}: its weights must be downloaded by hand from {url}. {by_hand}")
-    return checkpoints.read(download_cached_file(url, cache_dir=cache_dir))
+        raise CheckpointError(f"{variant}: download its weights by hand from {url}; {call} loads the file")
+    return download_cached_file(url, cache_dir=cache_dir)
 
 
 def _adapt_first_conv(state_dict: StateDict, cfg: dict[str, Any], in_chans: int) -> None:

@@ -8,6 +8,7 @@ import argparse
 import logging
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,25 +47,32 @@ SQUEEZE_1 = Layout(lambda x: x.squeeze(1), lambda x: x.unsqueeze(1))  # depthwis
 
 @dataclass(frozen=True)
 class KeyRule:
-    """One line of a conversion table; ``{}`` stands for one part of a dotted name, ``{*}`` for any number of
-    parts.
+    """One line of a conversion table; ``{}`` stands for one part of a dotted name, ``{*}`` for any number.
 
-    A tuple of official names is stacked along a new first axis, or with ``concat`` joined along the first one
-    they have; a tuple of our names receives the slices of the first axis. ``ours=None`` drops the tensor (it
-    is reported)."""
+    Several official names are stacked along a new first axis, or with ``concat`` joined along the first axis
+    that they have; several names of ours receive the slices of the first axis. ``ours=None`` drops the
+    tensor, which is reported.
+    """
 
     official: str | tuple[str, ...]
     ours: str | tuple[str, ...] | None
     layout: Layout = SAME
     concat: bool = False
 
+    def regroup(self, tensors: Sequence[Tensor], parts: int) -> Sequence[Tensor]:
+        """``parts`` tensors with the same content; either there is one before or one after."""
+        if len(tensors) > 1:
+            return [torch.cat(list(tensors)) if self.concat else torch.stack(list(tensors))]
+        if parts > 1:
+            return tensors[0].chunk(parts) if self.concat else tensors[0].unbind(0)
+        return tensors
+
 
 def read(path: str | Path, keys: Sequence[str] = WEIGHT_KEYS) -> StateDict:
     """Reads the weights of a ``.safetensors`` file or of a PyTorch checkpoint, without running code from it.
 
     Args:
-        path: the file; training states are fine, ``argparse.Namespace`` is the one foreign class that they
-            may hold.
+        path: the file; a training state may hold an ``argparse.Namespace``, or a configuration of yacs.
         keys: where a training state keeps its weights, the first that exists is taken; else the file itself
             is the dict.
 
@@ -81,8 +89,8 @@ def read(path: str | Path, keys: Sequence[str] = WEIGHT_KEYS) -> StateDict:
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
     except pickle.UnpicklingError as error:
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it needs the class {foreign[1]}" if foreign else "it is no plain pickle of tensors"
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it needs the class {named[1]}" if named else "it is no plain pickle of tensors"
         raise CheckpointError(f"{path}: refused, {what}, and code from a weight file is never run") from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path}: truncated or no weight file: {error}") from error
@@ -93,15 +101,15 @@ def read(path: str | Path, keys: Sequence[str] = WEIGHT_KEYS) -> StateDict:
         raise CheckpointError(f"{path}: holds {type(content).__name__}, expected names and tensors")
     foreign = [str(name) for name, x in content.items() if not isinstance(x, Tensor)]
     if foreign:
-        raise CheckpointError(
-            f"{path}: expected names and tensors, but these are no tensors: {_enumerate(foreign)}"
-        )
+        raise CheckpointError(f"{path}: expected names and tensors, but these are no tensors: {_enumerate(foreign)}")
     return {_unwrap(name): x for name, x in content.items()}
 
 
 def _torch_load(path: Path) -> Any:
-    allowed = [argparse.Namespace]
+    allowed: list[Any] = [argparse.Namespace]
     if hasattr(torch.serialization, "safe_globals"):
+        # The configuration in Swin-style training states; as a plain dict it needs no yacs.
+        allowed.append((OrderedDict, "yacs.config.CfgNode"))
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
     torch.serialization.add_safe_globals(allowed)  # torch 2.4 has no scoped form
@@ -115,35 +123,43 @@ def _unwrap(name: str) -> str:
 
 
 def to_ours(state_dict: Mapping[str, Tensor], rules: Iterable[KeyRule]) -> StateDict:
-    """Applies a conversion table to official weights. Names that no rule matches stay, so our own files pass
-    unchanged."""
+    """Applies a conversion table to official weights.
+
+    Names that no rule matches stay, so our own files pass unchanged. An incomplete group of official names
+    stays too, for :func:`check` to report.
+
+    Raises:
+        CheckpointError: a tensor has another shape than its layout, or stands there in two layouts.
+    """
     left = dict(state_dict)
     converted: StateDict = {}
     dropped: list[str] = []
+    twice: set[str] = set()
     for rule in rules:
-        sources = _names(rule.official)
-        for binding in _bindings(sources[0], left):
-            names = [_fill(source, binding) for source in sources]
+        official = _names(rule.official)
+        for binding in _bindings(official[0], left):
+            names = [_fill(name, binding) for name in official]
             if not all(name in left for name in names):
-                continue  # an incomplete stack: the check reports what is there as unknown
-            values = [rule.layout.to_ours(left.pop(name)) for name in names]
+                continue
+            tensors = [left.pop(name) for name in names]
             if rule.ours is None:
                 dropped += names
-            elif isinstance(rule.ours, tuple):
-                converted.update(
-                    zip((_fill(name, binding) for name in rule.ours), values[0].unbind(0), strict=True)
-                )
-            else:
-                join = torch.cat if rule.concat else torch.stack
-                converted[_fill(rule.ours, binding)] = join(values) if len(values) > 1 else values[0]
+                continue
+            targets = [_fill(name, binding) for name in _names(rule.ours)]
+            try:
+                ours = rule.regroup([rule.layout.to_ours(x) for x in tensors], len(targets))
+                renamed = dict(zip(targets, ours, strict=True))
+            except (RuntimeError, IndexError, ValueError) as error:
+                shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip(names, tensors, strict=True))
+                raise CheckpointError(f"misshapen, of another layout than this model's: {shapes}") from error
+            twice |= renamed.keys() & converted.keys()
+            converted |= renamed
     if dropped:
         _logger.info("left out of the weight file, as the model has no use for them: %s", _enumerate(dropped))
-    twice = sorted(converted.keys() & left.keys())
+    twice |= converted.keys() & left.keys()
     if twice:
-        raise CheckpointError(
-            f"the weights hold these both in the official layout and in ours: {_enumerate(twice)}"
-        )
-    return {**left, **converted}
+        raise CheckpointError(f"the weights hold these in two layouts: {_enumerate(sorted(twice))}")
+    return left | converted
 
 
 def to_official(state_dict: Mapping[str, Tensor], rules: Iterable[KeyRule]) -> StateDict:
@@ -151,25 +167,17 @@ def to_official(state_dict: Mapping[str, Tensor], rules: Iterable[KeyRule]) -> S
     left = dict(state_dict)
     converted: StateDict = {}
     for rule in rules:
-        if rule.ours is None:
-            continue
-        targets = _names(rule.ours)
-        for binding in _bindings(targets[0], left):
-            values = [left.pop(_fill(target, binding)) for target in targets]
-            sources = [_fill(source, binding) for source in _names(rule.official)]
-            stacked = torch.stack(values) if len(targets) > 1 else values[0]
-            slices: Sequence[Tensor] = (stacked,)
-            if len(sources) > 1:
-                slices = stacked.chunk(len(sources)) if rule.concat else stacked.unbind(0)
-            converted.update(
-                {name: rule.layout.to_official(x) for name, x in zip(sources, slices, strict=True)}
-            )
-    return {**left, **converted}
+        ours = _names(rule.ours or ())
+        for binding in _bindings(ours[0], left) if ours else ():
+            tensors = [left.pop(_fill(name, binding)) for name in ours]
+            targets = [_fill(name, binding) for name in _names(rule.official)]
+            for name, x in zip(targets, rule.regroup(tensors, len(targets)), strict=True):
+                converted[name] = rule.layout.to_official(x)
+    return left | converted
 
 
 def check(state_dict: Mapping[str, Tensor], model: nn.Module, ignore: Sequence[str] = ()) -> None:
-    """Raises :class:`CheckpointError`, naming every key that ``model`` lacks, misses, or has in another
-    shape.
+    """Raises :class:`CheckpointError` and names every missing, unknown and misshapen key.
 
     Args:
         state_dict: weights in our layout.

@@ -117,9 +117,7 @@ def _filled(table: Tensor, pad_index: int | None) -> Tensor:
 
 
 @lru_cache(maxsize=128)
-def _cached_table(
-    pattern: ScanPattern, height: int, width: int, device: torch.device, pad_index: int | None
-) -> Tensor:
+def _cached_table(pattern: ScanPattern, height: int, width: int, device: torch.device, pad_index: int | None) -> Tensor:
     # A tensor made under inference_mode could not be saved for the backward pass of a later training step.
     with torch.inference_mode(False):
         table = _table(pattern, height, width, torch.device("cpu"))
@@ -369,3 +367,18 @@ def get_pattern(name: str | ScanPattern) -> ScanPattern:
         offer = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(PATTERNS)}"
         raise ValueError(f"unknown scan pattern {name!r}; {offer}")
     return PATTERNS[name]
+
+
+def checked_pattern(pattern: ScanPattern | str, default: ScanPattern) -> ScanPattern:
+    """The pattern, or the catalogue's one of that name, if it can stand in for ``default``.
+
+    Raises:
+        ValueError: it has another number of orders, and so would need other parameters.
+    """
+    pattern = get_pattern(pattern)
+    if pattern.num_orders != default.num_orders:
+        raise ValueError(
+            f"pattern: got {pattern.name!r} with {pattern.num_orders} orders, expected {default.num_orders} "
+            f"as {default.name!r} has"
+        )
+    return pattern

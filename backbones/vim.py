@@ -22,7 +22,7 @@ from backbones.base import PlainBackbone
 from backbones.builder import build_model
 from backbones.checkpoints import SQUEEZE_1, KeyRule
 from backbones.layers import MambaMixer
-from backbones.scan_patterns import BIDIRECTIONAL, ScanPattern
+from backbones.scan_patterns import BIDIRECTIONAL, ScanPattern, checked_pattern
 from backbones.zoo import default_cfgs as zoo_cfgs
 
 _MIXER = "layers.{}.mixer."
@@ -58,15 +58,14 @@ def _create_vim(
     variant: str,
     pretrained: bool = False,
     *,
-    pattern: ScanPattern = BIDIRECTIONAL,
+    pattern: ScanPattern | str = BIDIRECTIONAL,
     d_state: int = 16,
     local_window: int = 0,
     scan_backend: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    mixer = partial(
-        MambaMixer, pattern=pattern, d_state=d_state, local_window=local_window, backend=scan_backend
-    )
+    pattern = checked_pattern(pattern, BIDIRECTIONAL)
+    mixer = partial(MambaMixer, pattern=pattern, d_state=d_state, local_window=local_window, backend=scan_backend)
     return build_model(Vim, variant, pretrained, feature_indices=3, mixer=mixer, **kwargs)
 
 

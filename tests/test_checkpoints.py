@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,7 @@ def save(folder: Path, content: object, name: str = "weights.pth") -> Path:
 @pytest.mark.parametrize("name", MODELS)
 def test_key_rules_work_both_ways(name: str) -> None:
     official = recordings.load(name).weights()
-    rules = type(timm.create_model(MODELS[name], device="meta")).key_rules
+    rules = timm.create_model(MODELS[name], device="meta").key_rules
     ours = checkpoints.to_ours(official, rules)
     back = checkpoints.to_official(ours, rules)
     assert back.keys() == official.keys()
@@ -84,9 +86,7 @@ def test_tables_of_rotary_embeddings_are_dropped_and_reported(
         ),
     ],
 )
-def test_keys_that_do_not_fit_are_named(
-    change, message: str, official: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_keys_that_do_not_fit_are_named(change, message: str, official: dict[str, Tensor], tmp_path: Path) -> None:
     weights = dict(official)
     change(weights)
     with pytest.raises(CheckpointError, match=message):
@@ -181,7 +181,7 @@ def test_released_weights_are_known() -> None:
         ({"hf_hub_id": None, "url": None}, "its authors released no weights .*pretrained_cfg_overlay=dict"),
         (
             {"hf_hub_id": None, "url": "https://drive.google.com/file/d/x/view"},
-            "downloaded by hand from https://drive.google.com/file/d/x/view",
+            "download its weights by hand from https://drive.google.com/file/d/x/view",
         ),
     ],
 )
@@ -190,10 +190,27 @@ def test_weights_that_cannot_be_fetched_say_how_to_get_them(source: dict, messag
         timm.create_model("vim_tiny", pretrained=True, pretrained_cfg_overlay=source)
 
 
+def test_a_configuration_of_yacs_is_read_as_a_dict(official: dict[str, Tensor], tmp_path: Path) -> None:
+    module = types.ModuleType("yacs.config")
+    module.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    path = tmp_path / "weights.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+        patch.setitem(sys.modules, "yacs.config", module)
+        torch.save({"model": official, "config": module.CfgNode(lr=0.1)}, path)
+    assert torch.equal(create("vim_tiny", path).cls_token, official["cls_token"])
+
+
+def test_misshapen_groups_are_named(official: dict[str, Tensor], tmp_path: Path) -> None:
+    path = save(tmp_path, {**official, "layers.2.mixer.D_b": torch.zeros(7)})
+    with pytest.raises(CheckpointError, match=r"layers\.2\.mixer\.D \(384,\), layers\.2\.mixer\.D_b \(7,\)"):
+        create("vim_tiny", path)
+
+
 def test_rules_unbind_and_report_duplicates() -> None:
     rules = (KeyRule("both.{}", ("first.{}", "second.{}")),)
     ours = checkpoints.to_ours({"both.x": torch.arange(6.0).view(2, 3)}, rules)
     assert torch.equal(ours["second.x"], torch.tensor([3.0, 4.0, 5.0]))
     assert torch.equal(checkpoints.to_official(ours, rules)["both.x"], torch.arange(6.0).view(2, 3))
-    with pytest.raises(CheckpointError, match=r"in the official layout and in ours: first\.x"):
+    with pytest.raises(CheckpointError, match=r"hold these in two layouts: first\.x"):
         checkpoints.to_ours({"both.x": torch.zeros(2, 3), "first.x": torch.zeros(3)}, rules)

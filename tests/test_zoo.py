@@ -8,9 +8,7 @@ import backbones
 from backbones import zoo
 
 FACTS = [
-    (family, model, facts)
-    for family in backbones.__all__
-    for model, facts in zoo.load_family(family)["models"].items()
+    (family, model, facts) for family in backbones.__all__ for model, facts in zoo.load_family(family)["models"].items()
 ]
 
 
@@ -20,10 +18,9 @@ def test_facts_agree_with_the_model(family: str, name: str, facts: dict) -> None
     assert sum(p.numel() for p in model.parameters()) == facts["parameters"]
     cfg = model.pretrained_cfg
     assert cfg["input_size"] == (3, 224, 224)
-    classifiers = cfg["classifier"] if isinstance(cfg["classifier"], (list, tuple)) else [cfg["classifier"]]
-    modules = dict(model.named_modules())
-    assert all(isinstance(modules[x], torch.nn.Linear) for x in classifiers)
-    assert isinstance(modules[cfg["first_conv"]], torch.nn.Conv2d)
+    for field, kind in (("classifier", torch.nn.Linear), ("first_conv", torch.nn.Conv2d)):
+        names = [cfg[field]] if isinstance(cfg[field], str) else cfg[field]
+        assert all(isinstance(model.get_submodule(x), kind) for x in names)
 
 
 @pytest.mark.parametrize("family", backbones.__all__)

@@ -17,7 +17,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -49,7 +51,7 @@ class Shape:
     n: int
     shared_u: bool = True
 
-    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def tensors(self, dtype: torch.dtype) -> dict[str, Any]:
         """Inputs in the value ranges of a trained model."""
         b, length, k, c, n = self.b, self.length, self.k, self.c, self.n
         generator = torch.Generator().manual_seed(0)
@@ -94,15 +96,9 @@ class TextbookLoop:
         u = t["u"] if t["u"].dim() == 4 else t["u"].unsqueeze(2).expand(b, length, k, c)
 
         def visited(x: Tensor) -> Tensor:
-            return (
-                torch.stack([x[:, order, i] for i, order in enumerate(orders)], 1)
-                .transpose(2, 3)
-                .contiguous()
-            )
+            return torch.stack([x[:, order, i] for i, order in enumerate(orders)], 1).transpose(2, 3).contiguous()
 
-        self.u, self.delta, self.B, self.C = (
-            visited(x) for x in (u, t["delta"], t["B"], t["C"])
-        )  # (b, k, c or n, t)
+        self.u, self.delta, self.B, self.C = (visited(x) for x in (u, t["delta"], t["B"], t["C"]))  # (b, k, c or n, t)
         self.A, self.D, self.bias = t["A"], t["D"], t["delta_bias"]
 
     def __call__(self) -> Tensor:
@@ -122,14 +118,10 @@ def check_parity(name: str, found: Tensor, expected: Tensor, dtype: torch.dtype)
     """Ends the program unless ``found`` is the function that is to be timed."""
     error = ((found.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
     if not error <= PARITY[dtype]:
-        sys.exit(
-            f"{name}: not timed, its relative error of {error:.1e} against float64 exceeds {PARITY[dtype]:.0e}"
-        )
+        sys.exit(f"{name}: not timed, its relative error of {error:.1e} against float64 exceeds {PARITY[dtype]:.0e}")
 
 
-def medians(
-    contestants: dict[str, Callable[[], object]], rounds: int, progress: Progress
-) -> dict[str, float]:
+def medians(contestants: dict[str, Callable[[], object]], rounds: int, progress: Progress) -> dict[str, float]:
     """Median seconds of each contestant; every round runs each of them once, after one round of warm-up."""
     # Processor time leaves out what other processes do to a single thread; with more threads it would add
     # them up.
@@ -155,20 +147,16 @@ def bench_op(args: argparse.Namespace, progress: Progress) -> list[dict[str, obj
         shape = SHAPES[key]
         tensors = shape.tensors(dtype)
         loop = TextbookLoop({name: x.float() if x.is_floating_point() else x for name, x in tensors.items()})
-        exact = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
+        exact: dict[str, Any] = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
         expected = selective_scan_naive(**exact)
         check_parity("textbook", loop(), TextbookLoop(exact)(), torch.float32)
         forward: dict[str, Callable[[], object]] = {"textbook": loop}
         both: dict[str, Callable[[], object]] = {}
         for backend in backends:
             check_parity(backend, selective_scan(**tensors, backend=backend), expected, dtype)
-            forward[backend] = lambda backend=backend, t=tensors: selective_scan(**t, backend=backend)
-            leaves = {
-                n: x.clone().requires_grad_() if x.is_floating_point() else x for n, x in tensors.items()
-            }
-            both[backend] = lambda backend=backend, t=leaves: (
-                selective_scan(**t, backend=backend).sum().backward()
-            )
+            forward[backend] = partial(selective_scan, **tensors, backend=backend)
+            leaves = {n: x.clone().requires_grad_() if x.is_floating_point() else x for n, x in tensors.items()}
+            both[backend] = partial(_forward_and_backward, leaves, backend)
         with torch.no_grad():
             seconds = medians(forward, args.rounds, progress)
         seconds_both = medians(both, args.rounds, progress)
@@ -187,12 +175,14 @@ def bench_op(args: argparse.Namespace, progress: Progress) -> list[dict[str, obj
     return rows
 
 
+def _forward_and_backward(tensors: dict[str, Any], backend: str) -> None:
+    selective_scan(**tensors, backend=backend).sum().backward()
+
+
 def bench_model(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
     """Inference and training steps of whole models beside timm's."""
     names = [*args.names, *COMPANIONS]
-    plain = {
-        name: {"img_size": args.size} for name in names if name.startswith(("vim", "lbvim", "deit", "swin"))
-    }
+    plain = {name: {"img_size": args.size} for name in names if name.startswith(("vim", "lbvim", "deit", "swin"))}
     models = {name: timm.create_model(name, **plain.get(name, {})) for name in names}
     images = torch.randn(args.batch, 3, args.size, args.size)
 
@@ -205,8 +195,8 @@ def bench_model(args: argparse.Namespace, progress: Progress) -> list[dict[str, 
         sum(x.square().mean() for x in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
         models[name].zero_grad()
 
-    seconds = medians({name: lambda name=name: infer(name) for name in names}, args.rounds, progress)
-    seconds_train = medians({name: lambda name=name: train(name) for name in names}, args.rounds, progress)
+    seconds = medians({name: partial(infer, name) for name in names}, args.rounds, progress)
+    seconds_train = medians({name: partial(train, name) for name in names}, args.rounds, progress)
     return [
         {
             "model": name,
@@ -235,9 +225,7 @@ def conditions(args: argparse.Namespace) -> dict[str, object]:
         "torch": torch.__version__,
         "backbones": backbones.__version__,
         "commit": commit or "unknown",
-        "arguments": " ".join(
-            f"{key}={value}" for key, value in vars(args).items() if key not in ("run", "csv")
-        ),
+        "arguments": " ".join(f"{key}={value}" for key, value in vars(args).items() if key not in ("run", "csv")),
     }
 
 
@@ -246,9 +234,7 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def show(rows: list[dict[str, object]], facts: dict[str, object]) -> None:
@@ -279,9 +265,7 @@ def write_csv(path: Path, rows: list[dict[str, object]], facts: dict[str, object
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="op|model")
     op = commands.add_parser("op", help="time the operator's backends")
     op.set_defaults(run=bench_op)

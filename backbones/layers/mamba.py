@@ -50,9 +50,7 @@ class MambaMixer(nn.Module):
         d_inner = expand * dim
         self.d_inner, self.d_conv, self.pattern, self.local_window = d_inner, d_conv, pattern, local_window
         self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False, device=device, dtype=dtype)
-        self.conv_weight = nn.Parameter(
-            torch.empty(pattern.num_orders, d_inner, d_conv, device=device, dtype=dtype)
-        )
+        self.conv_weight = nn.Parameter(torch.empty(pattern.num_orders, d_inner, d_conv, device=device, dtype=dtype))
         self.conv_bias = nn.Parameter(torch.empty(pattern.num_orders, d_inner, device=device, dtype=dtype))
         dt_rank = -(-dim // 16) if dt_rank is None else dt_rank
         self.ssm = SelectiveSSM(d_inner, d_state, dt_rank, pattern.num_orders, backend, device, dtype)
@@ -65,16 +63,12 @@ class MambaMixer(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(b, l, dim) to (b, l, dim), where l is height * width of ``grid``, or one more with a class
         token."""
-        in_weight, gate_weight = self.in_proj.weight.chunk(
-            2
-        )  # two products write contiguous rows, one would not
+        in_weight, gate_weight = self.in_proj.weight.chunk(2)  # two products write contiguous rows, one would not
         z = F.linear(x, gate_weight)
         x = F.linear(x, in_weight)
         if self.pattern in _SEQUENCE_PATTERNS:
             orders = self.pattern.orders(1, x.shape[1], x.device)
-            x = torch.stack(
-                [self._convolve(x, k, back) for k, back in enumerate(_SEQUENCE_PATTERNS[self.pattern])]
-            )
+            x = torch.stack([self._convolve(x, k, back) for k, back in enumerate(_SEQUENCE_PATTERNS[self.pattern])])
         else:
             orders = _token_orders(self.pattern, grid, x)
             x = torch.stack([self._convolve_along(x, k, order) for k, order in enumerate(orders.long())])
@@ -105,8 +99,8 @@ def _token_orders(pattern: ScanPattern, grid: tuple[int, int], x: Tensor) -> Ten
     orders = pattern.orders(*grid, x.device)
     if pattern.padded(*grid) or orders.shape[1] != cells:
         raise ValueError(
-            f"pattern: {pattern.name!r} does not visit each cell of a {grid[0]} x {grid[1]} grid once, which a causal "
-            "convolution along its orders needs"
+            f"pattern: {pattern.name!r} does not visit each cell of a {grid[0]} x {grid[1]} grid once, which "
+            "a causal convolution along its orders needs"
         )
     if x.shape[1] == cells:
         return orders

@@ -57,9 +57,7 @@ class SelectiveSSM(nn.Module):
         dt = torch.rand_like(self.dt_proj_bias) * math.log(dt_max / dt_min) + math.log(dt_min)
         dt = dt.exp().clamp(min=dt_floor)
         self.dt_proj_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
-        self.A_log.copy_(
-            torch.arange(1, self.d_state + 1, device=self.A_log.device).log().expand_as(self.A_log)
-        )
+        self.A_log.copy_(torch.arange(1, self.d_state + 1, device=self.A_log.device).log().expand_as(self.A_log))
         self.D.fill_(1)
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,9 +70,7 @@ class SelectiveSSM(nn.Module):
         dt, B, C = x.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return _per_order_linear(dt, self.dt_proj_weight), B, C
 
-    def forward(
-        self, u: Tensor, orders: Tensor | None = None, out: str = "sum", local_window: int = 0
-    ) -> Tensor:
+    def forward(self, u: Tensor, orders: Tensor | None = None, out: str = "sum", local_window: int = 0) -> Tensor:
         """Scans u (b, l, c), or (b, l, k, c) where orders read different inputs; other arguments as
         ``selective_scan``."""
         delta, B, C = self.project(u)

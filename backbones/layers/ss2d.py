@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.layers.selective_ssm import SelectiveSSM
-from backbones.scan_patterns import CROSS, ScanPattern, get_pattern
+from backbones.scan_patterns import CROSS, ScanPattern
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -29,24 +29,7 @@ class DepthwiseConv2d(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def checked_pattern(pattern: ScanPattern | str, default: ScanPattern) -> ScanPattern:
-    """The pattern, or the catalogue's one of that name, if it can stand in for ``default``.
-
-    Raises:
-        ValueError: it has another number of orders, and so would need other parameters.
-    """
-    pattern = get_pattern(pattern)
-    if pattern.num_orders != default.num_orders:
-        raise ValueError(
-            f"pattern: got {pattern.name!r} with {pattern.num_orders} orders, expected {default.num_orders} "
-            f"as {default.name!r} has"
-        )
-    return pattern
-
-
-def scan_grid(
-    ssm: SelectiveSSM, x: Tensor, pattern: ScanPattern, local_window: int = 0, out: str = "sum"
-) -> Tensor:
+def scan_grid(ssm: SelectiveSSM, x: Tensor, pattern: ScanPattern, local_window: int = 0, out: str = "sum") -> Tensor:
     """Scans a map along the orders of ``pattern``, and adds their outputs unless ``out`` is "per_order".
 
     Padded slots of an order read one zero token behind the map: it adds nothing to the state, but the state
@@ -103,9 +86,7 @@ class SS2D(nn.Module):
         super().__init__()
         d_inner = int(ssm_ratio * dim)
         self.pattern, self.local_window, self.gated = pattern, local_window, gated
-        self.in_proj = nn.Linear(
-            dim, 2 * d_inner if gated else d_inner, bias=False, device=device, dtype=dtype
-        )
+        self.in_proj = nn.Linear(dim, 2 * d_inner if gated else d_inner, bias=False, device=device, dtype=dtype)
         self.conv2d = DepthwiseConv2d(d_inner, bias=conv_bias, device=device, dtype=dtype)
         dt_rank = -(-dim // 16) if dt_rank is None else dt_rank
         self.ssm = SelectiveSSM(d_inner, d_state, dt_rank, pattern.num_orders, backend, device, dtype)

@@ -1,7 +1,6 @@
 """The residual block of VMamba and MSVMamba: a mixer, then, where there is one, a feed-forward layer."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from timm.layers import DropPath
@@ -31,7 +30,7 @@ class VSSBlock(nn.Module):
         mlp: Constructor | None = None,
         mlp_ratio: float = 4.0,
         mlp_post_norm: bool = False,
-        norm_layer: Constructor = partial(nn.LayerNorm, eps=1e-5),
+        norm_layer: Constructor = nn.LayerNorm,
         drop_path: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -10,6 +10,8 @@
 torch.Size([2, 6, 4])
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -116,7 +118,7 @@ def _token_dtype(backend: str, u: Tensor, *others: Tensor) -> torch.dtype:
     return u.dtype
 
 
-def _check_tensors(**tensors: Tensor | None) -> None:
+def _check_tensors(**tensors: Any) -> None:
     u = tensors["u"]
     for name, x in tensors.items():
         if x is None and name in ("D", "orders", "delta_bias"):
@@ -141,9 +143,7 @@ def _check_shapes(
     if A.dim() != 3:
         raise ValueError(f"A: got shape {tuple(A.shape)}, expected 3 dimensions (k, c, n)")
     if 0 in delta.shape:
-        raise ValueError(
-            f"delta: got an empty tensor of shape {tuple(delta.shape)}, expected (b, l, k, c) with no 0"
-        )
+        raise ValueError(f"delta: got an empty tensor of shape {tuple(delta.shape)}, expected (b, l, k, c) with no 0")
     b, length, k, c = delta.shape
     n = A.shape[2]
     if n == 0:

@@ -128,7 +128,22 @@ def forward(
     shape = states_shape(b, t, k, c, n) if save else (0,)
     states = (A.new_zeros if local_window > 1 else A.new_empty)(shape)
     results = (y.data_ptr(), states.data_ptr(), *[0] * 7)
-    _call(_loaded().backbones_scan_forward, u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, None, results)
+    _call(
+        _loaded().backbones_scan_forward,
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        orders,
+        delta_bias,
+        delta_softplus,
+        out,
+        local_window,
+        None,
+        results,
+    )
     return y, states
 
 
@@ -143,5 +158,20 @@ def backward(
     dD = A.new_empty((0,) if D is None else D.shape)
     dbias = A.new_empty((0,) if delta_bias is None else delta_bias.shape)
     results = (0, *(x.data_ptr() for x in (states, du, ddelta, dB, dC, dA, dD, dbias)))
-    _call(_loaded().backbones_scan_backward, u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, grad, results)
+    _call(
+        _loaded().backbones_scan_backward,
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        orders,
+        delta_bias,
+        delta_softplus,
+        out,
+        local_window,
+        grad,
+        results,
+    )
     return du, ddelta, dA, dB, dC, dD, dbias

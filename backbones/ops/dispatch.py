@@ -67,9 +67,7 @@ def _problem(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     return BACKENDS[backend].unavailable_reason()
 
 
-_TENSORS = (
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? orders, Tensor? delta_bias"
-)
+_TENSORS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? orders, Tensor? delta_bias"
 _OPTIONS = "bool delta_softplus, str out, int local_window"
 
 
@@ -80,8 +78,7 @@ _OPTIONS = "bool delta_softplus, str out, int local_window"
 )
 def scan_op(*args):  # type: ignore[no-untyped-def]
     """(y, states) of one selective scan."""
-    *args, backend = args
-    return BACKENDS[backend].forward(*args)
+    return BACKENDS[args[-1]].forward(*args[:-1])
 
 
 @torch.library.custom_op(
@@ -92,8 +89,7 @@ def scan_op(*args):  # type: ignore[no-untyped-def]
 )
 def scan_backward_op(*args):  # type: ignore[no-untyped-def]
     """Gradients of u, delta, A, B, C, D, delta_bias."""
-    *args, backend = args
-    return BACKENDS[backend].backward(*args)
+    return BACKENDS[args[-1]].backward(*args[:-1])
 
 
 @scan_op.register_fake

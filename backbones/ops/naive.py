@@ -5,6 +5,8 @@ runs over
 ``unbind``: the gradient of an ``x[:, t]`` would be a zero tensor as large as ``x``.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,11 +52,7 @@ def selective_scan_naive(
         if D is not None:
             y = y + D.to(dtype) * u_steps
         if out == "per_order":
-            y = (
-                y.new_zeros(b, length * k, c)
-                .index_add(1, visits.flatten(), y.flatten(1, 2))
-                .unflatten(1, (length, k))
-            )
+            y = y.new_zeros(b, length * k, c).index_add(1, visits.flatten(), y.flatten(1, 2)).unflatten(1, (length, k))
         elif out == "sum":
             y = y.new_zeros(b, length, c).index_add(1, tokens.flatten(), y.flatten(1, 2))
     return y.to(u.dtype)
@@ -63,9 +61,7 @@ def selective_scan_naive(
 def _states(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, local_window: int) -> list[Tensor]:
     """The (b, k, c, n) state of every step; u, dt (b, t, k, c) and B (b, t, k, n) in visiting order."""
     decays = [torch.exp(dt_t.unsqueeze(-1) * A) for dt_t in dt.unbind(1)]
-    inputs = [
-        x.unsqueeze(-1) * B_t.unsqueeze(-2) for x, B_t in zip((dt * u).unbind(1), B.unbind(1), strict=True)
-    ]
+    inputs = [x.unsqueeze(-1) * B_t.unsqueeze(-2) for x, B_t in zip((dt * u).unbind(1), B.unbind(1), strict=True)]
     states: list[Tensor] = []
     h = torch.zeros_like(inputs[0])
     for decay, x in zip(decays, inputs, strict=True):
@@ -100,9 +96,7 @@ def forward(
         length = delta.shape[1]
         if low < 0 or high >= length:
             found = low if low < 0 else high
-            raise ValueError(
-                f"orders: found token {found}, expected 0..{length - 1} (delta has {length} tokens)"
-            )
+            raise ValueError(f"orders: found token {found}, expected 0..{length - 1} (delta has {length} tokens)")
     y = selective_scan_naive(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window)
     return y, u.new_empty(0, dtype=torch.float32)
 
@@ -112,7 +106,7 @@ def backward(
     delta_bias: Tensor | None, states: Tensor, delta_softplus: bool, out: str, local_window: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """See :mod:`backbones.ops.dispatch`."""
-    inputs = [None if x is None else x.detach().requires_grad_() for x in (u, delta, A, B, C, D, delta_bias)]
+    inputs: Any = [None if x is None else x.detach().requires_grad_() for x in (u, delta, A, B, C, D, delta_bias)]
     u, delta, A, B, C, D, delta_bias = inputs
     with torch.enable_grad():
         y = selective_scan_naive(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window)

@@ -31,6 +31,7 @@ _MODEL = {
     "reported": False,
     "measured": False,
     "input": False,
+    "first_conv": False,
     "notes": False,
 }
 _WEIGHTS = {"url", "hf_hub_id", "hf_hub_filename", "page", "notes"}
@@ -51,7 +52,7 @@ def load_family(name: str) -> dict[str, Any]:
     return content
 
 
-def default_cfgs(name: str) -> dict[str, dict[str, Any]]:
+def default_cfgs(name: str) -> dict[str, Any]:
     """timm's pretrained configurations of a family's models, for ``generate_default_cfgs``."""
     family = load_family(name)
     return {model: _cfg(family, facts) for model, facts in family["models"].items()}
@@ -72,18 +73,14 @@ def _cfg(family: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
         "interpolation": source["interpolation"],
         "crop_pct": source["crop_pct"],
         "num_classes": 1000,
-        "first_conv": family["first_conv"],
+        "first_conv": facts.get("first_conv", family["first_conv"]),
         "classifier": family["classifier"],
         "license": family["license"]["weights"],
         "origin_url": family["repository"]["url"],
         "paper_name": family["paper"]["title"],
         "paper_ids": f"arXiv:{family['paper']['arxiv']}" if "arxiv" in family["paper"] else None,
     }
-    return {
-        field: value
-        for field, value in cfg.items()
-        if value is not None or field in ("first_conv", "classifier")
-    }
+    return {field: value for field, value in cfg.items() if value is not None or field in ("first_conv", "classifier")}
 
 
 def _check(where: str, content: dict[str, Any], fields: dict[str, bool]) -> None:

@@ -1,0 +1,69 @@
+"""The part of timm's model contract that does not depend on the shape of the features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from backbones.checkpoints import WEIGHT_KEYS, KeyRule, StateDict
+
+Constructor = Callable[..., nn.Module]
+layer_norm = partial(nn.LayerNorm, eps=1e-5)
+rms_norm = partial(nn.RMSNorm, eps=1e-5)
+
+# Parameters of a state-space layer that its authors exempt from weight decay, and biases that are stacked
+# over orders.
+_NO_DECAY = ("A_log", "D", "dt_proj_bias", "conv_bias", "pos_embed", "cls_token")
+
+
+class Backbone(nn.Module):
+    """The part of timm's contract that does not depend on the shape of the features."""
+
+    key_rules: ClassVar[Sequence[KeyRule]] = ()  # official names and layouts, see backbones.checkpoints
+
+    weight_keys: ClassVar[Sequence[str]] = WEIGHT_KEYS  # where the authors' training states keep the published weights
+
+    num_classes: int
+    in_chans: int
+    num_features: int
+    head_hidden_size: int
+    grad_checkpointing: bool = False
+    feature_info: list[dict[str, Any]]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades time for memory: blocks are computed again in backward instead of keeping their
+        activations."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that take no weight decay besides the 1-D ones.
+
+        A_log is among them as in Mamba; the official vision repositories mark it but their optimizers never
+        read the mark."""
+        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in _NO_DECAY}
+
+    def adapt_state_dict(self, state_dict: StateDict) -> StateDict:
+        """Fits weights of another input size to this model; raises nothing, the check that follows does."""
+        return state_dict
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image (b, in_chans, height, width) to normalised features."""
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features to logits, or to what the classifier would see."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (b, in_chans, height, width) to logits (b, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def _block(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)

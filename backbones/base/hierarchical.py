@@ -1,0 +1,215 @@
+"""Hierarchical backbones: four stages of channels-last maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead, trunc_normal_
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from backbones.base.contract import Backbone, Constructor, layer_norm
+
+_POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")
+
+
+class HierarchicalBackbone(Backbone):
+    """Four stages at strides 4, 8, 16, 32 on channels-last maps (b, height, width, c): the other families.
+
+    Args:
+        stem: constructor called as ``stem(in_chans, dims[0], device=, dtype=)``; takes the image, returns a
+            channels-last map.
+        block: constructor called as ``block(dim, drop_path=rate, device=, dtype=)``; of a sequence, stage i
+            takes the i-th.
+        downsample: constructor called as ``downsample(dims[i], dims[i + 1], device=, dtype=)``, between two
+            stages.
+        depths: blocks of each stage.
+        dims: width of each stage.
+        in_chans: channels of the image.
+        num_classes: size of the classifier, 0 for none.
+        global_pool: "avg", "max" or another of timm's poolings, or "" for none.
+        stage_norm: constructor of a norm at the end of every stage but the last, or None.
+        final_norm: constructor of the norm before pooling.
+        head: constructor called as ``head(dims[-1], num_classes, pool_type=, drop_rate=, input_fmt="NHWC",
+            device=, dtype=)``, with timm's ``ClassifierHead`` as the model.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+    """
+
+    def __init__(
+        self,
+        stem: Constructor,
+        block: Constructor | Sequence[Constructor],
+        downsample: Constructor,
+        depths: Sequence[int] = (2, 2, 9, 2),
+        dims: Sequence[int] = (96, 192, 384, 768),
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        stage_norm: Constructor | None = None,
+        final_norm: Constructor = layer_norm,
+        head: Callable[..., Any] = ClassifierHead,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        blocks = [block] * len(depths) if callable(block) else list(block)
+        if not len(blocks) == len(depths) == len(dims):
+            raise ValueError(
+                f"depths: got {len(depths)} stages, dims {len(dims)} and block {len(blocks)}; they must agree"
+            )
+        _check_pool(global_pool)
+        self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, dims[-1]
+        self.stem = stem(in_chans, dims[0], **dd)
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        self.stages: Any = nn.ModuleList()
+        self.downsamples = nn.ModuleList()
+        self.feature_info = []
+        for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
+            last = i == len(dims) - 1
+            layers = [blocks[i](dim, drop_path=next(rates), **dd) for _ in range(depth)]
+            norm = stage_norm(dim, **dd) if stage_norm is not None and not last else nn.Identity()
+            self.stages.append(Stage(layers, norm))
+            if not last:
+                self.downsamples.append(downsample(dim, dims[i + 1], **dd))
+            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+        self.norm = final_norm(dims[-1], **dd)
+        self.head = head(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd)
+        self.head_hidden_size = self.head.num_features
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Linear layers from a truncated normal (std 0.02) with zero bias; the rest keeps what its module
+        drew."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def global_pool(self) -> str:
+        """Name of the pooling before the classifier."""
+        return self.head.global_pool.pool_type
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters by depth, for layer-wise learning rates; a downsampling counts to the
+        stage it leads to."""
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)"
+        return {
+            "stem": r"^stem",
+            "blocks": [
+                (r"^downsamples\.(\d+)", (0,)),
+                (blocks, None),
+                (r"^stages\.(\d+)\.norm", (0,)),
+                (r"^norm", (99999,)),
+            ],
+        }
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier, freshly initialised, and the pooling where given; 0 classes remove it."""
+        _check_pool(global_pool)
+        self.num_classes = num_classes
+        self.head.reset(num_classes, pool_type=global_pool)
+        if isinstance(self.head.fc, nn.Linear):
+            trunc_normal_(self.head.fc.weight, std=0.02)
+            nn.init.zeros_(self.head.fc.bias)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image to a normalised channels-last map (b, height / 32, width / 32, num_features), sizes rounded
+        as the stem does."""
+        x = self._stem(x)
+        for i in range(len(self.stages)):
+            x = self._stage(i, x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Channels-last map to logits."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Maps at the end of the stages of ``indices`` (the last n for a number, all for None), and the final
+        features.
+
+        Args:
+            x: (b, in_chans, height, width).
+            indices: stages to take.
+            norm: apply the final norm to the last stage's map.
+            stop_early: end with the last stage taken; the final features are then those of that stage,
+                without the final norm.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: return the list alone.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NHWC'")
+        take, last = feature_take_indices(len(self.stages), indices)
+        final = len(self.feature_info) - 1
+        x = self._stem(x)
+        taken = []
+        for i in range(last + 1 if stop_early else len(self.stages)):
+            x = self._stage(i, x)
+            if i in take:
+                feature = self.norm(x) if norm and i == final else x
+                taken.append(feature.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else feature)
+        if intermediates_only:
+            return taken
+        return (self.norm(x) if i == final else x), taken
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops what the features of ``indices`` do not need; returns their absolute indices."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        self.stages, self.downsamples = self.stages[: last + 1], self.downsamples[:last]
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take
+
+    def _stem(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        smallest = self.feature_info[-1]["reduction"]
+        if height < smallest or width < smallest:
+            raise ValueError(f"x: got an image of {height} x {width} pixels, expected at least {smallest} x {smallest}")
+        return self.stem(x)
+
+    def _stage(self, i: int, x: Tensor) -> Tensor:
+        if i > 0:
+            x = self.downsamples[i - 1](x)
+        for block in self.stages[i].blocks:
+            x = self._block(block, x)
+        return self.stages[i].norm(x)
+
+
+def _check_pool(global_pool: str | None) -> None:
+    if global_pool not in (None, *_POOLINGS):
+        raise ValueError(f"global_pool: got {global_pool!r}, expected one of {_POOLINGS}")
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution and the norm that ends them; run by the backbone, which may checkpoint each
+    block."""
+
+    def __init__(self, blocks: Sequence[nn.Module], norm: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm

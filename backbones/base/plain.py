@@ -1,0 +1,278 @@
+"""Plain backbones: patch tokens at one resolution."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, lecun_normal_, to_2tuple, trunc_normal_
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from backbones.base.contract import Backbone, Constructor, rms_norm
+from backbones.checkpoints import StateDict
+from backbones.layers.mamba import MambaBlock
+from backbones.layers.patch_embed import PatchEmbed
+
+_logger = logging.getLogger(__name__)
+
+
+class PlainBackbone(Backbone):
+    """Patch tokens at one resolution through ``depth`` mixers: Vim and LBVim.
+
+    Args:
+        mixer: constructor called as ``mixer(embed_dim, device=, dtype=)``; of a sequence, layers take them in
+            turn.
+        img_size: height and width in pixels that the position embedding is made for.
+        patch_size: side of a patch in pixels.
+        stride: distance between patches in pixels, ``patch_size`` unless given.
+        in_chans: channels of the image.
+        num_classes: size of the classifier, 0 for none.
+        global_pool: "token" (the class token), "avg", "max" (over patches), "map" (attn_pool), or "" for
+            none.
+        embed_dim: width of the tokens.
+        depth: number of blocks.
+        class_token: put a learned token in the middle of the sequence.
+        dynamic_img_size: take images of any size and resample the position embedding to their grid.
+        dynamic_img_pad: pad an image to whole patches, instead of dropping its remainder.
+        norm_layer: constructor of the norms.
+        attn_pool: constructor called as ``attn_pool(embed_dim, device=, dtype=)``, a learned pooling.
+        drop_rate: dropout before the classifier.
+        pos_drop_rate: dropout after the position embedding.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+    """
+
+    def __init__(
+        self,
+        mixer: Constructor | Sequence[Constructor],
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        stride: int | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 192,
+        depth: int = 24,
+        class_token: bool = True,
+        dynamic_img_size: bool = False,
+        dynamic_img_pad: bool = False,
+        norm_layer: Constructor = rms_norm,
+        attn_pool: Constructor | None = None,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        mixers = [mixer] if callable(mixer) else list(mixer)
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.num_features = self.embed_dim = self.head_hidden_size = embed_dim
+        self.num_prefix_tokens = int(class_token)
+        self.dynamic_img_size = dynamic_img_size
+        self.patch_embed = PatchEmbed(patch_size, stride or patch_size, in_chans, embed_dim, dynamic_img_pad, **dd)
+        self.img_size = to_2tuple(img_size)
+        self._check_image(*self.img_size)
+        self.grid_size = self.patch_embed.grid_size(*self.img_size)
+        tokens = self.grid_size[0] * self.grid_size[1] + self.num_prefix_tokens
+
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if class_token else None
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, embed_dim, **dd))
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        self.blocks: Any = nn.ModuleList(
+            MambaBlock(
+                norm_layer(embed_dim, **dd),
+                mixers[i % len(mixers)](embed_dim, **dd),
+                DropPath(rate) if rate > 0 else nn.Identity(),
+            )
+            for i, rate in enumerate(rates)
+        )
+        self.norm = norm_layer(embed_dim, **dd)
+        self.attn_pool = attn_pool(embed_dim, **dd) if attn_pool is not None else None
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head: nn.Module = nn.Identity()
+        self.reset_classifier(num_classes, global_pool)
+        self.feature_info = [
+            {"num_chs": embed_dim, "reduction": self.patch_embed.stride, "module": f"blocks.{i}"} for i in range(depth)
+        ]
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Vim's initialisation; what belongs to a mixer alone is initialised there."""
+        lecun_normal_(self.patch_embed.proj.weight)
+        self.patch_embed.proj.get_parameter("bias").zero_()
+        trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            trunc_normal_(self.cls_token, std=0.02)
+        for block in self.blocks:
+            block.mixer.out_proj.weight.div_(len(self.blocks) ** 0.5)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters by depth, for layer-wise learning rates."""
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier, freshly initialised, and the pooling where given; 0 classes remove it."""
+        if global_pool is not None:
+            known: tuple[str, ...] = ("avg", "max", "")
+            if self.cls_token is not None:
+                known = ("token", *known)
+            if self.attn_pool is not None:
+                known = ("map", *known)
+            if global_pool not in known:
+                raise ValueError(f"global_pool: got {global_pool!r}, expected one of {known}")
+            self.global_pool = global_pool
+            if global_pool != "map":
+                self.attn_pool = None
+        self.num_classes = num_classes
+        like: dict[str, Any] = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
+        self.head = nn.Linear(self.embed_dim, num_classes, **like) if num_classes > 0 else nn.Identity()
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def adapt_state_dict(self, state_dict: StateDict) -> StateDict:
+        """Resamples the position embedding of a square grid to this model's grid."""
+        pos_embed = state_dict.get("pos_embed")
+        if pos_embed is None or pos_embed.dim() != 3 or pos_embed.shape[1] == self.pos_embed.shape[1]:
+            return state_dict
+        side = round((pos_embed.shape[1] - self.num_prefix_tokens) ** 0.5)
+        if side * side + self.num_prefix_tokens != pos_embed.shape[1]:
+            return state_dict
+        _logger.info("position embedding resampled from %d x %d to %d x %d", side, side, *self.grid_size)
+        return {**state_dict, "pos_embed": self._resample(pos_embed, (side, side), self.grid_size)}
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image to normalised tokens (b, l, embed_dim)."""
+        x, grid = self._embed(x)
+        for block in self.blocks:
+            x = self._block(block, x, grid)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens to logits."""
+        if self.global_pool == "token":
+            x = x[:, (x.shape[1] - 1) // 2]
+        elif self.attn_pool is not None:
+            x = self.attn_pool(x)
+        elif self.global_pool:
+            patches = self._split_class_token(x)[0]
+            x = patches.mean(1) if self.global_pool == "avg" else patches.amax(1)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        branch: bool = False,
+    ) -> Any:
+        """Features after the blocks of ``indices`` (the last n for a number, all for None), and the final
+        features.
+
+        Args:
+            x: (b, in_chans, height, width).
+            indices: blocks to take.
+            return_prefix_tokens: pair each feature with its class token (b, 1, embed_dim).
+            norm: apply the final norm to each.
+            stop_early: end with the last block taken; the final features are then those of that block.
+            output_fmt: "NCHW" or "NLC", without the class token.
+            intermediates_only: return the list alone.
+            branch: take what a block adds to the stream instead of the stream behind it, as the authors'
+                dense models do.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        x, grid = self._embed(x)
+        taken = []
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            if branch and i in take:
+                feature = self._block(block.branch, x, grid)
+                x = x + block.drop_path(feature)
+            else:
+                feature = x = self._block(block, x, grid)
+            if i in take:
+                patches, prefix = self._split_class_token(self.norm(feature) if norm else feature)
+                if output_fmt == "NCHW":
+                    patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
+                taken.append((patches, prefix) if return_prefix_tokens and prefix is not None else patches)
+        return taken if intermediates_only else (self.norm(x), taken)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops what the features of ``indices`` do not need; returns their absolute indices."""
+        take, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def _check_image(self, height: int, width: int) -> None:
+        smallest = 1 if self.patch_embed.pad else self.patch_embed.patch_size
+        if height < smallest or width < smallest:
+            raise ValueError(f"x: got an image of {height} x {width} pixels, expected at least one patch of {smallest}")
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens with position embedding and class token, and the grid of the patches."""
+        height, width = x.shape[-2:]
+        pos_embed: Tensor = self.pos_embed
+        grid = self.grid_size
+        if self.dynamic_img_size:
+            self._check_image(height, width)
+            grid = self.patch_embed.grid_size(height, width)
+            dynamic = any(isinstance(side, torch.SymInt) for side in grid)  # a comparison would fix the size
+            if dynamic or grid != self.grid_size:
+                pos_embed = self._resample(pos_embed, self.grid_size, grid)
+        elif (height, width) != self.img_size:
+            raise ValueError(
+                f"x: got an image of {height} x {width} pixels, expected {self.img_size[0]} x "
+                f"{self.img_size[1]}; a model made with dynamic_img_size=True takes any size"
+            )
+        x = self.patch_embed(x)
+        if self.cls_token is not None:
+            middle = x.shape[1] // 2
+            x = torch.cat([x[:, :middle], self.cls_token.expand(x.shape[0], -1, -1), x[:, middle:]], dim=1)
+        return self.pos_drop(x + pos_embed), grid
+
+    def _split_class_token(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Patches (b, l, c) and class token (b, 1, c), which stands in the middle."""
+        if self.cls_token is None:
+            return x, None
+        middle = (x.shape[1] - 1) // 2
+        return torch.cat([x[:, :middle], x[:, middle + 1 :]], dim=1), x[:, middle : middle + 1]
+
+    def _resample(self, pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+        """Bicubic, over the patches alone: the class token's slot moves from the old middle to the new one.
+
+        The official code resizes everything but slot 0, which with a middle class token is a patch.
+        """
+        patches, prefix = self._split_class_token(pos_embed)
+        maps = patches.float().transpose(1, 2).unflatten(2, old)
+        maps = F.interpolate(maps, size=new, mode="bicubic", align_corners=False).to(pos_embed.dtype)
+        patches = maps.flatten(2).transpose(1, 2)
+        if prefix is None:
+            return patches
+        middle = patches.shape[1] // 2
+        return torch.cat([patches[:, :middle], prefix, patches[:, middle:]], dim=1)
