@@ -2,7 +2,8 @@
 
 A family states how the authors' names and layouts map to ours as a table of :class:`KeyRule`. The same table
 turns our parameters back into theirs, so that a conversion can be checked in both directions. Nothing is
-skipped in silence: an unknown, missing or misshapen key raises before the model is touched."""
+skipped in silence: an unknown, missing or misshapen key raises before the model is touched.
+"""
 
 import argparse
 import logging

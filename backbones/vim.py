@@ -7,7 +7,8 @@ Original: https://github.com/hustvl/Vim, Apache-2.0. Written from the paper and 
 An image becomes patches; a learned class token is put in the middle of their sequence, and position
 embeddings are added. Every block scans the sequence forwards and backwards, each direction with a causal
 convolution and state-space parameters of its own, and averages the two. The class token, normalised, goes to
-the classifier."""
+the classifier.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +48,7 @@ class Vim(PlainBackbone):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """As the original, whose last pass over all linear layers also zeroes the backward direction's
-        step-size bias."""
+        """As the original, whose last pass over linear layers also zeroes the backward direction's step-size bias."""
         super().init_weights()
         for block in self.blocks:
             block.mixer.ssm.dt_proj_bias[1:].zero_()

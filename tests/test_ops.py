@@ -1,5 +1,4 @@
-"""The selective scan: every backend against float64, autograd, the original's recordings, and torch's own
-checks."""
+"""The selective scan: every backend against float64, autograd, the original's recordings, and torch's own checks."""
 
 import re
 
@@ -19,8 +18,7 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
 def textbook(case: Case, t: dict[str, Tensor | None]) -> Tensor:
-    """The recurrence written as in the papers, one number of one order at a time, windows by their
-    definition."""
+    """The recurrence written as in the papers, one number of one order at a time, windows by their definition."""
     b, length, k, c = t["delta"].shape
     orders = torch.arange(length).expand(k, length) if t["orders"] is None else t["orders"]
     delta = t["delta"] + (0 if t["delta_bias"] is None else t["delta_bias"])
@@ -72,9 +70,7 @@ def test_naive_is_the_textbook_recurrence(case: Case) -> None:
         pytest.skip("the textbook form is quadratic")
     tensors = case.tensors()
     with torch.no_grad():
-        torch.testing.assert_close(
-            scan(case, tensors, "naive"), textbook(case, tensors), rtol=1e-10, atol=1e-10
-        )
+        torch.testing.assert_close(scan(case, tensors, "naive"), textbook(case, tensors), rtol=1e-10, atol=1e-10)
 
 
 @cases
@@ -126,9 +122,7 @@ def test_recorded_windows_of_lbmamba(length: int, backend: str) -> None:
             assert relative_rms(found, expected) <= OPERATOR["float32"], name
 
 
-@pytest.mark.parametrize(
-    "name", ["plain", "repeats and skips", "window, repeats", "per order", "no softplus"]
-)
+@pytest.mark.parametrize("name", ["plain", "repeats and skips", "window, repeats", "per order", "no softplus"])
 def test_gradcheck(name: str) -> None:
     case = CASES[name]
     tensors = Case(**{**vars(case), "b": 1, "length": 5, "c": 2, "n": 2}).tensors()
@@ -140,9 +134,7 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(function, tuple(leaves.values()))
 
 
-@pytest.mark.parametrize(
-    "name", ["plain", "shared u", "no D", "repeats and skips", "window", "per step", "one state"]
-)
+@pytest.mark.parametrize("name", ["plain", "shared u", "no D", "repeats and skips", "window", "per step", "one state"])
 def test_opcheck(name: str, backend: str) -> None:
     case = CASES[name]
     t = case.tensors(torch.float32)
@@ -160,9 +152,7 @@ def test_compiles_whole_and_exports(name: str, backend: str) -> None:
     expected = scan(case, tensors, backend)
     compiled = torch.compile(lambda t: scan(case, t, backend), fullgraph=True, backend="aot_eager")(tensors)
     assert torch.equal(compiled, expected)
-    for found, wanted in zip(
-        gradients(compiled, tensors).values(), gradients(expected, tensors).values(), strict=True
-    ):
+    for found, wanted in zip(gradients(compiled, tensors).values(), gradients(expected, tensors).values(), strict=True):
         torch.testing.assert_close(found, wanted)
 
     class Scan(torch.nn.Module):
@@ -189,9 +179,7 @@ def test_strides_do_not_matter(backend: str) -> None:
     strided = dict(tensors)
     for name in ("u", "delta", "B", "C"):
         b, length, k, m = tensors[name].shape
-        strided[name] = (
-            torch.empty(k, b, length, 2 * m).permute(1, 2, 0, 3)[..., ::2].copy_(tensors[name].detach())
-        )
+        strided[name] = torch.empty(k, b, length, 2 * m).permute(1, 2, 0, 3)[..., ::2].copy_(tensors[name].detach())
     for name in ("A", "D", "delta_bias"):
         strided[name] = tensors[name].detach().movedim(0, -1).contiguous().movedim(-1, 0)
     assert not any(strided[name].is_contiguous() for name in ("u", "delta", "A"))
@@ -231,7 +219,8 @@ BAD = {
     "delta": [(torch.zeros(2, 13, 5), "delta: got shape .* expected 4 dimensions"),
               (torch.zeros(2, 0, 2, 5), "delta: got an empty tensor"),
               (torch.zeros(0, 13, 2, 5), "delta: got an empty tensor")],
-    "A": [(torch.zeros(2, 5), "A: got shape .* expected 3 dimensions"), (torch.zeros(2, 5, 0), "A: got an empty tensor"),
+    "A": [(torch.zeros(2, 5), "A: got shape .* expected 3 dimensions"),
+          (torch.zeros(2, 5, 0), "A: got an empty tensor"),
           (torch.zeros(3, 5, 4), r"A: got shape \(3, 5, 4\), expected \(2, 5, 4\)")],
     "B": [(torch.zeros(2, 13, 2, 3), r"B: got shape \(2, 13, 2, 3\), expected \(2, 13, 2, 4\)")],
     "C": [(torch.zeros(2, 12, 2, 4), "C: got shape")],
@@ -245,9 +234,7 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"), [(n, v, m) for n, rows in BAD.items() for v, m in rows]
-)
+@pytest.mark.parametrize(("name", "value", "message"), [(n, v, m) for n, rows in BAD.items() for v, m in rows])
 def test_bad_tensors_are_named(name: str, value: Tensor, message: str, backend: str) -> None:
     tensors = {key: x if x is None else x.detach() for key, x in PLAIN.tensors(torch.float32).items()}
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,4 @@
-"""Every model against what its original computes, loaded through timm's own route from a file in the official
-layout."""
+"""Every model against what its original computes, through timm's own route, from a file in the official layout."""
 
 import argparse
 from pathlib import Path

@@ -4,7 +4,8 @@
     python tools/benchmark.py model vim_tiny            images per second beside timm's own models
 
 Whatever fails parity is not timed. With --csv, the rows are also written to a file whose header states the
-conditions."""
+conditions.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What every backbone shares: timm's model contract, for plain (one resolution) and hierarchical (four
-stages) models."""
+"""What every backbone shares: timm's model contract, for plain models and for hierarchical ones of four stages."""
 
 from backbones.base.contract import Backbone, Constructor, layer_norm, rms_norm
 from backbones.base.hierarchical import HierarchicalBackbone, Stage

@@ -36,15 +36,15 @@ class Backbone(nn.Module):
     feature_info: list[dict[str, Any]]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades time for memory: blocks are computed again in backward instead of keeping their
-        activations."""
+        """Trades time for memory: blocks are computed again in backward instead of keeping their activations."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that take no weight decay besides the 1-D ones.
 
         A_log is among them as in Mamba; the official vision repositories mark it but their optimizers never
-        read the mark."""
+        read the mark.
+        """
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in _NO_DECAY}
 
     def adapt_state_dict(self, state_dict: StateDict) -> StateDict:

@@ -84,8 +84,7 @@ class HierarchicalBackbone(Backbone):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Linear layers from a truncated normal (std 0.02) with zero bias; the rest keeps what its module
-        drew."""
+        """Linear layers from a truncated normal (std 0.02) with zero bias; the rest keeps what its module drew."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
@@ -98,8 +97,7 @@ class HierarchicalBackbone(Backbone):
         return self.head.global_pool.pool_type
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters by depth, for layer-wise learning rates; a downsampling counts to the
-        stage it leads to."""
+        """Patterns that sort parameters by depth; a downsampling counts to the stage it leads to."""
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)"
         return {
             "stem": r"^stem",
@@ -125,8 +123,7 @@ class HierarchicalBackbone(Backbone):
             nn.init.zeros_(self.head.fc.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Image to a normalised channels-last map (b, height / 32, width / 32, num_features), sizes rounded
-        as the stem does."""
+        """Image to a normalised channels-last map (b, height / 32, width / 32, num_features)."""
         x = self._stem(x)
         for i in range(len(self.stages)):
             x = self._stage(i, x)
@@ -145,8 +142,7 @@ class HierarchicalBackbone(Backbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Maps at the end of the stages of ``indices`` (the last n for a number, all for None), and the final
-        features.
+        """Maps at the end of the stages of ``indices`` (the last n for a number, all for None), and the final features.
 
         Args:
             x: (b, in_chans, height, width).
@@ -206,8 +202,7 @@ def _check_pool(global_pool: str | None) -> None:
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution and the norm that ends them; run by the backbone, which may checkpoint each
-    block."""
+    """Blocks at one resolution and the norm that ends them; run by the backbone, which may checkpoint each block."""
 
     def __init__(self, blocks: Sequence[nn.Module], norm: nn.Module) -> None:
         super().__init__()

@@ -185,8 +185,7 @@ class PlainBackbone(Backbone):
         intermediates_only: bool = False,
         branch: bool = False,
     ) -> Any:
-        """Features after the blocks of ``indices`` (the last n for a number, all for None), and the final
-        features.
+        """Features after the blocks of ``indices`` (the last n for a number, all for None), and the final features.
 
         Args:
             x: (b, in_chans, height, width).

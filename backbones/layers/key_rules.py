@@ -1,5 +1,4 @@
-"""Names that the originals of VMamba, MSVMamba and EfficientVMamba share, as the latter two grew out of the
-first.
+"""Names that the originals of VMamba, MSVMamba and EfficientVMamba share, as the latter two grew out of the first.
 
 A family joins the tables of its own layers; the first rule that fits a name wins, so ``BLOCKS`` comes last.
 """
@@ -11,8 +10,7 @@ from backbones.checkpoints import KeyRule, Layout
 
 
 def grouped(*shape: int) -> Layout:
-    """Splits a first axis that holds one group after the other, (k c, ...), into (k, c, ...) with ``shape`` =
-    k, -1."""
+    """Splits a first axis that holds one group after the other, (k c, ...), into (k, c, ...) with ``shape`` = k, -1."""
     return Layout(lambda x: x.unflatten(0, shape), lambda x: x.flatten(0, len(shape) - 1))
 
 

@@ -15,8 +15,7 @@ _SEQUENCE_PATTERNS = {FORWARD: (False,), REVERSE: (True,), BIDIRECTIONAL: (False
 
 
 class MambaMixer(nn.Module):
-    """Mamba over tokens (b, l, dim): every order has a causal convolution and state-space parameters of its
-    own (Vim, section 3.2).
+    """Mamba over image tokens, each order with its own convolution and state-space parameters (Vim, section 3.2).
 
     Tokens are a height x width grid in raster order, possibly with one class token in the middle. Orders of
     the grid visit the class token at their middle step.
@@ -62,7 +61,8 @@ class MambaMixer(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(b, l, dim) to (b, l, dim), where l is height * width of ``grid``, or one more with a class
-        token."""
+        token.
+        """
         in_weight, gate_weight = self.in_proj.weight.chunk(2)  # two products write contiguous rows, one would not
         z = F.linear(x, gate_weight)
         x = F.linear(x, in_weight)

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 
 class PatchEmbed(nn.Module):
-    """One convolution, its outputs in raster order as tokens. A remainder at the bottom or right is dropped
-    unless padded.
+    """One convolution whose outputs, in raster order, are the tokens; drops a remainder of the image or pads it.
 
     Args:
         patch_size: side of a patch, in pixels.

@@ -16,8 +16,7 @@ def channels_first(x: Tensor) -> Tensor:
 
 
 class PatchStem(nn.Module):
-    """One 4 x 4 convolution of stride 4 and a norm; a remainder of the image at the bottom or right is
-    dropped."""
+    """One 4 x 4 convolution of stride 4 and a norm; a remainder of the image at the bottom or right is dropped."""
 
     def __init__(
         self,
@@ -58,8 +57,7 @@ class ConvStem(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Four neighbours side by side, a norm, a linear layer (Swin, section 3.1); odd sides are padded with
-    zeros."""
+    """Four neighbours side by side, a norm, a linear layer (Swin, section 3.1); odd sides are padded with zeros."""
 
     def __init__(
         self,

@@ -61,8 +61,7 @@ class SelectiveSSM(nn.Module):
         self.D.fill_(1)
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """delta (b, l, k, c), B and C (b, l, k, n) of u (b, l, c) or (b, l, k, c); delta before its bias and
-        softplus."""
+        """delta (b, l, k, c), before bias and softplus, B and C (b, l, k, n) of u (b, l, c) or (b, l, k, c)."""
         if u.dim() == 3:
             x = F.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (self.num_orders, -1))
         else:
@@ -71,8 +70,7 @@ class SelectiveSSM(nn.Module):
         return _per_order_linear(dt, self.dt_proj_weight), B, C
 
     def forward(self, u: Tensor, orders: Tensor | None = None, out: str = "sum", local_window: int = 0) -> Tensor:
-        """Scans u (b, l, c), or (b, l, k, c) where orders read different inputs; other arguments as
-        ``selective_scan``."""
+        """Scans u (b, l, c), or (b, l, k, c) where orders read different inputs; see ``selective_scan``."""
         delta, B, C = self.project(u)
         return selective_scan(
             u,
@@ -91,7 +89,8 @@ class SelectiveSSM(nn.Module):
 
 def _per_order_linear(x: Tensor, weight: Tensor) -> Tensor:
     """(b, l, k, i) times (k, o, i) gives (b, l, k, o), stored as (k, b, l, o): one small GEMM for each order,
-    no copies."""
+    no copies.
+    """
     b, length, k, _ = x.shape
     y = torch.bmm(x.permute(2, 0, 1, 3).reshape(k, b * length, -1), weight.transpose(1, 2))
     return y.unflatten(1, (b, length)).permute(1, 2, 0, 3)

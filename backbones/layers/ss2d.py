@@ -54,8 +54,7 @@ def scan_grid(ssm: SelectiveSSM, x: Tensor, pattern: ScanPattern, local_window: 
 
 
 class SS2D(nn.Module):
-    """Linear, depthwise 3 x 3 convolution, SiLU, scan along every order, norm, optional gate, linear (VMamba,
-    figure 3).
+    """Linear, depthwise 3 x 3 convolution, SiLU, scan along each order, norm, optional gate, linear (VMamba).
 
     Args:
         dim: width of the map.

@@ -37,8 +37,7 @@ def selective_scan(
     local_window: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """Runs k linear recurrences over the same l tokens, each visiting them in its own order (Mamba, algorithm
-    2).
+    """Runs k linear recurrences over the same l tokens, each visiting them in its own order (Mamba, algorithm 2).
 
     With p = orders[k, t] the token visited at step t and dt = softplus(delta[:, p, k] + delta_bias[k])::
 
@@ -109,10 +108,9 @@ def backends() -> dict[str, str | None]:
 
 
 def _token_dtype(backend: str, u: Tensor, *others: Tensor) -> torch.dtype:
-    """One dtype for u, delta, B and C: their own if they agree and the backend reads it, else float32 (or
-    float64)."""
-    if u.dtype == torch.float64 or backend == "naive":
-        return u.dtype
+    """One dtype for u, delta, B and C: their own if they agree and the backend reads it, else float32 (or float64)."""
+    if u.dtype == torch.float64:
+        return torch.float64
     if any(x.dtype != u.dtype for x in others) or (backend == "cpu" and u.dtype == torch.float16):
         return torch.float32
     return u.dtype

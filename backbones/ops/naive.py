@@ -28,7 +28,8 @@ def selective_scan_naive(
     """:func:`backbones.ops.selective_scan` as a loop over steps; arguments and shapes as there, unchecked.
 
     Computes in float32, or in float64 where ``u`` is float64, and returns ``u.dtype``. Differentiable any
-    number of times."""
+    number of times.
+    """
     b, length, k, c = delta.shape
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     if orders is None:

@@ -1,0 +1,129 @@
+"""Dense backbones of OpenMMLab against recordings of the originals' maps, and what configs expect of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS
+from torch import nn
+
+import backbones.mm.backbones  # noqa: F401  (registers the backbones)
+from backbones.checkpoints import CheckpointError
+from backbones.mm import UserError
+from tests import recordings
+from tests.test_parity import official_file, relative
+from tests.tolerances import GROUPMAMBA_INPUT_GRADIENT, GROUPMAMBA_LOGITS, INPUT_GRADIENT, LOGITS
+
+RECORDED = {
+    "vmamba_tiny_s1l8_backbone_1x3x225x230": {"type": "VMamba", "arch": "vmamba_tiny_s1l8"},
+    "msvmamba_nano_backbone_1x3x225x230": {"type": "MSVMamba", "arch": "msvmamba_nano"},
+    "efficientvmamba_tiny_backbone_200x273": {"type": "EfficientVMamba", "arch": "efficientvmamba_tiny"},
+    "groupmamba_tiny_backbone_192x256": {"type": "GroupMamba", "arch": "groupmamba_tiny"},
+    "spatialmamba_tiny_backbone_230x226": {"type": "SpatialMamba", "arch": "spatialmamba_tiny"},
+    "lbvim_tiny_seg_256x320": {
+        "type": "LBVim",
+        "arch": "lbvim_tiny",
+        "out_indices": (5, 11, 17, 23),
+        "model_args": {"norm_layer": nn.LayerNorm},
+    },
+}
+
+
+def build(config: dict, path: Path | None = None, **kwargs: object) -> nn.Module:
+    init = {} if path is None else {"init_cfg": {"type": "Pretrained", "checkpoint": str(path)}}
+    backbone = MODELS.build({**config, **init, **kwargs})
+    backbone.init_weights()
+    return backbone
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_maps_and_input_gradients(name: str, tmp_path: Path) -> None:
+    recording = recordings.load(name)
+    backbone = build(RECORDED[name], official_file(tmp_path, recording)).eval()
+    image = recording.image().requires_grad_()
+    maps = backbone(image)
+    group = "groupmamba" in name
+    means = torch.cat([x.mean((-2, -1)) for x in maps], dim=1)
+    means.square().mean().backward()
+    limit = GROUPMAMBA_LOGITS if group else LOGITS
+    torch.testing.assert_close(means.detach(), recording.arrays["logits"], rtol=0, atol=limit)
+    for i, found in enumerate(maps):
+        assert list(found.shape) == recording.arrays[f"feature{i}_shape"].tolist()
+        crop = recording.arrays[f"feature{i}_crop"]
+        assert relative(found.detach()[:, :8, :4, :4], crop) <= 10 * limit
+    limit = GROUPMAMBA_INPUT_GRADIENT if group else INPUT_GRADIENT
+    assert relative(image.grad[:, :, 8:24, 8:24], recording.arrays["input_grad_crop"]) <= limit
+
+
+@pytest.fixture(scope="module")
+def classifier_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return official_file(tmp_path_factory.mktemp("weights"), recordings.load("msvmamba_nano_cls_2x3x224x224"))
+
+
+NANO = {"type": "MSVMamba", "arch": "msvmamba_nano"}
+
+
+def test_a_classifier_loads_and_what_differs_is_listed(classifier_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    logger = MMLogger.get_current_instance()
+    monkeypatch.setattr(logger, "info", lambda text, *args: lines.append(text % args))
+    build(NANO, classifier_file, out_indices=(0, 2))
+    text = "\n".join(lines)
+    assert "of no use in a backbone: model.downsamples.2." in text
+    assert "model.head.fc.weight" in text
+    assert "not in the file, left fresh: out_norms.0.bias, out_norms.0.weight, out_norms.2.bias" in text
+
+
+def test_another_model_s_weights_are_refused(classifier_file: Path) -> None:
+    with pytest.raises(CheckpointError, match="misshapen: model"):
+        build({**NANO, "arch": "msvmamba_micro"}, classifier_file)
+
+
+def test_our_own_files_and_detectors_load(tmp_path: Path) -> None:
+    backbone = build(NANO)
+    torch.save({"state_dict": {f"backbone.{key}": x for key, x in backbone.state_dict().items()}}, tmp_path / "det.pth")
+    loaded = build(NANO, tmp_path / "det.pth")
+    assert all(torch.equal(x, y) for x, y in zip(backbone.parameters(), loaded.parameters(), strict=True))
+
+
+def test_frozen_stages_stay_in_eval_mode() -> None:
+    backbone = build(
+        {"type": "EfficientVMamba", "arch": "efficientvmamba_tiny"}, frozen_stages=3, norm_eval=True
+    ).train()
+    assert not any(p.requires_grad for p in backbone.model.stages[2].parameters())
+    assert all(p.requires_grad for p in backbone.model.stages[3].parameters())
+    assert not any(m.training for m in backbone.modules() if isinstance(m, nn.BatchNorm2d))
+    assert backbone.model.stages[3].training
+    plain = build({"type": "Vim", "arch": "vim_tiny"}, frozen_stages=1).train()
+    assert not plain.model.pos_embed.requires_grad
+    assert next(plain.model.blocks[1].parameters()).requires_grad
+
+
+def test_checkpointing_changes_nothing() -> None:
+    backbone = build(NANO, with_cp=True, drop_path_rate=0.0).train()
+    image = torch.randn(1, 3, 40, 70)
+    checkpointed = backbone(image)
+    backbone.model.set_grad_checkpointing(False)
+    for found, expected in zip(checkpointed, backbone(image), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("tap", ["stream", "branch"])
+def test_plain_backbones_take_any_size(tap: str) -> None:
+    backbone = build({"type": "Vim", "arch": "vim_tiny"}, tap=tap, out_indices=(1, 3)).eval()
+    with torch.no_grad():
+        assert [tuple(x.shape) for x in backbone(torch.randn(1, 3, 70, 50))] == [(1, 192, 5, 4)] * 2
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"arch": "msvmamba_tinny"}, "'msvmamba_tinny' is no model of MSVMamba; near names are msvmamba_tiny"),
+        ({"out_indices": (0, 4)}, r"out_indices: got \(0, 4\), expected numbers within 0..3"),
+        ({"init_cfg": {"type": "Kaiming"}}, "init_cfg: got .*, expected dict"),
+    ],
+)
+def test_bad_configs_say_what_to_do(config: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build({**NANO, **config})
