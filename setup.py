@@ -1,8 +1,8 @@
 """Package metadata, and the build of the optional C++ kernel of the `cpu` backend.
 
-The kernel is a plain shared library without Python or PyTorch headers, loaded by ctypes: one build serves every version of both, so the
-wheel is tagged py3-none-<platform>. Its inner loops are compiled once per instruction set and chosen at run time. Without a working
-compiler the installation succeeds, and the library runs on its Python operators.
+The kernel is a plain shared library without Python or PyTorch headers, loaded by ctypes: one build serves every version
+of both, so the wheel is tagged py3-none-<platform>. Its inner loops are compiled once per instruction set and chosen at
+run time. Without a working compiler the installation succeeds, and the library runs on its Python operators.
 
 For development: python setup.py build_ext --inplace
 """
@@ -23,7 +23,16 @@ CSRC = "backbones/ops/csrc"
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")  # as backbones/ops/cpu.py expects it
 
 # Never -ffast-math: exp2 relies on the rounding that IEEE prescribes.
-FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi"]
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++17",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+]
 ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"],
     "avx2": ["-mavx2", "-mfma"],
@@ -48,34 +57,35 @@ class BuildKernel(build_ext):
         return str(Path(*fullname.split("."))) + SUFFIX
 
     def build_extension(self, ext: Extension) -> None:
-        x86 = self.compiles("#ifndef __x86_64__\n#error\n#endif\n", FLAGS + ISA_FLAGS["avx512"])
-        openmp = ["-fopenmp"] if self.compiles("#include <omp.h>\nint f() { return omp_get_max_threads(); }\n", ["-fopenmp"], True) else []
-        threads = openmp or ["-pthread"]
+        x86 = self.builds("#ifndef __x86_64__\n#error\n#endif\n", FLAGS + ISA_FLAGS["avx512"])
+        openmp = self.builds("#include <omp.h>\nint f() { return omp_get_max_threads(); }\n", ["-fopenmp"])
+        threads = ["-fopenmp" if openmp else "-pthread"]
         macros = [("SCAN_X86", "1")] if x86 else []
 
-        def compile_one(source: str, name: str, extra_macros: list, flags: list) -> list:
-            return self.compiler.compile(
-                [f"{CSRC}/{source}"],
-                output_dir=f"{self.build_temp}/{name}",
-                macros=macros + extra_macros,
-                extra_postargs=FLAGS + flags,
-            )
-
-        jobs = [("dispatch.cpp", "dispatch", [], threads)]
+        jobs = [("dispatch.cpp", "dispatch", macros, FLAGS + threads)]
         for isa in ISA_FLAGS if x86 else ["baseline"]:
-            jobs.append(("scan_kernels.cpp", isa, [("SCAN_ISA", isa)], ISA_FLAGS[isa]))
-        with ThreadPoolExecutor() as pool:
-            objects = [name for names in pool.map(lambda job: compile_one(*job), jobs) for name in names]
-        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), extra_postargs=threads, target_lang="c++")
+            jobs.append(("scan_kernels.cpp", isa, [*macros, ("SCAN_ISA", isa)], FLAGS + ISA_FLAGS[isa]))
 
-    def compiles(self, source: str, flags: list, link: bool = False) -> bool:
+        def compile_one(job: tuple) -> list:
+            source, name, macros, flags = job
+            folder = f"{self.build_temp}/{name}"
+            return self.compiler.compile([f"{CSRC}/{source}"], folder, macros, extra_postargs=flags)
+
+        with ThreadPoolExecutor() as pool:
+            objects = [name for names in pool.map(compile_one, jobs) for name in names]
+        self.link(objects, self.get_ext_fullpath(ext.name), threads)
+
+    def link(self, objects: list, path: str, flags: list) -> None:
+        self.compiler.link_shared_object(objects, path, extra_postargs=flags, target_lang="c++")
+
+    def builds(self, source: str, flags: list) -> bool:
+        """Whether the compiler makes a library of this source with these flags."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "probe.cpp")
             path.write_text(source, encoding="utf-8")
             try:
-                objects = self.compiler.compile([str(path)], output_dir=folder, extra_postargs=flags)
-                if link:
-                    self.compiler.link_shared_object(objects, f"{folder}/probe.so", extra_postargs=flags, target_lang="c++")
+                objects = self.compiler.compile([str(path)], folder, extra_postargs=flags)
+                self.link(objects, f"{folder}/probe{SUFFIX}", flags)
             except CCompilerError:
                 return False
             return True
@@ -97,7 +107,7 @@ readme = ROOT / "README.md"
 setup(
     name="ssm-backbones",
     version=version(),
-    description="Visual state-space backbones (Vim, VMamba and kin) for timm and OpenMMLab, on any device PyTorch runs on",
+    description="Visual state-space backbones (Vim, VMamba and kin) for timm and OpenMMLab, on any device",
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -105,13 +115,14 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["backbones", "backbones.*"]),
     package_data={"backbones": ["py.typed", "zoo/*.yml", "ops/csrc/*"]},
-    install_requires=["torch>=2.4", "timm>=1.0.15", "einops", "numpy", "pyyaml", "safetensors"],
+    install_requires=["torch>=2.4", "timm>=1.0.22", "einops", "numpy", "pyyaml", "safetensors"],
     extras_require={
         "mm": [
             "onedl-mmengine",
             "onedl-mmcv",
             "onedl-mmdetection",
             "onedl-mmsegmentation",
+            "opencv-python-headless",
             "matplotlib",
             "rich",
             "scikit-learn",
@@ -119,7 +130,17 @@ setup(
         ],
         "triton": ["triton"],
         "onnx": ["onnx", "onnxruntime", "onnxscript"],
-        "dev": ["matplotlib", "mypy", "packaging", "pre-commit", "pytest", "pytest-xdist", "ruff", "scikit-learn", "types-PyYAML"],
+        "dev": [
+            "matplotlib",
+            "mypy",
+            "packaging",
+            "pre-commit",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "scikit-learn",
+            "types-PyYAML",
+        ],
     },
     ext_modules=[Extension("backbones.ops._scan_cpu", [f"{CSRC}/dispatch.cpp", f"{CSRC}/scan_kernels.cpp"])],
     cmdclass={"build_ext": BuildKernel, "bdist_wheel": PlatformWheel},

@@ -1,5 +1,4 @@
-"""From a registered name to a model: timm's ``build_model_with_cfg`` with our own, strict way of loading
-weights."""
+"""From a registered name to a model: timm's ``build_model_with_cfg`` with our own, strict way of loading weights."""
 
 import logging
 from collections.abc import Sequence

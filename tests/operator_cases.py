@@ -39,20 +39,14 @@ class Case:
             "B": normal(b, length, k, n),
             "C": normal(b, length, k, n),
             "D": normal(k, c) if self.skip else None,
-            "delta_bias": (normal(k, c) if self.softplus else normal(k, c).abs() * 0.1)
-            if self.bias
-            else None,
+            "delta_bias": (normal(k, c) if self.softplus else normal(k, c).abs() * 0.1) if self.bias else None,
         }
         narrow = {"u", "delta", "B", "C"}
         for name, x in tensors.items():
             if x is not None:
                 # What a low precision cannot hold is no error of the scan: round before the reference sees
                 # it.
-                x = (
-                    x.to(dtype)
-                    if name in narrow
-                    else x.to(torch.float64 if dtype == torch.float64 else torch.float32)
-                )
+                x = x.to(dtype) if name in narrow else x.to(torch.float64 if dtype == torch.float64 else torch.float32)
                 tensors[name] = x.requires_grad_()
         tensors["orders"] = None
         if self.steps is not None:

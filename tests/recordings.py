@@ -2,7 +2,8 @@
 
 A recording holds an original model's outputs for weights and an image that follow from names, shapes and
 seeds alone, so no weight file is needed: :func:`draw` fills a tensor from its official name, :func:`image`
-draws the input."""
+draws the input.
+"""
 
 import json
 import zlib
@@ -63,8 +64,7 @@ def image(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def draw(name: str, shape: tuple[int, ...]) -> Tensor:
-    """The float32 weights that stand under an official name; the generator is seeded with the name's
-    checksum."""
+    """The float32 weights that stand under an official name; the generator is seeded with the name's checksum."""
     if name.endswith("num_batches_tracked"):
         return torch.zeros(shape, dtype=torch.int64)
     noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)

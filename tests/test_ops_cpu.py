@@ -1,5 +1,4 @@
-"""The C++ kernel: every instruction set, size and layout against float64, determinism over threads,
-errors."""
+"""The C++ kernel: every instruction set, size and layout against float64, determinism over threads, errors."""
 
 import os
 import subprocess
@@ -72,12 +71,16 @@ def run(scan, tensors, grad_seed=1, **options):
     """(y, gradients by name), with a random upstream gradient."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items() if x is not None}
     y = scan(**leaves, **options)
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(grad_seed)).bfloat16().to(y.dtype)  # exact in all
+    grad = (
+        torch.randn(y.shape, generator=torch.Generator().manual_seed(grad_seed)).bfloat16().to(y.dtype)
+    )  # exact in all
     return y.detach(), dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad), strict=True))
 
 
 def reference(tensors, **options):
-    return run(naive.selective_scan_naive, {name: None if x is None else x.double() for name, x in tensors.items()}, **options)
+    return run(
+        naive.selective_scan_naive, {name: None if x is None else x.double() for name, x in tensors.items()}, **options
+    )
 
 
 def error(x, expected):

@@ -108,9 +108,7 @@ def test_notice_says_where_a_licence_is_missing():
 
 def test_no_file_names_a_machine():
     # Assembled here so that this file does not match itself.
-    machine_path = re.compile(
-        r"(?<![\w.\-/~:$}>])/(?:" + "|".join(["work", "root", "home", "Users"]) + r")/[\w.]"
-    )
+    machine_path = re.compile(r"(?<![\w.\-/~:$}>])/(?:" + "|".join(["work", "root", "home", "Users"]) + r")/[\w.]")
     found = []
     for path in repository_files():
         try:
@@ -157,9 +155,7 @@ def test_wheel_built_from_the_source_distribution_is_complete(tmp_path):
     subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True)
     (archive,) = tmp_path.glob("*.tar.gz")
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(tmp_path)]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", *options, str(archive)], check=True, capture_output=True
-    )
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(archive)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
 

@@ -303,13 +303,9 @@ def test_bad_sides(side: object) -> None:
 
 
 def test_bad_order_functions() -> None:
-    with pytest.raises(
-        ValueError, match=r"'flat' must return integers of shape \(1, steps\), got .* \(12,\)"
-    ):
+    with pytest.raises(ValueError, match=r"'flat' must return integers of shape \(1, steps\), got .* \(12,\)"):
         ScanPattern("flat", 1, raster).orders(3, 4)
-    with pytest.raises(
-        ValueError, match=r"'few' must return integers of shape \(4, steps\), got .* \(2, 12\)"
-    ):
+    with pytest.raises(ValueError, match=r"'few' must return integers of shape \(4, steps\), got .* \(2, 12\)"):
         ScanPattern("few", 4, both_ways(raster)).orders(3, 4)
     with pytest.raises(ValueError, match=r"'real' must return integers .* got torch.float32"):
         ScanPattern("real", 1, lambda grid: grid.float()[:1]).orders(3, 4)
@@ -391,9 +387,7 @@ def test_export_with_dynamic_sides(pattern: ScanPattern, strict: bool) -> None:
 
 def test_hilbert_is_not_exported_with_dynamic_sides() -> None:
     sides = {1: torch.export.Dim("height", min=2, max=64), 2: torch.export.Dim("width", min=2, max=64)}
-    with pytest.raises(
-        torch._dynamo.exc.UserError, match="marked height as dynamic but your code specialized"
-    ):
+    with pytest.raises(torch._dynamo.exc.UserError, match="marked height as dynamic but your code specialized"):
         torch.export.export(Gather(HILBERT), (feature_map(6, 10),), dynamic_shapes={"x": sides})
     program = torch.export.export(Gather(HILBERT), (feature_map(6, 10),))
     assert torch.equal(program.module()(feature_map(6, 10)), Gather(HILBERT)(feature_map(6, 10)))

@@ -80,7 +80,7 @@ class HierarchicalBackbone(Backbone):
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
         self.norm = final_norm(dims[-1], **dd)
         self.head = head(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = dims[-1] * self.head.global_pool.feat_mult()
         self.init_weights()
 
     def init_weights(self) -> None:

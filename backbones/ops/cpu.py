@@ -1,7 +1,8 @@
 """The `cpu` backend: a C++ kernel with a plain C interface (`csrc/`), bound by ctypes.
 
-SIMD lanes run across channels, states stay in registers, softplus, exp and D are fused, and backward recomputes the states
-between saved ones. The library knows nothing of Python or PyTorch, so one binary serves every version of both.
+SIMD lanes run across channels, states stay in registers, softplus, exp and D are fused, and backward recomputes the
+states between saved ones. The library knows nothing of Python or PyTorch, so one binary serves every version of both.
+Results are bitwise the same for any number of threads.
 `BACKBONES_CPU_ISA` (avx512, avx2 or baseline) forces a lower instruction set than the best that this CPU has.
 """
 
@@ -13,6 +14,7 @@ import os
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,17 +87,23 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
+def _strides(x: Tensor | None) -> tuple[int, int, int]:
     """Strides of the batch, token and order axes of (b, l, c) or (b, l, k, c)."""
+    if x is None:
+        return (0, 0, 0)
     strides = x.stride()
-    return (*strides[:2], strides[2] if len(strides) == 4 else 0)
+    return (strides[0], strides[1], strides[2] if len(strides) == 4 else 0)
 
 
 def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _call(function, u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, grad, results) -> None:
+def _call(
+    function: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, out: str, local_window: int, grad: Tensor | None,
+    results: tuple[int, ...],
+) -> None:  # fmt: skip
     b, l = u.shape[:2]
     k, c, n = A.shape
     t = l if orders is None else orders.shape[1]
@@ -103,11 +111,12 @@ def _call(function, u, delta, A, B, C, D, orders, delta_bias, delta_softplus, ou
         _CALL.pack(
             b, l, t, k, c, n, u.dtype == torch.bfloat16, u.dim() == 3, delta_softplus, _OUT[out], local_window,
             torch.get_num_threads(), u.data_ptr(), delta.data_ptr(), B.data_ptr(), C.data_ptr(), _pointer(grad),
-            *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *((0, 0, 0) if grad is None else _strides(grad)),
+            *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *_strides(grad),
             A.data_ptr(), _pointer(D), _pointer(delta_bias), _pointer(orders), *results,
         )
     )  # fmt: skip
     if status == _ORDER_OUT_OF_RANGE:
+        assert orders is not None
         found = orders[(orders < 0) | (orders >= l)][0].item()
         raise ValueError(f"orders: found token {found}, expected 0..{l - 1} (delta has {l} tokens)")
     if status == _NO_MEMORY:

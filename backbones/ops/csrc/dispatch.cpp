@@ -1,5 +1,6 @@
-// The C interface: checks the orders, prepares parameters, chooses an instruction set, shares the work out, adds partial sums up.
-// How work is cut into partial sums depends on shapes alone, never on the number of threads, so results are bitwise reproducible.
+// The C interface: checks orders, prepares parameters, chooses an instruction set, shares work out, adds partial sums up.
+// How work is cut into partial sums depends on shapes alone, never on the number of threads, so results are bitwise
+// reproducible.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -10,6 +11,7 @@
 #include <omp.h>
 #else
 #include <atomic>
+#include <system_error>
 #include <thread>
 #endif
 #if defined(__x86_64__)
@@ -97,7 +99,10 @@ void parallel(int64_t threads, int64_t tasks, const F& run) {  // run(thread, ta
     for (int64_t i; (i = next.fetch_add(1)) < tasks;) run(thread, i);
   };
   std::vector<std::thread> pool;
-  for (int64_t i = 1; i < threads; i++) pool.emplace_back(work, i);
+  try {
+    for (int64_t i = 1; i < threads; i++) pool.emplace_back(work, i);
+  } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
+  }
   work(0);
   for (auto& thread : pool) thread.join();
 #endif
@@ -108,7 +113,7 @@ struct Buffer {  // uninitialised floats, aligned to a cache line
     void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
   };
   std::unique_ptr<float, Free> data;
-  explicit Buffer(int64_t floats) : data((float*)::operator new(std::max<int64_t>(floats, 16) * sizeof(float), std::align_val_t(64))) {}
+  explicit Buffer(int64_t floats) : data((float*)::operator new(floats * sizeof(float), std::align_val_t(64))) {}
   float* get() const { return data.get(); }
 };
 
@@ -119,7 +124,8 @@ struct Prepared {
   std::vector<float> parameters;
 };
 
-// Which tokens each order visits, and which visits come first (backward goes through the steps in reverse). False: a token is out of range.
+// Which tokens each order visits, and which visits come first (backward goes through the steps in reverse). False: a token
+// is out of range.
 bool prepare_orders(Prepared& s, bool backwards) {
   Problem& p = s.p;
   if (!p.orders) {
@@ -156,8 +162,8 @@ bool prepare_orders(Prepared& s, bool backwards) {
 void prepare_parameters(Prepared& s) {
   Problem& p = s.p;
   p.cp = round_up(p.c, kPad);
-  s.parameters.assign(p.k * (p.n + 2) * p.cp, 0.0f);
-  float *A2 = s.parameters.data(), *D = A2 + p.k * p.n * p.cp, *bias = D + p.k * p.cp;
+  s.parameters.assign(p.k * (p.n + 2) * p.cp + 2 * kSkew, 0.0f);
+  float *A2 = s.parameters.data(), *D = A2 + p.k * p.n * p.cp + kSkew, *bias = D + p.k * p.cp + kSkew;
   for (int64_t k = 0; k < p.k; k++) {
     for (int64_t ch = 0; ch < p.c; ch++)
       for (int64_t j = 0; j < p.n; j++) A2[(k * p.n + j) * p.cp + ch] = p.A[(k * p.c + ch) * p.n + j] * kLog2e;
@@ -173,6 +179,8 @@ bool prepare(const Call& call, bool backwards, Prepared& s) {
   Problem& p = s.p;
   static_cast<Call&>(p) = call;
   p.window = std::min(p.window, p.t);
+  // A thread is worth waking for this many updates of a state, about 5 microseconds.
+  p.threads = std::min(p.threads, 1 + p.b * p.t * p.k * p.c * p.n / 32768);
   p.chunk = p.window > 1 ? round_up(kChunk, p.window) : kChunk;
   p.chunks = divide_up(p.t, p.chunk);
   if (!prepare_orders(s, backwards)) return false;
@@ -180,7 +188,7 @@ bool prepare(const Call& call, bool backwards, Prepared& s) {
   return true;
 }
 
-// Into how many pieces to cut the channels of each of `tasks`: the fewest that keep all threads about as busy as possible.
+// Into how many pieces to cut the channels of each of `tasks`: the fewest that keep threads about as busy as can be.
 int64_t choose_pieces(int64_t tasks, int64_t units, int64_t threads) {
   auto longest = [&](int64_t pieces) { return divide_up(tasks * pieces, threads) * divide_up(units, pieces); };
   const int64_t most = std::min(units, 4 * threads);
@@ -191,12 +199,13 @@ int64_t choose_pieces(int64_t tasks, int64_t units, int64_t threads) {
   return pieces;
 }
 
-// Runs `kernel` on every image, order (or all orders at once) and piece of channels; pieces are whole numbers of `unit` channels.
+// Runs `kernel` on every image, order (or all orders at once) and piece of channels, a multiple of `unit` wide.
 template <class Scratch, class Kernel>
 void run_tasks(const Problem& p, bool split_orders, int64_t unit, Scratch scratch_size, Kernel kernel) {
   const int64_t orders = split_orders ? p.k : 1, units = divide_up(p.c, unit);
   const int64_t wanted = choose_pieces(p.b * orders, units, p.threads);
-  const int64_t width = divide_up(units, wanted) * unit, pieces = divide_up(p.c, width), tasks = p.b * orders * pieces;
+  const int64_t width = divide_up(units, wanted) * unit, pieces = divide_up(p.c, width);
+  const int64_t tasks = p.b * orders * pieces;
   const int64_t scratch = round_up(scratch_size(p, std::min(width, p.c)), 1024) + 256;
   Buffer buffer(scratch * std::min(p.threads, tasks));
   parallel(p.threads, tasks, [&](int64_t thread, int64_t i) {
@@ -213,27 +222,38 @@ void store_as(float x, uint16_t* to) {
   *to = x == x ? (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
 }
 
+// Image b of (slices, b, l, k, n)
 template <class E>
-void add_slices(const Problem& p, const float* part, E* to) {
+void add_slices(const Problem& p, int64_t b, const float* part, E* to) {
   const int64_t image = p.l * p.k * p.n;
-  parallel(p.threads, p.b, [&](int64_t, int64_t b) {
-    for (int64_t i = b * image; i < (b + 1) * image; i++) {
-      float total = part[i];
-      for (int64_t slice = 1; slice < p.slices; slice++) total += part[slice * p.b * image + i];
-      store_as(total, to + i);
-    }
-  });
+  for (int64_t i = b * image; i < (b + 1) * image; i++) {
+    float total = part[i];
+    for (int64_t slice = 1; slice < p.slices; slice++) total += part[slice * p.b * image + i];
+    store_as(total, to + i);
+  }
 }
 
-// (b, k, n, cp) -> (k, c, n)
-void add_images(const Problem& p, const float* part, int64_t n, float* to) {
-  parallel(p.threads, p.k, [&](int64_t, int64_t k) {
-    for (int64_t ch = 0; ch < p.c; ch++)
-      for (int64_t j = 0; j < n; j++) {
-        float total = 0;
-        for (int64_t b = 0; b < p.b; b++) total += part[((b * p.k + k) * n + j) * p.cp + ch];
-        to[(k * p.c + ch) * n + j] = total;
-      }
+// Order k of (b, k, n, cp), to (k, c, n)
+void add_images(const Problem& p, int64_t k, int64_t n, const float* part, float* to) {
+  for (int64_t ch = 0; ch < p.c; ch++)
+    for (int64_t j = 0; j < n; j++) {
+      float total = 0;
+      for (int64_t b = 0; b < p.b; b++) total += part[((b * p.k + k) * n + j) * p.cp + ch];
+      to[(k * p.c + ch) * n + j] = total;
+    }
+}
+
+template <class E>
+void add_partial_sums(const Problem& p) {
+  parallel(p.threads, p.b + p.k, [&](int64_t, int64_t i) {
+    if (i < p.b) {
+      add_slices(p, i, p.dB_part, (E*)p.dB);
+      add_slices(p, i, p.dC_part, (E*)p.dC);
+    } else {
+      add_images(p, i - p.b, p.n, p.dA_part, p.dA);
+      if (p.D) add_images(p, i - p.b, 1, p.dD_part, p.dD);
+      if (p.bias) add_images(p, i - p.b, 1, p.dbias_part, p.dbias);
+    }
   });
 }
 
@@ -254,24 +274,15 @@ int64_t backward(const Call& call) {
   p.slice = round_up(divide_up(p.c, slices), kLanes);
   p.slices = divide_up(p.c, p.slice);
   const int64_t states = p.b * p.l * p.k * p.n, parameters = p.b * p.k * p.cp;
-  Buffer partial(2 * p.slices * states + parameters * (p.n + 2));
+  Buffer partial(2 * p.slices * states + parameters * (p.n + 2) + 4 * kSkew);
   p.dB_part = partial.get();
-  p.dC_part = p.dB_part + p.slices * states;
-  p.dA_part = p.dC_part + p.slices * states;
-  p.dD_part = p.dA_part + parameters * p.n;
-  p.dbias_part = p.dD_part + parameters;
+  p.dC_part = p.dB_part + p.slices * states + kSkew;
+  p.dA_part = p.dC_part + p.slices * states + kSkew;
+  p.dD_part = p.dA_part + parameters * p.n + kSkew;
+  p.dbias_part = p.dD_part + parameters + kSkew;
   const Kernels& kernels = *current().kernels;
   run_tasks(p, !p.u_shared, p.slice, kernels.backward_scratch, kernels.backward);
-  if (p.bf16) {
-    add_slices(p, p.dB_part, (uint16_t*)p.dB);
-    add_slices(p, p.dC_part, (uint16_t*)p.dC);
-  } else {
-    add_slices(p, p.dB_part, (float*)p.dB);
-    add_slices(p, p.dC_part, (float*)p.dC);
-  }
-  add_images(p, p.dA_part, p.n, p.dA);
-  if (p.D) add_images(p, p.dD_part, 1, p.dD);
-  if (p.bias) add_images(p, p.dbias_part, 1, p.dbias);
+  p.bf16 ? add_partial_sums<uint16_t>(p) : add_partial_sums<float>(p);
   return kOk;
 }
 

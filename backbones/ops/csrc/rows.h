@@ -6,15 +6,18 @@
 namespace scan {
 namespace {
 
-constexpr int64_t kTile = 64;  // channels whose steps are worked on together, in L1
+constexpr int kInterleaved = W == 8 ? 2 : 4;  // vectors whose long dependency chains are interleaved
+constexpr int64_t kAhead = 5;                 // steps from the prefetch of a row to its use
+constexpr int64_t kTile = 64;                 // channels whose steps are worked on together, in L1
 
-// Hands out aligned pieces of one buffer; with a null base it only counts.
+// Hands out aligned pieces of one buffer, kept apart modulo 4096 bytes, else their rows would compete for the same cache
+// sets. With a null base it only counts.
 struct Arena {
   float* base;
   int64_t used = 0;
   float* take(int64_t floats) {
     float* piece = base ? base + used : nullptr;
-    used += round_up(floats, 16);
+    used += round_up(floats, 16) + kSkew;
     return piece;
   }
 };
@@ -26,17 +29,32 @@ struct Target {
   bool wide;    // float although E is bf16
 };
 
-template <class O>
-SCAN_INLINE void emit(O* p, vf x, int64_t lanes, bool first) {
-  store(p, first ? x : x + load(p, lanes), lanes);
+template <int U, class O>
+SCAN_INLINE void emit(O* p, Pack<U> x, int64_t lanes, bool first) {
+  store_pack(p, first ? x : x + load_pack<U>(p, lanes), lanes);
 }
 
-template <class E>
-SCAN_INLINE void emit(const Target& to, int64_t row, int64_t channel, vf x, int64_t lanes, bool first) {
-  if (to.wide)
+template <class E, int U>
+SCAN_INLINE void emit(const Target& to, int64_t row, int64_t channel, Pack<U> x, int64_t lanes, bool first) {
+  if (sizeof(E) == sizeof(float) || to.wide)
     emit((float*)to.base + row * to.row + channel, x, lanes, first);
   else
     emit((E*)to.base + row * to.row + channel, x, lanes, first);
+}
+
+// Calls body(v, lanes, Size<U>) over a row of channels: several vectors at a time, then fewer, the last one with fewer
+// lanes.
+template <int U>
+struct Size {
+  static constexpr int value = U;
+};
+template <int kUnroll = kInterleaved, class F>
+SCAN_INLINE void for_row(int64_t channels, F body) {
+  int64_t v = 0;
+  for (; v + kUnroll * W <= channels; v += kUnroll * W) body(v, kUnroll * W, Size<kUnroll>());
+  for (; v + 2 * W <= channels; v += 2 * W) body(v, 2 * W, Size<2>());
+  for (; v + W <= channels; v += W) body(v, W, Size<1>());
+  if (v < channels) body(v, channels - v, Size<1>());
 }
 
 template <class E>
@@ -70,14 +88,16 @@ SCAN_INLINE const E* at(const void* base, const Strides& s, int64_t b, int64_t r
   return (const E*)base + b * s.b + row * s.l + k * s.k;
 }
 
-SCAN_INLINE void prefetch(const void* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
+// To L2 only: the few line buffers of L1 could not cover the latency of memory.
+template <int U, class E>
+SCAN_INLINE void prefetch(const E* p) {
+  for (int64_t i = 0; i < U * W * (int64_t)sizeof(E); i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
 }
 
 // Rows of B or C of a block of steps, as contiguous floats.
 template <class E>
-void gather_states(const Problem& p, const void* base, const Strides& s, int64_t b, int64_t k, const int32_t* tokens, int64_t steps,
-                   float* to) {
+void gather_states(const Problem& p, const void* base, const Strides& s, int64_t b, int64_t k, const int32_t* tokens,
+                   int64_t steps, float* to) {
   for (int64_t i = 0; i < steps; i++) {
     const E* row = at<E>(base, s, b, tokens[i], k);
     for (int64_t j = 0; j < p.n; j++) to[i * p.n + j] = to_float(row[j]);

@@ -1,4 +1,4 @@
-// What the dispatcher and the kernels share: the call as Python packs it, the prepared problem, and the unit of parallel work.
+// What the dispatcher and the kernels share: the call as Python packs it, the prepared problem, the unit of parallel work.
 #pragma once
 
 #include <cstdint>
@@ -22,14 +22,15 @@ struct Call {
   const float *A, *D, *bias;  // (k, c, n), (k, c) or null, (k, c) or null
   const int32_t* orders;      // (k, t) or null: the identity
   void* y;
-  float* states;  // (b, k, chunks - 1, n, c): the state at the start of every chunk but the first; null: not wanted
+  float* states;  // (b, k, chunks - 1, n, c): the state before every chunk but the first; null: not wanted
   void *du, *ddelta, *dB, *dC;
   float *dA, *dD, *dbias;
 };
 
-constexpr int64_t kChunk = 64;       // steps between two saved states
-constexpr int64_t kPad = 64;         // channels of prepared parameters are padded to a multiple of this
-constexpr int64_t kLanes = 32;        // tasks and slices start at multiples of this, whatever the vector width
+constexpr int64_t kChunk = 64;     // steps between two saved states
+constexpr int64_t kPad = 64;       // channels of prepared parameters are padded to a multiple of this
+constexpr int64_t kLanes = 32;     // tasks and slices start at multiples of this, whatever the vector width
+constexpr int64_t kSkew = 5 * 16;  // floats between buffers, to keep them apart modulo 4096 bytes
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 
@@ -56,7 +57,7 @@ struct Problem : Call {
   float *dD_part, *dbias_part;         // (b, k, cp)
 };
 
-// Orders k0..k1 and channels c0..c1 of one image. c0 is a multiple of kLanes (forward) or of the slice (backward).
+// Orders k0..k1 and channels c0..c1 of image b. c0 is a multiple of kLanes (forward) or of the slice (backward).
 struct Task {
   int64_t b, k0, k1, c0, c1;
 };
