@@ -20,3 +20,9 @@ SAME_FUNCTION = 1e-5
 
 # bfloat16 autocast against float32: 8 bits through some ten to some thirty layers.
 AUTOCAST = 0.15  # relative RMS of the logits
+
+# A GPU against the CPU, relative RMS of the logits: float32 without TF32 in other orders of summation, and bfloat16.
+# GroupMamba multiplies its normalised input back in; bfloat16 on the CPU alone moves its logits by 9e-2.
+GPU = 1e-3
+GPU_AUTOCAST = 3e-2
+GROUPMAMBA_GPU_AUTOCAST = 1e-1

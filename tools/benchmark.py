@@ -122,21 +122,28 @@ def check_parity(name: str, found: Tensor, expected: Tensor, dtype: torch.dtype)
         sys.exit(f"{name}: not timed, its relative error of {error:.1e} against float64 exceeds {PARITY[dtype]:.0e}")
 
 
-def medians(contestants: dict[str, Callable[[], object]], rounds: int, progress: Progress) -> dict[str, float]:
-    """Median seconds of each contestant; every round runs each of them once, after one round of warm-up."""
-    # Processor time leaves out what other processes do to a single thread; with more threads it would add
-    # them up.
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+def medians(
+    contestants: dict[str, Callable[[], object]], rounds: int, progress: Progress, device: str = "cpu"
+) -> dict[str, float]:
+    """Median seconds of each contestant; every round runs each of them once, after two rounds of warm-up."""
+    # Processor time leaves out what other processes do to a single thread; with more threads it would add them up.
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+    def now() -> float:
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return clock()
+
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    task = progress.add_task(", ".join(contestants), total=(rounds + 1) * len(contestants))
-    for _ in range(rounds + 1):
+    task = progress.add_task(", ".join(contestants), total=(rounds + 2) * len(contestants))
+    for _ in range(rounds + 2):
         for name, function in contestants.items():
-            start = clock()
+            start = now()
             function()
-            times[name].append(clock() - start)
+            times[name].append(now() - start)
             progress.advance(task)
     progress.remove_task(task)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+    return {name: statistics.median(values[2:]) for name, values in times.items()}
 
 
 def bench_op(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
@@ -183,31 +190,46 @@ def _forward_and_backward(tensors: dict[str, Any], backend: str) -> None:
 def bench_model(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
     """Inference and training steps of whole models beside timm's."""
     names = [*args.names, *COMPANIONS]
-    plain = {name: {"img_size": args.size} for name in names if name.startswith(("vim", "lbvim", "deit", "swin"))}
-    models = {name: timm.create_model(name, **plain.get(name, {})) for name in names}
-    images = torch.randn(args.batch, 3, args.size, args.size)
+    sized = {name: {"img_size": args.size} for name in names if name.startswith(("vim", "lbvim", "deit", "swin"))}
+    models = {name: timm.create_model(name, **sized.get(name, {})).to(args.device) for name in names}
+    images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
+    for name in args.names:
+        check_model(name, models[name], images[:1], sized.get(name, {}))
+    autocast = partial(torch.autocast, args.device, torch.bfloat16, enabled=args.amp)
 
     def infer(name: str) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), autocast():
             models[name].eval()(images)
 
     def train(name: str) -> None:
-        outputs = models[name].train()(images)
-        sum(x.square().mean() for x in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
+        with autocast():
+            outputs = models[name].train()(images)
+        sum(x.float().square().mean() for x in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
         models[name].zero_grad()
 
-    seconds = medians({name: partial(infer, name) for name in names}, args.rounds, progress)
-    seconds_train = medians({name: partial(train, name) for name in names}, args.rounds, progress)
+    seconds = medians({name: partial(infer, name) for name in names}, args.rounds, progress, args.device)
+    seconds_train = medians({name: partial(train, name) for name in names}, args.rounds, progress, args.device)
     return [
         {
             "model": name,
             "inference img/s": args.batch / seconds[name],
-            f"times {COMPANIONS[0]}": seconds[COMPANIONS[0]] / seconds[name],
-            f"times {COMPANIONS[1]}": seconds[COMPANIONS[1]] / seconds[name],
+            **{f"x {other.split('_')[0]}": seconds[other] / seconds[name] for other in COMPANIONS[:2]},
             "training img/s": args.batch / seconds_train[name],
+            **{f"x {other.split('_')[0]} ": seconds_train[other] / seconds_train[name] for other in COMPANIONS[:2]},
         }
         for name in names
     ]
+
+
+@torch.no_grad()
+def check_model(name: str, model: torch.nn.Module, image: Tensor, options: dict[str, Any]) -> None:
+    """Ends the program unless the model computes what it does on the naive backend."""
+    reference = timm.create_model(name, scan_backend="naive", **options).to(image.device)
+    reference.load_state_dict(model.state_dict())
+    found, expected = model.eval()(image), reference.eval()(image)
+    error = ((found - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
+    if not error <= 1e-3:
+        sys.exit(f"{name}: not timed, its logits differ by {error:.1e} from those of the naive backend")
 
 
 def conditions(args: argparse.Namespace) -> dict[str, object]:
@@ -220,6 +242,7 @@ def conditions(args: argparse.Namespace) -> dict[str, object]:
         check=False,
     ).stdout.strip()
     return {
+        **({"gpu": torch.cuda.get_device_name()} if getattr(args, "device", "cpu") == "cuda" else {}),
         "cpu": _cpu_name(),
         "instruction set": ops.cpu.instruction_set() if ops.backends()["cpu"] is None else "no kernel",
         "threads": torch.get_num_threads(),
@@ -284,6 +307,8 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("names", nargs="+")
     model.add_argument("--size", type=int, default=224, help="side of the images in pixels")
     model.add_argument("--batch", type=int, default=8)
+    model.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    model.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     for command in (op, model):
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--rounds", type=int, default=7, help="timed repetitions of each contestant")
