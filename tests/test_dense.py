@@ -8,7 +8,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
 from torch import nn
 
-import backbones.mm.backbones  # noqa: F401  (registers the backbones)
+import backbones.mm  # noqa: F401  (registers the backbones)
 from backbones.checkpoints import CheckpointError
 from backbones.mm import UserError
 from tests import recordings

@@ -1,0 +1,86 @@
+"""mmengine's Runner with a short console, complete checkpoint loading and several processes on the CPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import mmengine.runner
+import torch
+from mmengine.device import get_device
+from mmengine.dist import is_distributed
+from mmengine.logging import MMLogger
+from mmengine.model import is_model_wrapper
+from mmengine.registry import RUNNERS
+from torch import nn
+
+from .checkpoints import load_weights, read_checkpoint, select_state_dict
+from .errors import UserError
+
+
+def _concerns_the_user(record: logging.LogRecord) -> bool:
+    # mmengine warns about its own use of its own deprecated classes whenever a run starts.
+    return not any(name in record.getMessage() for name in ("FileClient", "HardDiskBackend"))
+
+
+@RUNNERS.register_module(name="BackbonesRunner")
+class Runner(mmengine.runner.Runner):
+    """mmengine's ``Runner`` for any task, configured by the same keys and two more.
+
+    ``verbose``: also print on the console what the log file gets (environment, config, every logged step).
+    ``load_ignore``: modules, such as ``"network.head"``, in which ``load_from`` may differ from the model.
+    """
+
+    def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
+        logger = super().build_logger(log_level, log_file, **kwargs)
+        if not self.cfg.get("verbose", False):
+            for handler in logger.handlers:
+                if not isinstance(handler, logging.FileHandler):
+                    handler.setLevel(logging.WARNING)
+                    handler.addFilter(_concerns_the_user)
+        return logger
+
+    def setup_env(self, env_cfg: dict[str, Any]) -> None:
+        # mmengine selects a CUDA device before it opens the process group, whatever the backend.
+        if self.distributed and get_device() == "cpu" and not is_distributed():
+            if self._launcher != "pytorch":
+                raise UserError(f"launcher {self._launcher!r} needs a GPU; on CPUs use torchrun and 'pytorch'")
+            torch.distributed.init_process_group("gloo")
+        super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        if self.distributed and get_device() == "cpu" and model_wrapper_cfg is None:
+            model_wrapper_cfg = {
+                "type": "MMDistributedDataParallel",
+                "device_ids": None,
+                "broadcast_buffers": False,
+                "find_unused_parameters": self.cfg.get("find_unused_parameters", False),
+            }
+        return super().wrap_model(model_wrapper_cfg, model)
+
+    def load_checkpoint(
+        self,
+        filename: str,
+        map_location: Any = "cpu",
+        strict: bool = True,
+        revise_keys: Sequence[tuple[str, str]] = (),
+    ) -> dict[str, Any]:
+        """Load ``filename`` into the model in full, without running code from it.
+
+        Raises:
+            CheckpointError: the file cannot be read, or weights are missing, unknown or misshapen; named.
+            ValueError: ``strict=False`` or ``revise_keys``, which hide such weights.
+        """
+        if not strict or revise_keys:
+            raise ValueError("strict=False and revise_keys are not supported; set load_ignore in the config")
+        checkpoint = read_checkpoint(filename, map_location)
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        weights = select_state_dict(checkpoint, filename)
+        ignore = () if self._resume else self.cfg.get("load_ignore", ())
+        if ignored := load_weights(model, weights, filename, ignore):
+            self.logger.warning(f"not loaded from {filename} (load_ignore): {', '.join(ignored)}")
+        self._has_loaded = True
+        self.logger.info(f"loaded {filename}")
+        return checkpoint

@@ -1,0 +1,150 @@
+"""backbones.mm.checkpoints: whole files, safe reading, complete loading."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("mmengine")
+
+from mmengine.fileio import get_file_backend
+from mmengine.logging import HistoryBuffer
+
+from backbones.checkpoints import CheckpointError
+from backbones.mm import checkpoints
+
+
+@pytest.fixture
+def backend() -> checkpoints.AtomicBackend:
+    return get_file_backend(backend_args={"backend": "atomic"})
+
+
+def test_failed_write_leaves_the_old_file(
+    backend: checkpoints.AtomicBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.pth"
+    backend.put(b"old", path)
+
+    def no_space(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        with pytest.raises(OSError, match="no space"):
+            backend.put(b"new", path)
+    assert path.read_bytes() == b"old"
+    backend.put(b"new", path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pth"]
+    assert path.read_bytes() == b"new"
+
+
+def test_removal_waits_for_the_next_whole_file(
+    backend: checkpoints.AtomicBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = str(tmp_path / "epoch_1.pth"), str(tmp_path / "epoch_2.pth")
+    backend.put(b"1", first)
+    backend.remove(first)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        backend.put(b"2", second)
+    assert Path(first).exists()
+    monkeypatch.undo()
+    # Another instance, as CheckpointHook uses one to remove and one to write.
+    get_file_backend(backend_args={"backend": "atomic"}).put(b"2", second)
+    assert not Path(first).exists()
+    backend.remove(second)
+    backend.put(b"2 again", second)
+    assert Path(second).read_bytes() == b"2 again"
+
+
+def test_plain_values_survive_a_weights_only_file(tmp_path: Path) -> None:
+    history = HistoryBuffer([0.5, 0.25], [1, 2])
+    state = {
+        "loss": history,
+        "score": np.float64(0.5),
+        "palette": [np.arange(3)],
+        "name": "x",
+        "pair": (1, None),
+    }
+    torch.save(checkpoints.to_plain(state), tmp_path / "plain.pth")
+    read = checkpoints.read_checkpoint(tmp_path / "plain.pth")
+    restored = checkpoints.to_history(read["loss"])
+    assert isinstance(restored, HistoryBuffer)
+    for expected, actual in zip(history.data, restored.data, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    restored.update(0.125)
+    assert read["score"] == 0.5
+    assert read["palette"][0].tolist() == [0, 1, 2]
+    assert (read["name"], read["pair"]) == ("x", (1, None))
+    assert checkpoints.to_history({"history": 1}) == {"history": 1}
+
+
+class Foreign:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("code-was-run",)
+
+
+def test_unreadable_files_are_named_and_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = Path("whole.pth")
+    torch.save({"state_dict": {"weight": torch.zeros(100)}}, whole)
+    Path("truncated.pth").write_bytes(whole.read_bytes()[:-200])
+    Path("empty.pth").touch()
+    Path("text.pth").write_text("<html>")
+    torch.save({"state_dict": Foreign()}, "foreign.pth")
+    torch.save([1, 2], "list.pth")
+    with pytest.raises(CheckpointError, match=r"foreign\.pth .* holds .*mkdir"):
+        checkpoints.read_checkpoint("foreign.pth")
+    for name in ("truncated.pth", "empty.pth", "text.pth", "foreign.pth", "list.pth", "absent.pth"):
+        with pytest.raises(CheckpointError, match=name):
+            checkpoints.read_checkpoint(name)
+    assert not Path("code-was-run").exists()
+
+
+@pytest.mark.parametrize("content", [{"model": {"weight": torch.zeros(1)}}, {"state_dict": {"weight": 1}}])
+def test_file_without_weights_lists_its_entries(content: dict[str, object]) -> None:
+    with pytest.raises(CheckpointError, match=rf"x\.pth.*{next(iter(content))}"):
+        checkpoints.select_state_dict(content, "x.pth")
+
+
+def test_misfits_are_named_and_the_model_is_untouched() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = {f"module.{name}": value + 1 for name, value in before.items()}
+    weights["module.1.weight"] = torch.zeros(5, 3)
+    weights["module.head"] = weights.pop("module.0.bias")
+    weights = checkpoints.select_state_dict({"state_dict": weights}, "x.pth")
+    with pytest.raises(CheckpointError) as error:
+        checkpoints.load_weights(model, weights, "x.pth")
+    for word in ("x.pth", "0.bias", "head", "1.weight", "(5, 3)", "(4, 3)"):
+        assert word in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_ignored_modules_keep_their_weights() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    before = model[1].weight.clone()
+    weights = {name: value + 1 for name, value in model.state_dict().items()}
+    weights["1.weight"] = torch.zeros(5, 3)
+    assert checkpoints.load_weights(model, weights, "x.pth", ignore=["1"]) == ["1.weight"]
+    assert torch.equal(model[0].weight, weights["0.weight"])
+    assert torch.equal(model[1].weight, before)
+
+
+def test_latest_checkpoint(tmp_path: Path) -> None:
+    assert checkpoints.find_latest(tmp_path) is None
+    for name in ("epoch_2.pth", "epoch_10.pth", "best_accuracy_top1_epoch_11.pth", "epoch_x.pth"):
+        (tmp_path / name).touch()
+    pointer = tmp_path / "last_checkpoint"
+    assert checkpoints.find_latest(tmp_path) == tmp_path / "epoch_10.pth"
+    pointer.touch()  # killed between truncation and writing
+    assert checkpoints.find_latest(tmp_path) == tmp_path / "epoch_10.pth"
+    pointer.write_text("/another/machine/epoch_2.pth")  # the run was moved
+    assert checkpoints.find_latest(tmp_path) == tmp_path / "epoch_2.pth"
+    pointer.write_text("/another/machine/epoch_11.pth")  # killed before the file was complete
+    assert checkpoints.find_latest(tmp_path) == tmp_path / "epoch_10.pth"

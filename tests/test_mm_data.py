@@ -1,0 +1,149 @@
+"""ImageFolder: labels, damaged files, classes that do not match, seeds of workers."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("mmengine")
+
+from mmengine.runner import Runner
+
+from backbones.mm import ImageFolder, UserError, collate_images
+
+TRANSFORM = {"input_size": 8, "crop_pct": 1.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+FORMATS = ("png", "jpg", "jpeg")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Classes 2, 10 and 9, whose alphabetical order is not the natural one; the grey level is the class."""
+    for name in ("2", "10", "9"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("L", (12, 8), int(name)).save(tmp_path / "val" / name / "a.png")
+    return tmp_path
+
+
+def test_items_and_classes(root: Path) -> None:
+    dataset = ImageFolder(str(root), "val", TRANSFORM, num_classes=3)
+    assert dataset.metainfo == {"classes": ("2", "9", "10")}
+    batch = collate_images([dataset[i] for i in range(len(dataset))])
+    assert batch["inputs"].shape == (3, 3, 8, 8)
+    grey = (batch["inputs"].mean(dim=(1, 2, 3)) * 255).round().int().tolist()
+    assert [dataset.metainfo["classes"][i] for i in batch["targets"]] == [str(g) for g in grey]
+
+
+def test_missing_split_and_missing_class(root: Path) -> None:
+    # timm would take the parent folder, whose classes are those of all splits together.
+    with pytest.raises(UserError, match="train does not exist"):
+        ImageFolder(str(root), "train", TRANSFORM)
+    with pytest.raises(UserError, match="has 3 classes, expected num_classes=4"):
+        ImageFolder(str(root), "val", TRANSFORM, num_classes=4)
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes(64) + content[middle + 64 :])
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty"])
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_unreadable_image_is_named(root: Path, suffix: str, how: str) -> None:
+    path = root / "val" / "9" / f"damaged.{suffix}"
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    damage(path, how)
+    dataset = ImageFolder(str(root), "val", TRANSFORM)
+    index = dataset.reader.filenames(absolute=True).index(str(path))
+    with pytest.raises(UserError, match=rf"cannot read image .*damaged\.{suffix}"):
+        dataset[index]
+
+
+def test_zeroed_bytes_never_raise_anything_else(root: Path) -> None:
+    # Where the damage does not show, the image is used; else the error must be ours.
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    for suffix in FORMATS:
+        path = root / "val" / "9" / f"damaged.{suffix}"
+        Image.fromarray(noise).save(path)
+        damage(path, "zeroed")
+    dataset = ImageFolder(str(root), "val", TRANSFORM, skip_unreadable=True)
+    samples = [dataset[i] for i in range(len(dataset))]
+    assert len([s for s in samples if s is not None]) >= 3
+
+
+def test_skipped_images_are_logged_and_left_out(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr("backbones.mm.datasets.print_log", lambda message, logger, level: logged.append(message))
+    (root / "val" / "9" / "b.png").write_bytes(b"not an image")
+    dataset = ImageFolder(str(root), "val", TRANSFORM, skip_unreadable=True)
+    samples = [dataset[i] for i in range(len(dataset))]
+    assert sum(sample is None for sample in samples) == 1
+    assert collate_images(samples)["targets"].tolist() == [0, 1, 2]
+    assert len(logged) == 1
+    assert str(root / "val" / "9" / "b.png") in logged[0]
+    with pytest.raises(UserError, match="all 2 images of a batch are unreadable"):
+        collate_images([None, None])
+
+
+def test_loader_stops_or_skips(root: Path) -> None:
+    (root / "val" / "9" / "b.png").write_bytes(b"not an image")
+
+    def batches(skip: bool) -> list[Any]:
+        dataset = {"type": "ImageFolder", "data_root": str(root), "split": "val", "transform": TRANSFORM}
+        loader = {
+            "batch_size": 2,
+            "num_workers": 1,
+            "dataset": {**dataset, "skip_unreadable": skip},
+            "sampler": {"type": "DefaultSampler", "shuffle": False},
+            "collate_fn": {"type": "collate_images"},
+        }
+        return list(Runner.build_dataloader(loader, seed=0))
+
+    with pytest.raises(UserError, match=r"b\.png"):
+        batches(skip=False)
+    assert [len(batch["targets"]) for batch in batches(skip=True)] == [2, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_augmentation_changes_between_epochs_and_repeats_with_the_seed(root: Path, workers: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(root / "val" / "9" / "c.png")
+    transform = {"input_size": 8, "is_training": True, "color_jitter": None}
+    loader = Runner.build_dataloader(
+        {
+            "batch_size": 4,
+            "num_workers": workers,
+            "dataset": {
+                "type": "ImageFolder",
+                "data_root": str(root),
+                "split": "val",
+                "transform": transform,
+            },
+            "sampler": {"type": "DefaultSampler", "shuffle": False},
+            "collate_fn": {"type": "collate_images"},
+            "worker_init_fn": {"type": "keep_worker_seed"},
+        },
+        seed=0,
+    )
+
+    def epoch(seed: int | None) -> torch.Tensor:
+        if seed is not None:
+            random.seed(seed)
+            torch.manual_seed(seed)
+        return next(iter(loader))["inputs"]
+
+    first, second, again = epoch(1), epoch(None), epoch(1)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)

@@ -1,0 +1,66 @@
+#!/usr/bin/env python
+"""Train what a config describes; the task follows from the config.
+
+python tools/train.py configs/digits/vim-tiny_digits.py
+python tools/train.py configs/digits/vim-tiny_digits.py --resume
+torchrun --nproc_per_node=2 tools/train.py CONFIG --launcher pytorch
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+# Must come before PyTorch. Threads that spin while they wait stall small models on a busy machine: on two shared
+# cores a step of vim_tiny at 24 x 24 took 9 s instead of 0.3 s.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from mmengine.device import get_device
+
+from backbones.mm.checkpoints import find_latest
+from backbones.mm.cli import add_common_arguments, load_config, run_tool
+from backbones.mm.errors import UserError
+from backbones.mm.runner import Runner
+
+
+def main() -> None:
+    """Read the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a file under configs/")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from CHECKPOINT, or from the newest one",
+    )
+    parser.add_argument(
+        "--amp",
+        nargs="?",
+        const="bfloat16",
+        choices=("bfloat16", "float16"),
+        help="automatic mixed precision",
+    )
+    add_common_arguments(parser)
+    args = parser.parse_args()
+
+    config = load_config(args)
+    if args.amp == "bfloat16":
+        config.optim_wrapper.type = "BFloat16OptimWrapper"
+    elif args.amp == "float16":
+        if get_device() == "cpu":
+            raise UserError("--amp float16 needs a GPU; on a CPU use --amp bfloat16")
+        config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+    if args.resume:
+        checkpoint = find_latest(config.work_dir) if args.resume == "auto" else args.resume
+        if checkpoint is None:
+            print(f"no checkpoint in {config.work_dir} yet: training starts from the beginning")
+        else:
+            config.update(resume=True, load_from=str(checkpoint))
+    elif latest := find_latest(config.work_dir):
+        raise UserError(f"{latest} is of an earlier run: add --resume to go on with it, or choose another --work-dir")
+    Runner.from_cfg(config).train()
+
+
+if __name__ == "__main__":
+    run_tool(main)
