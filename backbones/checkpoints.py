@@ -27,7 +27,7 @@ StateDict = dict[str, Tensor]
 # Where files keep their weights, the first found wins. Averaged weights come last: the published accuracies
 # of the families that store both belong to the plain ones.
 WEIGHT_KEYS = ("model", "state_dict", "model_ema", "state_dict_ema", "ema_model")
-_WRAPPERS = ("module.", "_orig_mod.")
+_WRAPPERS = ("module.", "_orig_mod.", "network.")  # the last is our own ImageClassifier
 
 
 class CheckpointError(ValueError):
@@ -78,24 +78,13 @@ def read(path: str | Path, keys: Sequence[str] = WEIGHT_KEYS) -> StateDict:
             is the dict.
 
     Returns:
-        Names and tensors on the CPU, without ``module.`` or ``_orig_mod.`` prefixes.
+        Names and tensors on the CPU, without the prefixes of modules that wrap a model.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: the file is truncated, holds foreign classes, or no dict of tensors.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weight file at {path}")
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it needs the class {named[1]}" if named else "it is no plain pickle of tensors"
-        raise CheckpointError(f"{path}: refused, {what}, and code from a weight file is never run") from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: truncated or no weight file: {error}") from error
-
+    content = load(path)
     if isinstance(content, Mapping):
         content = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not content:
@@ -106,15 +95,30 @@ def read(path: str | Path, keys: Sequence[str] = WEIGHT_KEYS) -> StateDict:
     return {_unwrap(name): x for name, x in content.items()}
 
 
-def _torch_load(path: Path) -> Any:
+def load(path: str | Path, map_location: Any = "cpu") -> Any:
+    """The whole content of a ``.safetensors`` file or of a PyTorch checkpoint, see :func:`read`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file at {path}")
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else _torch_load(path, map_location)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it needs the class {named[1]}" if named else "it is no plain pickle of tensors"
+        raise CheckpointError(f"{path}: refused, {what}, and code from a weight file is never run") from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: truncated or no weight file: {error}") from error
+
+
+def _torch_load(path: Path, map_location: Any) -> Any:
     allowed: list[Any] = [argparse.Namespace]
     if hasattr(torch.serialization, "safe_globals"):
         # The configuration in Swin-style training states; as a plain dict it needs no yacs.
         allowed.append((OrderedDict, "yacs.config.CfgNode"))
         with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True)
     torch.serialization.add_safe_globals(allowed)  # torch 2.4 has no scoped form
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def _unwrap(name: str) -> str:

@@ -57,8 +57,9 @@ def test_plain_weights_win_over_averaged_ones(official: dict[str, Tensor], tmp_p
     assert torch.equal(create("vim_tiny", path).cls_token, official["cls_token"])
 
 
-def test_wrappers_are_peeled_off(official: dict[str, Tensor], tmp_path: Path) -> None:
-    path = save(tmp_path, {"state_dict": {f"module._orig_mod.{key}": x for key, x in official.items()}})
+@pytest.mark.parametrize("prefix", ["module.", "module._orig_mod.", "network."])
+def test_wrappers_are_peeled_off(prefix: str, official: dict[str, Tensor], tmp_path: Path) -> None:
+    path = save(tmp_path, {"state_dict": {prefix + key: x for key, x in official.items()}})
     assert torch.equal(create("vim_tiny", path).cls_token, official["cls_token"])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +12,10 @@ import numpy as np
 import torch
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
+from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
-from backbones.checkpoints import CheckpointError, check
+from backbones.checkpoints import CheckpointError, check, load
 
 # One name per folder: what a killed process leaves behind is overwritten by the next checkpoint.
 _PARTIAL = ".checkpoint.partial"
@@ -65,18 +65,12 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     Raises:
         CheckpointError: no such file, a truncated or foreign file, or a pickle that holds other objects.
     """
-    url = str(path) if str(path).startswith(("http://", "https://")) else None
-    if url is None and not Path(path).is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
+    if str(path).startswith(("http://", "https://")):
+        path = download_cached_file(str(path))
     try:
-        if url is not None:
-            checkpoint = torch.hub.load_state_dict_from_url(url, map_location=map_location, weights_only=True)
-        else:
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"holds {foreign[1]}, not only tensors and plain values" if foreign else "truncated or foreign file"
-        raise CheckpointError(f"checkpoint {path} cannot be read: {reason}") from error
+        checkpoint = load(path, map_location)
+    except FileNotFoundError as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"checkpoint {path} holds a {type(checkpoint).__name__}, expected a dict")
     return checkpoint
