@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, trunc_normal_
+from timm.layers import DropPath, Mlp, SelectAdaptivePool2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ class GroupedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(groups, out_features, in_features, device=device, dtype=dtype))
-        trunc_normal_(self.weight, std=0.02)
+        nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., groups, in_features) to (..., groups, out_features)."""
@@ -215,7 +215,7 @@ class DistilledHead(nn.Module):
             return nn.Identity()
         like = next(self.parameters(), torch.empty(0))
         fc = nn.Linear(self.num_features, self.num_classes, device=like.device, dtype=like.dtype)
-        trunc_normal_(fc.weight, std=0.02)
+        nn.init.normal_(fc.weight, std=0.02)
         nn.init.zeros_(fc.bias)
         return fc
 

@@ -1,6 +1,6 @@
 _base_ = [
     "../_base_/datasets/digits.py",
-    "../_base_/schedules/adamw_cosine_8e.py",
+    "../_base_/schedules/adamw_cosine_6e.py",
     "../_base_/default_runtime.py",
 ]
 

@@ -1,4 +1,4 @@
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=8, val_interval=1)
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=6, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
 
@@ -11,5 +11,5 @@ optim_wrapper = dict(
 
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=True, end=1, convert_to_iter_based=True),
-    dict(type="CosineAnnealingLR", by_epoch=True, begin=1, end=8, eta_min=1e-5, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", by_epoch=True, begin=1, end=6, eta_min=1e-5, convert_to_iter_based=True),
 ]
