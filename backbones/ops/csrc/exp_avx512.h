@@ -31,18 +31,15 @@ SCAN_INLINE Pack<U> scale(Pack<U> x, Pack<U> n) {  // x 2^floor(n)
   SCAN_FOR_ALL((vf)_mm512_maskz_scalef_ps(-1, (__m512)x.v[i], (__m512)n.v[i]));
 }
 
-// 2^x = 2^floor(x) 2^(j/32) 2^r, 0 <= r < 1/32. Adding 1.5 2^18, rounding down, leaves floor(32 x) in the low bits; one
-// instruction gives r, and the last one takes the floor by itself, 0 and inf included. The polynomial (relative error
-// 4e-10) is a degree longer than float32 asks for: what is biased by a part of an ulp piles up in long recurrences.
+// 2^x = 2^n 2^(j/32) 2^r, |r| <= 1/64. Adding 1.5 2^18 leaves 32 n + j in the low bits; one instruction gives r, and the
+// last one takes n = floor(x - r) by itself, 0 and inf included. Near x = 0 the table holds an exact 1, and the polynomial
+// (relative error 6e-10) is a degree longer than float32 asks for: a bias of part of an ulp piles up in long recurrences.
 template <int U>
 SCAN_INLINE Pack<U> exp2(Pack<U> x) {
-  Pack<U> shifted, r, s;
-  const __m512 shift = _mm512_set1_ps(393216.0f);
-  constexpr int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-  for (int i = 0; i < U; i++) shifted.v[i] = (vf)_mm512_maskz_add_round_ps(-1, (__m512)x.v[i], shift, down);
-  for (int i = 0; i < U; i++) r.v[i] = (vf)_mm512_maskz_reduce_ps(-1, (__m512)x.v[i], 5 << 4 | 1);  // 5 bits, down
+  Pack<U> shifted = x + 393216.0f, r, s;
+  for (int i = 0; i < U; i++) r.v[i] = (vf)_mm512_maskz_reduce_ps(-1, (__m512)x.v[i], 5 << 4);  // 5 bits, to nearest
   for (int i = 0; i < U; i++) s.v[i] = power_of(shifted.v[i]);
-  return scale(s * r * ((0x1.ca65fcp-5f * r + 0x1.ebf93ap-3f) * r + 0x1.62e43p-1f) + s, x);
+  return scale(s * r * ((0x1.c6b08ep-5f * r + 0x1.ebfbdep-3f) * r + 0x1.62e43p-1f) + s, x - r);
 }
 
 // e^x for x <= 0 with r = x - n log(2), |r| <= log(2)/64, accurate however small: the rounding of x log2(e) does not
