@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
 from torch import nn
 
 import backbones.mm  # noqa: F401  (registers the backbones)
-from backbones.checkpoints import CheckpointError
+from backbones.checkpoints import CheckpointError, to_ours
 from backbones.mm import UserError
 from tests import recordings
 from tests.test_parity import official_file, relative
@@ -54,6 +55,48 @@ def test_maps_and_input_gradients(name: str, tmp_path: Path) -> None:
         assert relative(found.detach()[:, :8, :4, :4], crop) <= 10 * limit
     limit = GROUPMAMBA_INPUT_GRADIENT if group else INPUT_GRADIENT
     assert relative(image.grad[:, :, 8:24, 8:24], recording.arrays["input_grad_crop"]) <= limit
+
+
+def test_vim_with_the_pyramid_of_its_segmentor(tmp_path: Path) -> None:
+    """The authors' segmentation backbone holds the layers of its pyramid; here a neck has them."""
+    recording = recordings.load("vim_tiny_seg_224")
+    weights = recording.weights()
+    pyramid = nn.ModuleDict(
+        {
+            "fpn1": nn.Sequential(
+                nn.ConvTranspose2d(192, 192, 2, 2), nn.BatchNorm2d(192), nn.GELU(), nn.ConvTranspose2d(192, 192, 2, 2)
+            ),
+            "fpn2": nn.Sequential(nn.ConvTranspose2d(192, 192, 2, 2)),
+            "fpn3": nn.Identity(),
+            "fpn4": nn.MaxPool2d(2),
+        }
+    ).eval()
+    pyramid.load_state_dict({name: weights.pop(name) for name in list(weights) if name.startswith("fpn")})
+    torch.save(weights, tmp_path / "backbone.pth")
+    args = {"class_token": False, "global_pool": "avg"}
+    backbone = build({"type": "Vim", "arch": "vim_tiny"}, tmp_path / "backbone.pth", out_norm=False, model_args=args)
+    image = recording.image().requires_grad_()
+    maps = [layer(x) for layer, x in zip(pyramid.values(), backbone.eval()(image), strict=True)]
+    means = torch.cat([x.mean((-2, -1)) for x in maps], dim=1)
+    means.square().mean().backward()
+    torch.testing.assert_close(means.detach(), recording.arrays["logits"], rtol=0, atol=LOGITS)
+    assert relative(image.grad[:, :, 8:24, 8:24], recording.arrays["input_grad_crop"]) <= INPUT_GRADIENT
+
+
+def test_a_block_of_spatial_mamba(backend: str) -> None:
+    arrays, meta = recordings.load_arrays("spatialmamba_block_unit")
+    model = timm.create_model(
+        "spatialmamba_tiny", dims=(16, 32, 64, 128), depths=(1, 1, 1, 1), scan_backend=backend
+    ).eval()
+    prefix, ours = "layers.0.blocks.0.", "stages.0.blocks.0."
+    official = {prefix + name: recordings.draw(name, tuple(shape)) for name, shape in meta["state_dict"].items()}
+    block = model.get_submodule(ours.rstrip("."))
+    block.load_state_dict({x.removeprefix(ours): value for x, value in to_ours(official, model.key_rules).items()})
+    x = arrays["input"].clone().requires_grad_()
+    y = block(x)
+    y.square().mean().backward()
+    assert relative(y.detach(), arrays["output"]) <= LOGITS
+    assert relative(x.grad, arrays["input_grad"]) <= INPUT_GRADIENT
 
 
 @pytest.fixture(scope="module")
