@@ -90,7 +90,7 @@ class StateScan(SelectiveSSM):
         return selective_scan(
             u.to(torch.promote_types(u.dtype, torch.float32)),
             delta,
-            -torch.exp(self.A_log.float()),
+            self.A,
             B,
             torch.ones_like(B),
             orders=orders,

@@ -1,7 +1,5 @@
 """Fixtures that several test files share."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -22,12 +20,3 @@ def available_backends() -> list[str]:
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that runs here."""
     return request.param
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """PyTorch on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

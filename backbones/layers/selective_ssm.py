@@ -60,6 +60,11 @@ class SelectiveSSM(nn.Module):
         self.A_log.copy_(torch.arange(1, self.d_state + 1, device=self.A_log.device).log().expand_as(self.A_log))
         self.D.fill_(1)
 
+    @property
+    def A(self) -> Tensor:
+        """Decay rates (k, c, n), in float32 at least: half precision would change how long a state remembers."""
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """delta (b, l, k, c), before bias and softplus, B and C (b, l, k, n) of u (b, l, c) or (b, l, k, c)."""
         if u.dim() == 3:
@@ -75,7 +80,7 @@ class SelectiveSSM(nn.Module):
         return selective_scan(
             u,
             delta,
-            -torch.exp(self.A_log.float()),
+            self.A,
             B,
             C,
             self.D,

@@ -111,7 +111,7 @@ def load_weights(
         raise CheckpointError(f"checkpoint {source}: {error}") from None
     own = module.state_dict()
     fitting = {name: x for name, x in state_dict.items() if name in own and own[name].shape == x.shape}
-    module.load_state_dict(fitting, strict=False)
+    module.load_state_dict({**own, **fitting})
     return sorted(own.keys() - fitting.keys())
 
 
