@@ -11,6 +11,7 @@ PY         := $(VENV)/bin/python
 PIP        := $(PY) -m pip
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11))'
 INSTALLED  := $(VENV)/.installed
+OPENMMLAB  := $(VENV)/.openmmlab
 PYTEST     := OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest $(PYTEST_ARGS)
 
 DEMO_CONFIG := configs/digits/vim-tiny_digits.py
@@ -32,10 +33,10 @@ demo: $(INSTALLED) ## train Vim on scanned digits (or go on where it stopped) an
 	@printf 'checkpoint  %s\npicture     %s\n' \
 	    "$(DEMO_DIR)/$$(cat $(DEMO_DIR)/best_checkpoint)" "$(DEMO_DIR)/training.png"
 
-test: $(INSTALLED) ## run the tests that are not marked slow
+test: $(INSTALLED) $(OPENMMLAB) ## run the tests that are not marked slow
 	$(PYTEST)
 
-test-all: $(INSTALLED) ## run every test
+test-all: $(INSTALLED) $(OPENMMLAB) ## run every test
 	$(PYTEST) -m ""
 
 lint: $(INSTALLED) ## check style and formatting
@@ -59,7 +60,7 @@ wheel: $(INSTALLED) ## build a wheel into dist/
 	$(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist
 
 clean: ## remove builds and caches; the environment, data and runs stay
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache $(INSTALLED)
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache $(INSTALLED) $(OPENMMLAB)
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 	find backbones -name '*.so' -delete
 
@@ -75,6 +76,13 @@ $(VENV)/.requirements: $(wildcard requirements/*.txt)
 	fi
 	@$(PY) -c $(NEW_ENOUGH) || { echo "$(VENV) has $$($(PY) -V); remove it, Python 3.11 or newer is needed." >&2; exit 1; }
 	$(PIP) install -r requirements/dev.txt
+	@touch $@
+
+# Where mmcv has no wheel it is compiled here, which takes some ten minutes. Its opencv-python wants display libraries:
+# the headless build, which owns the same files, goes back over it.
+$(OPENMMLAB): $(VENV)/.requirements
+	MMCV_WITH_OPS=1 $(PIP) install --no-build-isolation -r requirements/mm.txt
+	$(PIP) install --no-deps --force-reinstall $$(grep '^opencv-python-headless==' requirements/train.txt)
 	@touch $@
 
 $(INSTALLED): $(VENV)/.requirements setup.py backbones/__init__.py $(wildcard backbones/ops/csrc/*)
