@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from backbones.base import Constructor, HierarchicalBackbone
 from backbones.builder import build_model
 from backbones.checkpoints import KeyRule
-from backbones.layers import SS2D, PatchMerging, PatchStem, channels_first, channels_last
+from backbones.layers import SS2D, LayerNorm, PatchMerging, PatchStem, channels_first, channels_last
 from backbones.layers.key_rules import BLOCKS, CLASSIFIER, PATCH_MERGING, PATCH_STEM, ss2d_rules
 from backbones.scan_patterns import ATROUS, ScanPattern, checked_pattern
 from backbones.zoo import default_cfgs as zoo_cfgs
@@ -42,7 +42,7 @@ class ChannelGate(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.norm = LayerNorm(dim, device=device, dtype=dtype)
         self.global_reduce = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.channel_select = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
 
@@ -71,7 +71,7 @@ class EVSSBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.norm1 = LayerNorm(dim, **dd)
         self.mixer = mixer(dim, **dd)
         self.conv_branch = nn.Sequential(
             nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd),

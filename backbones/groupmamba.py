@@ -26,11 +26,19 @@ from torch import Tensor, nn
 from backbones.base import Constructor, HierarchicalBackbone
 from backbones.builder import build_model
 from backbones.checkpoints import KeyRule
-from backbones.layers import ConvDownsample, ConvFFN, DepthwiseConv2d, SelectiveSSM, channels_last, scan_grid
+from backbones.layers import (
+    ConvDownsample,
+    ConvFFN,
+    DepthwiseConv2d,
+    LayerNorm,
+    SelectiveSSM,
+    channels_last,
+    scan_grid,
+)
 from backbones.scan_patterns import CROSS, ScanPattern, checked_pattern
 from backbones.zoo import default_cfgs as zoo_cfgs
 
-_norm = partial(nn.LayerNorm, eps=1e-6)  # of stages and blocks; those inside of a layer have 1e-5
+_norm = partial(LayerNorm, eps=1e-6)  # of stages and blocks; those inside of a layer have 1e-5
 
 
 class GroupedLinear(nn.Module):
@@ -84,7 +92,7 @@ class GroupMambaLayer(nn.Module):
             raise ValueError(f"dim: got {dim}, expected a multiple of {groups}, the orders of {pattern.name!r}")
         width = dim // groups
         self.groups, self.pattern, self.local_window = groups, pattern, local_window
-        self.norm = nn.LayerNorm(dim, **dd)
+        self.norm = LayerNorm(dim, **dd)
         self.fc1 = nn.Linear(dim, dim // 16, **dd)
         self.fc2 = nn.Linear(dim // 16, dim, **dd)
         self.in_proj = GroupedLinear(groups, width, 2 * width, **dd)

@@ -24,10 +24,10 @@ from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from backbones.base import PlainBackbone, layer_norm
+from backbones.base import PlainBackbone
 from backbones.builder import build_model
 from backbones.checkpoints import ONE_ORDER, KeyRule, Layout, StateDict
-from backbones.layers import MambaMixer
+from backbones.layers import LayerNorm, MambaMixer
 from backbones.scan_patterns import FORWARD, REVERSE, OrderFn, ScanPattern, checked_pattern
 from backbones.zoo import default_cfgs as zoo_cfgs
 
@@ -72,7 +72,7 @@ class LatentAttentionPool(nn.Module):
         self.num_heads = num_heads
         self.latent = nn.Parameter(torch.empty(1, 1, dim, device=device, dtype=dtype))
         self.kv = nn.Linear(dim, 2 * dim, device=device, dtype=dtype)
-        self.post_norm = layer_norm(dim, device=device, dtype=dtype)
+        self.post_norm = LayerNorm(dim, device=device, dtype=dtype)
         trunc_normal_(self.latent, std=dim**-0.5)
         trunc_normal_(self.kv.weight, std=0.02)
         nn.init.zeros_(self.kv.bias)

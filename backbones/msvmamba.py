@@ -30,6 +30,7 @@ from backbones.layers import (
     ConvFFN,
     ConvStem,
     DepthwiseConv2d,
+    LayerNorm,
     PatchMerging,
     PatchStem,
     SelectiveSSM,
@@ -116,7 +117,7 @@ class MultiScaleSS2D(nn.Module):
         dt_rank = -(-dim // 16)
         self.ssm_full = SelectiveSSM(d_inner, d_state, dt_rank, 1, backend, **dd)
         self.ssm_low = SelectiveSSM(d_inner, d_state, dt_rank, 1, backend, **dd)
-        self.out_norm = nn.LayerNorm(d_inner, **dd)
+        self.out_norm = LayerNorm(d_inner, **dd)
         self.se = SqueezeExcite(d_inner, d_inner // 8, **dd)
         self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
 

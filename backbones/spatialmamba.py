@@ -21,10 +21,10 @@ from timm.layers import ConvNormAct, DropPath, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from backbones.base import Constructor, HierarchicalBackbone, layer_norm
+from backbones.base import Constructor, HierarchicalBackbone
 from backbones.builder import build_model
 from backbones.checkpoints import ONE_ORDER, KeyRule
-from backbones.layers import DepthwiseConv2d, SelectiveSSM, channels_first, channels_last, scan_grid
+from backbones.layers import DepthwiseConv2d, LayerNorm, SelectiveSSM, channels_first, channels_last, scan_grid
 from backbones.ops import selective_scan
 from backbones.scan_patterns import FORWARD, ScanPattern, checked_pattern
 from backbones.zoo import default_cfgs as zoo_cfgs
@@ -183,7 +183,7 @@ class StructureAwareSSM(nn.Module):
         self.conv2d = DepthwiseConv2d(d_inner, device=device, dtype=dtype)
         self.ssm = StateScan(d_inner, 1, -(-dim // 16), 1, backend, device, dtype)
         self.fusion = StateFusion(d_inner, device, dtype)
-        self.out_norm = layer_norm(d_inner, device=device, dtype=dtype)
+        self.out_norm = LayerNorm(d_inner, autocast_out=True, device=device, dtype=dtype)
         self.out_proj = nn.Linear(d_inner, dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -212,10 +212,10 @@ class Block(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.cpe1 = DepthwiseConv2d(dim, **dd)
-        self.norm1 = layer_norm(dim, **dd)
+        self.norm1 = LayerNorm(dim, autocast_out=True, **dd)
         self.mixer = mixer(dim, **dd)
         self.cpe2 = DepthwiseConv2d(dim, **dd)
-        self.norm2 = layer_norm(dim, **dd)
+        self.norm2 = LayerNorm(dim, autocast_out=True, **dd)
         self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

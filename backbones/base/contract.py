@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from backbones.checkpoints import WEIGHT_KEYS, KeyRule, StateDict
 
 Constructor = Callable[..., nn.Module]
-layer_norm = partial(nn.LayerNorm, eps=1e-5)
 rms_norm = partial(nn.RMSNorm, eps=1e-5)
 
 # Parameters of a state-space layer that its authors exempt from weight decay, and biases that are stacked

@@ -10,7 +10,8 @@ from timm.layers import ClassifierHead
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from backbones.base.contract import Backbone, Constructor, layer_norm
+from backbones.base.contract import Backbone, Constructor
+from backbones.layers.norm import LayerNorm
 
 _POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")
 
@@ -49,7 +50,7 @@ class HierarchicalBackbone(Backbone):
         num_classes: int = 1000,
         global_pool: str = "avg",
         stage_norm: Constructor | None = None,
-        final_norm: Constructor = layer_norm,
+        final_norm: Constructor = LayerNorm,
         head: Callable[..., Any] = ClassifierHead,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,

@@ -2,6 +2,7 @@
 
 from backbones.layers.feed_forward import ConvFFN
 from backbones.layers.mamba import MambaBlock, MambaMixer
+from backbones.layers.norm import LayerNorm
 from backbones.layers.patch_embed import PatchEmbed
 from backbones.layers.resolution import (
     ConvDownsample,
@@ -20,6 +21,7 @@ __all__ = [
     "ConvFFN",
     "ConvStem",
     "DepthwiseConv2d",
+    "LayerNorm",
     "MambaBlock",
     "MambaMixer",
     "PatchEmbed",

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.layers.norm import LayerNorm
+
 
 def channels_last(x: Tensor) -> Tensor:
     """(b, c, h, w) to (b, h, w, c)."""
@@ -27,7 +29,7 @@ class PatchStem(nn.Module):
     ) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, 4, 4, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.norm = LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_chans, h, w) to (b, h // 4, w // 4, dim)."""
@@ -46,9 +48,9 @@ class ConvStem(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, 2, 1, device=device, dtype=dtype)
-        self.norm1 = nn.LayerNorm(dim // 2, device=device, dtype=dtype)
+        self.norm1 = LayerNorm(dim // 2, device=device, dtype=dtype)
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, 2, 1, device=device, dtype=dtype)
-        self.norm2 = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.norm2 = LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_chans, h, w) to (b, ceil(h / 4), ceil(w / 4), dim)."""
@@ -67,7 +69,7 @@ class PatchMerging(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, device=device, dtype=dtype)
+        self.norm = LayerNorm(4 * dim, autocast_out=True, device=device, dtype=dtype)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ class ConvDownsample(nn.Module):
     ) -> None:
         super().__init__()
         self.proj = nn.Conv2d(dim, out_dim, 3, 2, 1, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(out_dim, device=device, dtype=dtype)
+        self.norm = LayerNorm(out_dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, ceil(h / 2), ceil(w / 2), out_dim)."""

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.layers.norm import LayerNorm
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.scan_patterns import CROSS, ScanPattern
 
@@ -89,7 +90,7 @@ class SS2D(nn.Module):
         self.conv2d = DepthwiseConv2d(d_inner, bias=conv_bias, device=device, dtype=dtype)
         dt_rank = -(-dim // 16) if dt_rank is None else dt_rank
         self.ssm = SelectiveSSM(d_inner, d_state, dt_rank, pattern.num_orders, backend, device, dtype)
-        self.out_norm = nn.LayerNorm(d_inner, device=device, dtype=dtype)
+        self.out_norm = LayerNorm(d_inner, autocast_out=True, device=device, dtype=dtype)
         self.out_proj = nn.Linear(d_inner, dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

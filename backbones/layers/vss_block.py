@@ -1,12 +1,16 @@
 """The residual block of VMamba and MSVMamba: a mixer, then, where there is one, a feed-forward layer."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from backbones.layers.norm import LayerNorm
+
 Constructor = Callable[..., nn.Module]
+branch_norm = partial(LayerNorm, autocast_out=True)
 
 
 class VSSBlock(nn.Module):
@@ -30,7 +34,7 @@ class VSSBlock(nn.Module):
         mlp: Constructor | None = None,
         mlp_ratio: float = 4.0,
         mlp_post_norm: bool = False,
-        norm_layer: Constructor = nn.LayerNorm,
+        norm_layer: Constructor = branch_norm,
         drop_path: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
