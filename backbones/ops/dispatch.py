@@ -30,11 +30,13 @@ from backbones.ops import cpu, naive, triton
 BACKENDS: dict[str, ModuleType] = {"naive": naive, "cpu": cpu, "triton": triton}
 _FASTEST = {"cpu": "cpu", "meta": "cpu", "cuda": "triton"}
 _logger = logging.getLogger(__name__)
-_fallbacks_told: set[str] = set()
+_fallbacks_told: set[tuple[str, str]] = set()
 
 
 @torch.compiler.assume_constant_result  # what runs here does not change, and its probing cannot be traced
-def choose_backend(backend: str | None, device_type: str, dtype: torch.dtype) -> str:
+def choose_backend(
+    backend: str | None, device_type: str, dtype: torch.dtype, operator: str = "selective_scan"
+) -> str:  # fmt: skip
     """The backend for tensors on a device: the one named by the caller, or the fastest that runs.
 
     A named backend that cannot run raises ``ValueError`` with the reason. The automatic choice falls back to
@@ -45,9 +47,9 @@ def choose_backend(backend: str | None, device_type: str, dtype: torch.dtype) ->
         problem = _problem(backend, device_type, dtype)
         if problem is None:
             return backend
-        if problem not in _fallbacks_told:
-            _fallbacks_told.add(problem)
-            _logger.warning("selective_scan falls back to the slow 'naive' backend: %s", problem)
+        if (operator, problem) not in _fallbacks_told:
+            _fallbacks_told.add((operator, problem))
+            _logger.warning("%s falls back to the slow 'naive' backend: %s", operator, problem)
         return "naive"
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}, or None")
@@ -61,7 +63,7 @@ def _problem(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     if backend == "naive":
         return None
     if dtype == torch.float64:
-        return "it has no double precision (u is float64)"
+        return "it has no double precision (the input is float64)"
     if backend == "cpu" and device_type not in ("cpu", "meta"):
         return f"the tensors are on {device_type}"
     return BACKENDS[backend].unavailable_reason()
