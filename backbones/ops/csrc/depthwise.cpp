@@ -8,7 +8,7 @@
 namespace scan {
 namespace {
 
-constexpr int64_t kStrip = 256;  // most channels worked on together, so that their rows stay in L1 and L2
+constexpr int64_t kStrip = 512;  // most channels worked on together, so that their rows stay in L1 and L2
 
 struct PreparedConv {
   ConvProblem p;
@@ -36,16 +36,26 @@ void prepare_parameters(PreparedConv& s) {
   p.bias0 = bias;
 }
 
-void prepare_ready(PreparedConv& s) {
+// When dx of a block of tokens can be computed, and how many outputs' gradients have to be kept for that.
+void prepare_lag(PreparedConv& s) {
   ConvProblem& p = s.p;
-  s.ready.assign(round_up(p.l, kConvBlock), 0);
+  const int64_t blocks = divide_up(p.l, kConvBlock);
+  s.ready.assign(blocks, 0);
+  std::vector<int32_t> oldest(blocks + 1, (int32_t)p.m);
   for (int64_t i = 0; i < p.k * p.j; i++)
-    for (int64_t l = 0; l < p.l; l++) s.ready[l] = std::max(s.ready[l], p.inverse[i * p.l + l] + 1);
-  int32_t most = 0;
-  for (int64_t l = 0; l < p.l; l++) {
-    most = std::max(most, s.ready[l]);
-    s.ready[l / kConvBlock] = most;
+    for (int64_t l = 0; l < p.l; l++) {
+      const int32_t output = p.inverse[i * p.l + l];
+      int32_t &last = s.ready[l / kConvBlock], &first = oldest[l / kConvBlock];
+      last = std::max(last, output + 1);
+      if (output >= 0) first = std::min(first, output);
+    }
+  for (int64_t block = 1; block < blocks; block++) s.ready[block] = std::max(s.ready[block], s.ready[block - 1]);
+  int64_t most = kConvBlock;
+  for (int64_t block = blocks - 1; block >= 0; block--) {
+    oldest[block] = std::min(oldest[block], oldest[block + 1]);
+    most = std::max(most, round_up(s.ready[block], kConvBlock) - oldest[block]);
   }
+  for (p.kept = kConvBlock; p.kept < most;) p.kept *= 2;
   p.ready = s.ready.data();
 }
 
@@ -94,7 +104,7 @@ int64_t backward(const ConvCall& call) {
   if (!in_range(p.taps, p.k * p.j * p.m, p.l) || !in_range(p.inverse, p.k * p.j * p.l, p.m)) return kOrderOutOfRange;
   limit_threads(p);
   prepare_parameters(s);
-  prepare_ready(s);
+  prepare_lag(s);
   Buffer partial(p.b * p.k * (p.j + 1) * p.cp);
   p.partial = partial.get();
   const int64_t units = divide_up(p.c, 32);

@@ -25,6 +25,7 @@ struct ConvProblem : ConvCall {
   const float* weight0; // (k, j, cp)
   const float* bias0;   // (k, cp), zero where the bias is null
   const int32_t* ready; // backward: how many outputs have to be done before each block of tokens
+  int64_t kept;         // backward: how many outputs' gradients are kept, a power of 2
   float* partial;       // backward: (b, k, j + 1, cp), the gradients of weight and bias from each image
 };
 
