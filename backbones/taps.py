@@ -1,8 +1,8 @@
 """Tap tables: which token each tap of a depthwise convolution reads.
 
-`backbones.ops.depthwise_conv` takes two tables. ``taps`` (k, j, m) holds the token that tap j reads for output m, or -1
-outside of the sequence or grid, where zeros are read. ``inverse_taps`` (k, j, l) holds the output that reads token l with
-tap j, or -1; the backward pass goes by it.
+`backbones.ops.depthwise_conv` takes two tables. ``taps`` (k, j, m) holds the token that tap j reads for output m, or
+-1 outside of the sequence or grid, where zeros are read. ``inverse_taps`` (k, j, l) holds the output that reads token l
+with tap j, or -1; the backward pass goes by it.
 """
 
 from functools import lru_cache, partial
@@ -18,8 +18,8 @@ Tables = tuple[Tensor, Tensor]
 def causal_taps(orders: Tensor, num_taps: int) -> Tables:
     """Both tables, int32, of a causal convolution along k orders that visit each of l tokens once.
 
-    The last tap reads the output's own token, the one before it the token visited one step earlier, and so on: the layout
-    of ``conv1d``'s weights.
+    The last tap reads the output's own token, the one before it the token visited one step earlier, and so on: the
+    layout of ``conv1d``'s weights.
 
     Args:
         orders: (k, l) integers, each row a permutation of 0..l-1.

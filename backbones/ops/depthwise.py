@@ -1,7 +1,7 @@
 """Depthwise convolution of channels-last tokens that reads its taps through a table.
 
-The table does for a convolution what an order does for the selective scan: a causal convolution along any traversal and a
-window over a grid, with stride or dilation, are one operator that copies, flips and transposes nothing.
+The table does for a convolution what an order does for the selective scan: a causal convolution along any traversal
+and a window over a grid, with stride or dilation, are one operator that copies, flips and transposes nothing.
 `backbones.taps` makes the tables.
 
 >>> import torch
@@ -43,14 +43,14 @@ def depthwise_conv(
         weight: (k, c, j).
         bias: (k, c), or None.
         taps: (k, j, m) integers, the token that tap j reads for output i, or -1, which reads zeros.
-        inverse_taps: (k, j, l) integers, the output that reads a token with tap j, or -1. The gradient goes by it: it has to
-            be the inverse of ``taps``, which is not checked, so no tap may read a token for two outputs.
+        inverse_taps: (k, j, l) integers, the output that reads a token with tap j, or -1. The gradient goes by it: it
+            has to be the inverse of ``taps``, which is not checked, so no tap may read a token for two outputs.
         silu: apply SiLU; else ``act`` is the identity.
         backend: "naive", "cpu" or "triton"; None takes the fastest that runs on the tensors' device.
 
     Returns:
-        (b, m, k, c) in ``x.dtype``, stored order by order as (k, b, m, c). Accumulated in float32 (float64 where ``x`` is
-        float64); the gradients are deterministic.
+        (b, m, k, c) in ``x.dtype``, stored order by order as (k, b, m, c). Accumulated in float32 (float64 where ``x``
+        is float64); the gradients are deterministic.
 
     Raises:
         ValueError: an argument has another shape, dtype or device than stated, is empty, or, on a CPU, names a
@@ -74,7 +74,7 @@ def depthwise_conv(
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse_taps: Tensor) -> None:
     given = {"x": x, "weight": weight, "bias": bias, "taps": taps, "inverse_taps": inverse_taps}
-    tensors = {name: tensor for name, tensor in given.items() if tensor is not None or name != "bias"}
+    tensors: dict[str, Any] = {name: tensor for name, tensor in given.items() if tensor is not None or name != "bias"}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}: got {type(tensor).__name__}, expected a tensor")
@@ -148,11 +148,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    args = (grad, *ctx.saved_tensors, ctx.silu)
+    tensors = ctx.saved_tensors
+    args = (grad, *tensors, ctx.silu)
     # The gradient of plain PyTorch is autograd's own, which does not run inside of an operator.
     grads = depthwise_naive.backward(*args) if ctx.backend == "naive" else conv_backward_op(*args, ctx.backend)
     dx, dweight, dbias = grads
-    return dx, dweight, None if ctx.saved_tensors[2] is None else dbias, None, None, None, None
+    return dx, dweight, None if tensors[2] is None else dbias, None, None, None, None
 
 
 conv_op.register_autograd(_autograd, setup_context=_setup_context)

@@ -37,6 +37,6 @@ def backward(
     """Gradients of x, weight and bias, the last one without elements where there is no bias."""
     inputs: Any = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
     with torch.enable_grad():
-        y = _convolve(*inputs, taps, silu)
+        y = _convolve(inputs[0], inputs[1], inputs[2], taps, silu)
     grads = torch.autograd.grad(y, [t for t in inputs if t is not None], grad)
     return (*grads, weight.new_empty(0)) if bias is None else grads
