@@ -20,6 +20,8 @@ from setuptools.errors import BaseError, CCompilerError
 
 ROOT = Path(__file__).parent
 CSRC = "backbones/ops/csrc"
+DISPATCH = [f"{CSRC}/dispatch.cpp", f"{CSRC}/depthwise.cpp"]
+KERNELS = [f"{CSRC}/scan_kernels.cpp", f"{CSRC}/depthwise_kernels.cpp"]  # compiled for every instruction set
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")  # as backbones/ops/cpu.py expects it
 
 # Never -ffast-math: exp2 relies on the rounding that IEEE prescribes.
@@ -62,14 +64,14 @@ class BuildKernel(build_ext):
         threads = ["-fopenmp" if openmp else "-pthread"]
         macros = [("SCAN_X86", "1")] if x86 else []
 
-        jobs = [("dispatch.cpp", "dispatch", macros, FLAGS + threads)]
+        jobs = [(source, "dispatch", macros, FLAGS + threads) for source in DISPATCH]
         for isa in ISA_FLAGS if x86 else ["baseline"]:
-            jobs.append(("scan_kernels.cpp", isa, [*macros, ("SCAN_ISA", isa)], FLAGS + ISA_FLAGS[isa]))
+            jobs += [(source, isa, [*macros, ("SCAN_ISA", isa)], FLAGS + ISA_FLAGS[isa]) for source in KERNELS]
 
         def compile_one(job: tuple) -> list:
             source, name, macros, flags = job
             folder = f"{self.build_temp}/{name}"
-            return self.compiler.compile([f"{CSRC}/{source}"], folder, macros, extra_postargs=flags)
+            return self.compiler.compile([source], folder, macros, extra_postargs=flags)
 
         with ThreadPoolExecutor() as pool:
             objects = [name for names in pool.map(compile_one, jobs) for name in names]
@@ -142,7 +144,7 @@ setup(
             "types-PyYAML",
         ],
     },
-    ext_modules=[Extension("backbones.ops._scan_cpu", [f"{CSRC}/dispatch.cpp", f"{CSRC}/scan_kernels.cpp"])],
+    ext_modules=[Extension("backbones.ops._scan_cpu", [*DISPATCH, *KERNELS])],
     cmdclass={"build_ext": BuildKernel, "bdist_wheel": PlatformWheel},
     zip_safe=False,
     classifiers=[

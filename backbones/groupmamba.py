@@ -96,7 +96,7 @@ class GroupMambaLayer(nn.Module):
         self.fc1 = nn.Linear(dim, dim // 16, **dd)
         self.fc2 = nn.Linear(dim // 16, dim, **dd)
         self.in_proj = GroupedLinear(groups, width, 2 * width, **dd)
-        self.conv2d = DepthwiseConv2d(dim, **dd)
+        self.conv2d = DepthwiseConv2d(dim, silu=True, **dd)
         self.ssm = SelectiveSSM(width, d_state, -(-width // 16), groups, backend, **dd)
         self.out_norm = nn.GroupNorm(groups, dim, **dd)
         self.out_proj = GroupedLinear(groups, width, width, **dd)
@@ -108,7 +108,7 @@ class GroupMambaLayer(nn.Module):
         x = self.norm(x)
         weight = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((1, 2), keepdim=True)))))
         u, z = self.in_proj(x.unflatten(-1, (self.groups, -1))).chunk(2, dim=-1)
-        u = F.silu(self.conv2d(u.flatten(-2))).unflatten(-1, (self.groups, -1))
+        u = self.conv2d(u.flatten(-2)).unflatten(-1, (self.groups, -1))
         y = scan_grid(self.ssm, u, self.pattern, self.local_window, out="per_order")
         tokens = y.flatten(0, 2).flatten(1)  # (b h w, dim), where GroupNorm is a LayerNorm of each group
         y = self.out_proj(self.out_norm(tokens).view_as(y) * F.silu(z)).flatten(-2)

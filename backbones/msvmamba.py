@@ -112,8 +112,8 @@ class MultiScaleSS2D(nn.Module):
         self.gated, self.branch_norm, self.upsampling = gated, branch_norm, upsampling
         self.walks = _number_of_walks(pattern) if branch_norm else 0
         self.in_proj = nn.Linear(dim, 2 * d_inner if gated else d_inner, bias=False, **dd)
-        self.conv_full = DepthwiseConv2d(d_inner, **dd)
-        self.conv_low = DepthwiseConv2d(d_inner, 7, stride=2, **dd)
+        self.conv_full = DepthwiseConv2d(d_inner, silu=True, **dd)
+        self.conv_low = DepthwiseConv2d(d_inner, 7, stride=2, silu=True, **dd)
         dt_rank = -(-dim // 16)
         self.ssm_full = SelectiveSSM(d_inner, d_state, dt_rank, 1, backend, **dd)
         self.ssm_low = SelectiveSSM(d_inner, d_state, dt_rank, 1, backend, **dd)
@@ -124,7 +124,7 @@ class MultiScaleSS2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
         x, z = self.in_proj(x).chunk(2, dim=-1) if self.gated else (self.in_proj(x), None)
-        full, low = F.silu(self.conv_full(x)), F.silu(self.conv_low(x))
+        full, low = self.conv_full(x), self.conv_low(x)
         full = self.ssm_full(full.flatten(1, 2), local_window=self.local_window).unflatten(1, x.shape[1:3])
         if self.branch_norm:
             y = self.out_norm(full) + self._upsample(self._scan_and_norm(low), full)

@@ -72,7 +72,7 @@ class ScanPattern:
         if pad_index is not None:
             pad_index = _checked_int("pad_index", pad_index) if self.padded(height, width) else None
         probe = torch.empty(0, device="cpu" if device is None else device)
-        if _is_traced(probe):
+        if is_traced(probe):
             return _filled(_table(self, height, width, probe.device), pad_index)
         return _cached_table(self, height, width, probe.device, pad_index)
 
@@ -92,7 +92,7 @@ def _checked_int(name: str, value: int) -> int:
     return value
 
 
-def _is_traced(tensor: Tensor) -> bool:
+def is_traced(tensor: Tensor) -> bool:
     """Whether tensors made now belong to a tracer or function transform, and must not outlive it."""
     return (
         torch.compiler.is_compiling()

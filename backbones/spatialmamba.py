@@ -180,7 +180,7 @@ class StructureAwareSSM(nn.Module):
         d_inner = int(ssm_ratio * dim)
         self.pattern, self.local_window = checked_pattern(pattern, FORWARD), local_window
         self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False, device=device, dtype=dtype)
-        self.conv2d = DepthwiseConv2d(d_inner, device=device, dtype=dtype)
+        self.conv2d = DepthwiseConv2d(d_inner, silu=True, device=device, dtype=dtype)
         self.ssm = StateScan(d_inner, 1, -(-dim // 16), 1, backend, device, dtype)
         self.fusion = StateFusion(d_inner, device, dtype)
         self.out_norm = LayerNorm(d_inner, autocast_out=True, device=device, dtype=dtype)
@@ -189,7 +189,7 @@ class StructureAwareSSM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x = F.silu(self.conv2d(x))
+        x = self.conv2d(x)
         states = self.fusion(scan_grid(self.ssm, x, self.pattern, self.local_window))
         C = F.linear(x, self.ssm.x_proj_weight[0, -1:])
         y = states * C + x * self.ssm.D

@@ -1,17 +1,18 @@
 """The Mamba mixer over image tokens, as Vim and LBVim use it, and its residual block."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.layers.selective_ssm import SelectiveSSM
-from backbones.scan_patterns import BIDIRECTIONAL, FORWARD, REVERSE, ScanPattern
+from backbones.ops import depthwise_conv
+from backbones.scan_patterns import BIDIRECTIONAL, FORWARD, REVERSE, ScanPattern, is_traced
+from backbones.taps import causal_taps
 
-# Patterns that walk the token sequence itself. Their convolution needs no gather: backwards, it is the
-# mirrored kernel.
-_SEQUENCE_PATTERNS = {FORWARD: (False,), REVERSE: (True,), BIDIRECTIONAL: (False, True)}
+_SEQUENCE_PATTERNS = {FORWARD, REVERSE, BIDIRECTIONAL}  # walk the tokens themselves, the class token among them
 
 
 class MambaMixer(nn.Module):
@@ -66,43 +67,44 @@ class MambaMixer(nn.Module):
         in_weight, gate_weight = self.in_proj.weight.chunk(2)  # two products write contiguous rows, one would not
         z = F.linear(x, gate_weight)
         x = F.linear(x, in_weight)
-        if self.pattern in _SEQUENCE_PATTERNS:
-            orders = self.pattern.orders(1, x.shape[1], x.device)
-            x = torch.stack([self._convolve(x, k, back) for k, back in enumerate(_SEQUENCE_PATTERNS[self.pattern])])
-        else:
-            orders = _token_orders(self.pattern, grid, x)
-            x = torch.stack([self._convolve_along(x, k, order) for k, order in enumerate(orders.long())])
-        u = F.silu(x).permute(1, 2, 0, 3)  # (b, l, k, c), stored by order
-        window = self.local_window(x.shape[2]) if callable(self.local_window) else self.local_window
+        make = _tables if is_traced(x) else _cached_tables
+        orders, *taps = make(self.pattern, *grid, x.shape[1], self.d_conv, x.device)
+        u = depthwise_conv(x, self.conv_weight, self.conv_bias, *taps, silu=True, backend=self.ssm.backend)
+        window = self.local_window(x.shape[1]) if callable(self.local_window) else self.local_window
         y = self.ssm(u, orders, local_window=window) * F.silu(z)
         return self.out_proj(y / self.pattern.num_orders)
 
-    def _convolve(self, x: Tensor, k: int, backwards: bool) -> Tensor:
-        weight = self.conv_weight[k].flip(-1) if backwards else self.conv_weight[k]
-        y = F.conv1d(
-            x.transpose(1, 2),
-            weight.unsqueeze(1),
-            self.conv_bias[k],
-            padding=self.d_conv - 1,
-            groups=self.d_inner,
-        ).transpose(1, 2)
-        return y[:, self.d_conv - 1 :] if backwards else y[:, : x.shape[1]]
 
-    def _convolve_along(self, x: Tensor, k: int, order: Tensor) -> Tensor:
-        y = self._convolve(x[:, order], k, backwards=False)
-        return torch.zeros_like(x).index_copy(1, order, y)
+def _tables(
+    pattern: ScanPattern, height: int, width: int, tokens: int, num_taps: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """The orders, and the taps of causal convolutions along them."""
+    orders = _token_orders(pattern, height, width, tokens, device)
+    return orders, *causal_taps(orders, num_taps)
 
 
-def _token_orders(pattern: ScanPattern, grid: tuple[int, int], x: Tensor) -> Tensor:
+@lru_cache(maxsize=128)
+def _cached_tables(
+    pattern: ScanPattern, height: int, width: int, tokens: int, num_taps: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    # Tensors made under inference_mode could not be saved for the backward pass of a later training step.
+    with torch.inference_mode(False):
+        tables = _tables(pattern, height, width, tokens, num_taps, torch.device("cpu"))
+        return tuple(table.to(device) for table in tables)
+
+
+def _token_orders(pattern: ScanPattern, height: int, width: int, tokens: int, device: torch.device) -> Tensor:
     """Orders of the grid as orders of the tokens, with the class token, if there is one, in the middle."""
-    cells = grid[0] * grid[1]
-    orders = pattern.orders(*grid, x.device)
-    if pattern.padded(*grid) or orders.shape[1] != cells:
+    if pattern in _SEQUENCE_PATTERNS:
+        return pattern.orders(1, tokens, device)
+    cells = height * width
+    orders = pattern.orders(height, width, device)
+    if pattern.padded(height, width) or orders.shape[1] != cells:
         raise ValueError(
-            f"pattern: {pattern.name!r} does not visit each cell of a {grid[0]} x {grid[1]} grid once, which "
+            f"pattern: {pattern.name!r} does not visit each cell of a {height} x {width} grid once, which "
             "a causal convolution along its orders needs"
         )
-    if x.shape[1] == cells:
+    if tokens == cells:
         return orders
     middle = cells // 2
     orders = orders + (orders >= middle).to(orders.dtype)

@@ -6,11 +6,22 @@ from torch import Tensor, nn
 
 from backbones.layers.norm import LayerNorm
 from backbones.layers.selective_ssm import SelectiveSSM
+from backbones.ops import depthwise_conv
+from backbones.ops.dispatch import fastest_backend
 from backbones.scan_patterns import CROSS, ScanPattern
+from backbones.taps import window_taps
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """Depthwise convolution of a channels-last map (b, h, w, c), padded to keep its size at stride 1."""
+    """Depthwise convolution of a channels-last map (b, h, w, c), padded to keep its size at stride 1.
+
+    Args:
+        dim: width of the map.
+        kernel_size: side of the window.
+        stride: distance between windows.
+        bias: whether there is a bias.
+        silu: apply SiLU to the result.
+    """
 
     def __init__(
         self,
@@ -18,16 +29,26 @@ class DepthwiseConv2d(nn.Conv2d):
         kernel_size: int = 3,
         stride: int = 1,
         bias: bool = True,
+        silu: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             dim, dim, kernel_size, stride, kernel_size // 2, groups=dim, bias=bias, device=device, dtype=dtype
         )
+        self.silu = silu
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) to (b, ceil(h / stride), ceil(w / stride), c)."""
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        backend, _ = fastest_backend(x.device.type, x.dtype)
+        if backend == "naive":  # its gathers are slower than PyTorch's own convolution
+            y = super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return F.silu(y) if self.silu else y
+        height, width = x.shape[1:3]
+        taps, inverse_taps = window_taps(height, width, self.kernel_size[0], self.stride[0], device=x.device)
+        weight, bias = self.weight.flatten(1).unsqueeze(0), None if self.bias is None else self.bias.unsqueeze(0)
+        y = depthwise_conv(x.flatten(1, 2), weight, bias, taps, inverse_taps, silu=self.silu, backend=backend)
+        return y.squeeze(2).unflatten(1, (-1, -(-width // self.stride[0])))
 
 
 def scan_grid(ssm: SelectiveSSM, x: Tensor, pattern: ScanPattern, local_window: int = 0, out: str = "sum") -> Tensor:
@@ -87,7 +108,7 @@ class SS2D(nn.Module):
         d_inner = int(ssm_ratio * dim)
         self.pattern, self.local_window, self.gated = pattern, local_window, gated
         self.in_proj = nn.Linear(dim, 2 * d_inner if gated else d_inner, bias=False, device=device, dtype=dtype)
-        self.conv2d = DepthwiseConv2d(d_inner, bias=conv_bias, device=device, dtype=dtype)
+        self.conv2d = DepthwiseConv2d(d_inner, bias=conv_bias, silu=True, device=device, dtype=dtype)
         dt_rank = -(-dim // 16) if dt_rank is None else dt_rank
         self.ssm = SelectiveSSM(d_inner, d_state, dt_rank, pattern.num_orders, backend, device, dtype)
         self.out_norm = LayerNorm(d_inner, autocast_out=True, device=device, dtype=dtype)
@@ -96,5 +117,5 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
         x, z = self.in_proj(x).chunk(2, dim=-1) if self.gated else (self.in_proj(x), None)
-        y = self.out_norm(scan_grid(self.ssm, F.silu(self.conv2d(x)), self.pattern, self.local_window))
+        y = self.out_norm(scan_grid(self.ssm, self.conv2d(x), self.pattern, self.local_window))
         return self.out_proj(y if z is None else y * F.silu(z))

@@ -1,4 +1,4 @@
-"""The selective scan: the one operator that all models of this library share.
+"""The selective scan, the operator that all models of this library share, and the depthwise convolution before it.
 
 >>> import torch
 >>> from backbones.ops import selective_scan
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbones.ops.depthwise import depthwise_conv
 from backbones.ops.dispatch import BACKENDS, choose_backend, scan_op
 
-__all__ = ["backends", "selective_scan"]
+__all__ = ["backends", "depthwise_conv", "selective_scan"]
 
 _OUTPUTS = ("sum", "per_order", "per_step")
 

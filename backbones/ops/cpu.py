@@ -23,6 +23,7 @@ CHUNK = 64  # steps between two saved states; kChunk in csrc/scan.h
 LIBRARY = Path(__file__).with_name("_scan_cpu" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so"))
 _OUT = {"sum": 0, "per_order": 1, "per_step": 2}
 _CALL = struct.Struct("=45q")  # `Call` in csrc/scan.h
+CONV_CALL = struct.Struct("=24q")  # `ConvCall` in csrc/depthwise.h
 _ORDER_OUT_OF_RANGE, _NO_MEMORY = 1, 2
 
 
@@ -38,14 +39,21 @@ def _library() -> ctypes.CDLL | str:
         lib = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return f"the compiled kernel {LIBRARY.name} does not load ({error}); reinstall ssm-backbones on this machine"
-    for name in ("forward", "backward"):
-        function = getattr(lib, f"backbones_scan_{name}")
-        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
-    lib.backbones_scan_call_size.argtypes, lib.backbones_scan_call_size.restype = [], ctypes.c_int64
+    another = f"the compiled kernel {LIBRARY.name} belongs to another version; reinstall ssm-backbones"
+    for operator, call in (("scan", _CALL), ("depthwise", CONV_CALL)):
+        try:
+            forward, backward, call_size = (
+                getattr(lib, f"backbones_{operator}_{name}") for name in ("forward", "backward", "call_size")
+            )
+        except AttributeError:
+            return another
+        for function in (forward, backward):
+            function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
+        call_size.argtypes, call_size.restype = [], ctypes.c_int64
+        if call_size() != call.size:
+            return another
     lib.backbones_scan_select.argtypes, lib.backbones_scan_select.restype = [ctypes.c_char_p], ctypes.c_int64
     lib.backbones_scan_isa.argtypes, lib.backbones_scan_isa.restype = [], ctypes.c_char_p
-    if lib.backbones_scan_call_size() != _CALL.size:
-        return f"the compiled kernel {LIBRARY.name} belongs to another version; reinstall ssm-backbones"
     _select(lib, os.environ.get("BACKBONES_CPU_ISA", ""))
     return lib
 

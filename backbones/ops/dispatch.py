@@ -30,25 +30,24 @@ from backbones.ops import cpu, naive, triton
 BACKENDS: dict[str, ModuleType] = {"naive": naive, "cpu": cpu, "triton": triton}
 _FASTEST = {"cpu": "cpu", "meta": "cpu", "cuda": "triton"}
 _logger = logging.getLogger(__name__)
-_fallbacks_told: set[str] = set()
+_fallbacks_told: set[tuple[str, str]] = set()
 
 
 @torch.compiler.assume_constant_result  # what runs here does not change, and its probing cannot be traced
-def choose_backend(backend: str | None, device_type: str, dtype: torch.dtype) -> str:
+def choose_backend(
+    backend: str | None, device_type: str, dtype: torch.dtype, operator: str = "selective_scan"
+) -> str:  # fmt: skip
     """The backend for tensors on a device: the one named by the caller, or the fastest that runs.
 
     A named backend that cannot run raises ``ValueError`` with the reason. The automatic choice falls back to
     ``naive`` and says why, once; float64 always takes ``naive``, the only backend in double precision.
     """
     if backend is None:
-        backend = "naive" if dtype == torch.float64 else _FASTEST.get(device_type, "naive")
-        problem = _problem(backend, device_type, dtype)
-        if problem is None:
-            return backend
-        if problem not in _fallbacks_told:
-            _fallbacks_told.add(problem)
-            _logger.warning("selective_scan falls back to the slow 'naive' backend: %s", problem)
-        return "naive"
+        backend, problem = fastest_backend(device_type, dtype)
+        if problem is not None and (operator, problem) not in _fallbacks_told:
+            _fallbacks_told.add((operator, problem))
+            _logger.warning("%s falls back to the slow 'naive' backend: %s", operator, problem)
+        return backend
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}, or None")
     problem = _problem(backend, device_type, dtype)
@@ -57,11 +56,19 @@ def choose_backend(backend: str | None, device_type: str, dtype: torch.dtype) ->
     return backend
 
 
+@torch.compiler.assume_constant_result
+def fastest_backend(device_type: str, dtype: torch.dtype) -> tuple[str, str | None]:
+    """The fastest backend that runs on a device, and, where another one is meant for it, why that does not run."""
+    backend = "naive" if dtype == torch.float64 else _FASTEST.get(device_type, "naive")
+    problem = _problem(backend, device_type, dtype)
+    return (backend, None) if problem is None else ("naive", problem)
+
+
 def _problem(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     if backend == "naive":
         return None
     if dtype == torch.float64:
-        return "it has no double precision (u is float64)"
+        return "it has no double precision (the input is float64)"
     if backend == "cpu" and device_type not in ("cpu", "meta"):
         return f"the tensors are on {device_type}"
     return BACKENDS[backend].unavailable_reason()
