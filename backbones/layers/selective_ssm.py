@@ -11,9 +11,9 @@ from backbones.ops.dispatch import choose_backend
 from backbones.ops.projection import per_order_linear
 
 # Widest rank at which the `cpu` kernel projects step sizes itself while training. Measured on one core, as the layer's
-# time over that with a matrix product in front: inference takes 0.58 (rank 6, one state) to 0.95 (rank 48, 16 states), as
-# nothing of size (b, l, k, c) is stored, so it always does. Training projects twice, which takes 0.63 of the time at rank
-# 6, 0.9 at 12 and 0.98 at 24, but 1.1 at 48.
+# time over that with a matrix product in front: inference takes 0.58 (rank 6, one state) to 0.95 (rank 48, 16 states),
+# as nothing of size (b, l, k, c) is stored, so it always does. Training projects twice, which takes 0.63 of the time
+# at rank 6, 0.9 at 12 and 0.98 at 24, but 1.1 at 48.
 _MAX_FUSED_RANK_IN_TRAINING = 24
 
 

@@ -46,6 +46,11 @@ def _library() -> ctypes.CDLL | str:
     lib.backbones_scan_call_size.argtypes, lib.backbones_scan_call_size.restype = [], ctypes.c_int64
     lib.backbones_scan_select.argtypes, lib.backbones_scan_select.restype = [ctypes.c_char_p], ctypes.c_int64
     lib.backbones_scan_isa.argtypes, lib.backbones_scan_isa.restype = [], ctypes.c_char_p
+    lib.backbones_scan_read.argtypes, lib.backbones_scan_read.restype = [ctypes.c_void_p, *[ctypes.c_int64] * 2], None
+    lib.backbones_scan_exp2.argtypes, lib.backbones_scan_exp2.restype = (
+        [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3],
+        None,
+    )
     if lib.backbones_scan_call_size() != _CALL.size:
         return f"the compiled kernel {LIBRARY.name} belongs to another version; reinstall ssm-backbones"
     _select(lib, os.environ.get("BACKBONES_CPU_ISA", ""))
@@ -69,6 +74,23 @@ def _loaded() -> ctypes.CDLL:
 def instruction_set() -> str:
     """The instruction set in use: "avx512", "avx2" or "baseline"."""
     return _loaded().backbones_scan_isa().decode()
+
+
+def exp2(x: Tensor, rounds: int = 1) -> Tensor:
+    """2^x of contiguous float32 by the kernel's own code, computed ``rounds`` times: what its rate is measured with.
+
+    Every thread takes an equal part of ``x``; what is left of an uneven division stays 0.
+    """
+    threads = torch.get_num_threads()
+    y = torch.zeros_like(x)
+    _loaded().backbones_scan_exp2(x.data_ptr(), y.data_ptr(), x.numel() // threads, rounds, threads)
+    return y
+
+
+def read(x: Tensor) -> None:
+    """Reads contiguous float32, every thread an equal part: what the rate of memory is measured with."""
+    threads = torch.get_num_threads()
+    _loaded().backbones_scan_read(x.data_ptr(), x.numel() // threads, threads)
 
 
 def unavailable_reason() -> str | None:

@@ -312,6 +312,20 @@ SCAN_EXPORT int64_t backbones_scan_backward(const scan::Call* call) {
   return scan::guarded([&] { return scan::backward(*call); });
 }
 
+// Two limits of this machine, for benchmarks. Every thread has its own `count` floats.
+SCAN_EXPORT void backbones_scan_read(const float* from, int64_t count, int64_t threads) {
+  std::vector<float> sums(threads);
+  scan::parallel(threads, threads, [&](int64_t, int64_t i) {
+    sums[i] = scan::current().kernels->read_all(from + i * count, count);
+  });
+}
+
+SCAN_EXPORT void backbones_scan_exp2(const float* from, float* to, int64_t count, int64_t rounds, int64_t threads) {
+  scan::parallel(threads, threads, [&](int64_t, int64_t i) {
+    scan::current().kernels->exp2_all(from + i * count, to + i * count, count, rounds);
+  });
+}
+
 SCAN_EXPORT int64_t backbones_scan_call_size() { return sizeof(scan::Call); }
 
 // Empty: the best this CPU runs. 0 on success, 1 for an unknown name, 2 for one that this CPU lacks.

@@ -71,6 +71,8 @@ struct Kernels {
   int64_t (*backward_scratch)(const Problem&, int64_t channels);
   void (*forward)(const Problem&, const Task&, float* scratch);
   void (*backward)(const Problem&, const Task&, float* scratch);
+  float (*read_all)(const float*, int64_t count);
+  void (*exp2_all)(const float* from, float* to, int64_t count, int64_t rounds);
 };
 
 extern const Kernels kernels_baseline;

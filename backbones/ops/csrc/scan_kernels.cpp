@@ -1,5 +1,6 @@
 // One image, one or all orders, a range of channels: forward and backward. Compiled once per instruction set, with
 // SCAN_ISA naming it (see setup.py).
+#include "limits.h"
 #include "scan_backward_rows.h"
 #include "scan_forward.h"
 
@@ -93,6 +94,7 @@ void backward(const Problem& p, const Task& task, float* scratch) {
 
 }  // namespace
 
-extern const Kernels SCAN_JOIN(kernels_, SCAN_ISA) = {forward_scratch, backward_scratch, forward, backward};
+extern const Kernels SCAN_JOIN(kernels_, SCAN_ISA) = {forward_scratch, backward_scratch, forward,
+                                                      backward,        read_all,         exp2_all};
 
 }  // namespace scan
