@@ -86,7 +86,7 @@ class StateScan(SelectiveSSM):
 
         With n = 1, C = 1 and no D the scan's output is its state.
         """
-        delta, B, _ = self.project(u)
+        delta, dt_weight, B, _ = self.project(u)
         return selective_scan(
             u.to(torch.promote_types(u.dtype, torch.float32)),
             delta,
@@ -95,6 +95,7 @@ class StateScan(SelectiveSSM):
             torch.ones_like(B),
             orders=orders,
             delta_bias=self.dt_proj_bias,
+            dt_weight=dt_weight,
             out=out,
             local_window=local_window,
             backend=self.backend,

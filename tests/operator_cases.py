@@ -8,13 +8,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the operator; ``steps`` None is the identity order."""
+    """One call of the operator; ``steps`` None is the identity order, ``rank`` 0 no projection of step sizes."""
 
     b: int = 2
     length: int = 13
     k: int = 2
     c: int = 5
     n: int = 4
+    rank: int = 0
     steps: int | None = None
     shared_u: bool = False
     out: str = "sum"
@@ -31,7 +32,7 @@ class Case:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
         b, length, k, c, n = self.b, self.length, self.k, self.c, self.n
-        delta = normal(b, length, k, c)
+        delta = normal(b, length, k, self.rank or c)
         tensors = {
             "u": normal(b, length, c) if self.shared_u else normal(b, length, k, c),
             "delta": delta if self.softplus else delta.abs() * 0.3,
@@ -39,6 +40,7 @@ class Case:
             "B": normal(b, length, k, n),
             "C": normal(b, length, k, n),
             "D": normal(k, c) if self.skip else None,
+            "dt_weight": normal(k, c, self.rank) * self.rank**-0.5 if self.rank else None,
             "delta_bias": (normal(k, c) if self.softplus else normal(k, c).abs() * 0.1) if self.bias else None,
         }
         narrow = {"u", "delta", "B", "C"}
@@ -84,4 +86,9 @@ CASES = {
     "window, one state": Case(b=2, length=150, k=4, c=21, n=1, window=16, shared_u=True),
     "window longer than the sequence": replace(PLAIN, window=99, out="per_order"),
     "window of one": replace(PLAIN, window=1),
+    "projected": replace(PLAIN, rank=3),
+    "projected, one state": Case(b=2, length=70, k=4, c=37, n=1, rank=6, shared_u=True),
+    "projected, sixteen states": replace(PLAIN, rank=5, n=16, c=70, length=66),
+    "projected, repeats and skips": replace(PLAIN, rank=1, n=1, steps=21, skip=False, bias=False, c=83),
+    "projected, window": Case(b=1, length=131, k=1, c=40, n=1, rank=9, window=16, out="per_step"),
 }

@@ -19,6 +19,8 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 def textbook(case: Case, t: dict[str, Tensor | None]) -> Tensor:
     """The recurrence written as in the papers, one number of one order at a time, windows by their definition."""
+    if t["dt_weight"] is not None:
+        t = {**t, "delta": torch.einsum("blkr,kcr->blkc", t["delta"], t["dt_weight"])}
     b, length, k, c = t["delta"].shape
     orders = torch.arange(length).expand(k, length) if t["orders"] is None else t["orders"]
     delta = t["delta"] + (0 if t["delta_bias"] is None else t["delta_bias"])
@@ -122,7 +124,9 @@ def test_recorded_windows_of_lbmamba(length: int, backend: str) -> None:
             assert relative_rms(found, expected) <= OPERATOR["float32"], name
 
 
-@pytest.mark.parametrize("name", ["plain", "repeats and skips", "window, repeats", "per order", "no softplus"])
+@pytest.mark.parametrize(
+    "name", ["plain", "repeats and skips", "window, repeats", "per order", "no softplus", "projected"]
+)
 def test_gradcheck(name: str) -> None:
     case = CASES[name]
     tensors = Case(**{**vars(case), "b": 1, "length": 5, "c": 2, "n": 2}).tensors()
@@ -134,16 +138,18 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(function, tuple(leaves.values()))
 
 
-@pytest.mark.parametrize("name", ["plain", "shared u", "no D", "repeats and skips", "window", "per step", "one state"])
+@pytest.mark.parametrize(
+    "name", ["plain", "shared u", "no D", "repeats and skips", "window", "per step", "one state", "projected"]
+)
 def test_opcheck(name: str, backend: str) -> None:
     case = CASES[name]
     t = case.tensors(torch.float32)
     orders = None if t["orders"] is None else t["orders"].int()
-    args = (t["u"], t["delta"], t["A"], t["B"], t["C"], t["D"], orders, t["delta_bias"])
+    args = (t["u"], t["delta"], t["A"], t["B"], t["C"], t["D"], orders, t["delta_bias"], t["dt_weight"])
     torch.library.opcheck(dispatch.scan_op, (*args, case.softplus, case.out, case.window, True, backend))
 
 
-@pytest.mark.parametrize("name", ["shared u", "repeats and skips", "window, sixteen states"])
+@pytest.mark.parametrize("name", ["shared u", "repeats and skips", "window, sixteen states", "projected"])
 def test_compiles_whole_and_exports(name: str, backend: str) -> None:
     if backend == "naive" and CASES[name].length > 20:
         pytest.skip("unrolled in backward: minutes to compile")
@@ -164,12 +170,14 @@ def test_compiles_whole_and_exports(name: str, backend: str) -> None:
     assert torch.equal(exported(detached), expected)
 
 
-def test_flops_are_counted() -> None:
-    tensors = PLAIN.tensors(torch.float32)
+@pytest.mark.parametrize("name", ["plain", "projected"])
+def test_flops_are_counted(name: str) -> None:
+    case = CASES[name]
+    tensors = case.tensors(torch.float32)
     with FlopCounterMode(display=False) as counter:
-        scan(PLAIN, tensors, "naive")
-    steps = PLAIN.b * PLAIN.length * PLAIN.k * PLAIN.c
-    assert counter.get_total_flops() == 9 * steps * PLAIN.n + steps
+        scan(case, tensors, "naive")
+    steps = case.b * case.length * case.k * case.c
+    assert counter.get_total_flops() == 9 * steps * case.n + steps + 2 * steps * case.rank
 
 
 def test_strides_do_not_matter(backend: str) -> None:
@@ -226,6 +234,8 @@ BAD = {
     "C": [(torch.zeros(2, 12, 2, 4), "C: got shape")],
     "D": [(torch.zeros(5), r"D: got shape \(5,\), expected \(2, 5\)")],
     "delta_bias": [(torch.zeros(2, 1), "delta_bias: got shape")],
+    "dt_weight": [(torch.zeros(2, 5, 3), r"dt_weight: got shape \(2, 5, 3\), expected \(2, 5, 5\) = \(k, c, r\)"),
+                  (torch.zeros(2, 5, 5, dtype=torch.int64), "dt_weight: got dtype torch.int64")],
     "orders": [(torch.zeros(2, 3), "orders: got dtype torch.float32, expected an integer dtype"),
                (torch.zeros(3, 4, dtype=torch.int64), r"orders: got shape \(3, 4\), expected \(2, t\)"),
                (torch.zeros(2, 0, dtype=torch.int64), "orders: got shape"),

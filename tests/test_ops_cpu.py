@@ -39,15 +39,16 @@ def threads(count):
         torch.set_num_threads(before)
 
 
-def make(b, l, k, c, n, shared=True, seed=0):
+def make(b, l, k, c, n, shared=True, seed=0, rank=0):
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
         return torch.randn(*shape, generator=g)
 
-    return {
+    projection = {"dt_weight": randn(k, c, rank) * rank**-0.5} if rank else {}
+    return projection | {
         "u": randn(b, l, c) if shared else randn(b, l, k, c),
-        "delta": randn(b, l, k, c) - 1,
+        "delta": randn(b, l, k, rank or c) - 1,
         "A": -torch.rand(k, c, n, generator=g) * 4 - 0.1,
         "B": randn(b, l, k, n),
         "C": randn(b, l, k, n),
@@ -104,9 +105,10 @@ F32 = dict(tolerance=1e-6, grad_tolerance=4e-6)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("window", [0, 3, 8, 200])
 @pytest.mark.parametrize("n", [1, 2, 7, 16])
-def test_parity_on_every_instruction_set(isa, n, window):
+@pytest.mark.parametrize("rank", [0, 5])
+def test_parity_on_every_instruction_set(isa, n, window, rank):
     with instruction_set(isa):
-        check(make(2, 131, 2, 83, n), **F32, orders=make_orders("permute", 2, 131), local_window=window)
+        check(make(2, 131, 2, 83, n, rank=rank), **F32, orders=make_orders("permute", 2, 131), local_window=window)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -122,9 +124,10 @@ def test_orders_and_outputs(isa, out, kind, shared, n):
 @pytest.mark.parametrize("out", ["sum", "per_order", "per_step"])
 @pytest.mark.parametrize("kind", [None, "skip", "repeat"])
 @pytest.mark.parametrize("n", [1, 6])
+@pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("isa", ISAS)
-def test_bfloat16(isa, out, kind, n):
-    tensors = make(2, 70, 2, 35, n)
+def test_bfloat16(isa, out, kind, n, rank):
+    tensors = make(2, 70, 2, 35, n, rank=rank)
     for name in ("u", "delta", "B", "C"):
         tensors[name] = tensors[name].bfloat16()
     with instruction_set(isa):  # inputs are exact in float64, results are rounded once to 8 bits: 2^-8 = 3.9e-3
@@ -168,20 +171,20 @@ def test_strides_are_taken_as_they_are(n):
     grad = torch.ones(1, 1, 1).expand(b, l, c)
     grads = cpu.backward(grad.contiguous(), *arguments(contiguous, orders), states, True, "sum", 0)
     grads2 = cpu.backward(grad, *arguments(strided, orders), states, True, "sum", 0)
-    for name, one, two in zip(NAMES, grads, grads2, strict=True):
+    for name, one, two in zip((*NAMES, "dt_weight"), grads, grads2, strict=True):
         assert torch.equal(one, two) and two.is_contiguous(), name
 
 
 def arguments(tensors, orders=None):
     orders = None if orders is None else orders.int().contiguous()
-    return (*(tensors[name] for name in NAMES[:6]), orders, tensors["delta_bias"])
+    return (*(tensors[name] for name in NAMES[:6]), orders, tensors["delta_bias"], tensors.get("dt_weight"))
 
 
-@pytest.mark.parametrize("n, window", [(1, 0), (16, 0), (16, 8)])
+@pytest.mark.parametrize("n, window, rank", [(1, 0, 0), (1, 8, 3), (16, 0, 3), (16, 8, 0)])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("b, c", [(1, 200), (3, 72)])
-def test_bitwise_equal_for_any_number_of_threads(b, c, n, window, shared):
-    tensors = make(b, 150, 2, c, n, shared)
+def test_bitwise_equal_for_any_number_of_threads(b, c, n, window, rank, shared):
+    tensors = make(b, 150, 2, c, n, shared, rank=rank)
     options = dict(orders=make_orders("permute", 2, 150), local_window=window, backend="cpu")
     results = []
     for count in (1, 2, 3, 8):
@@ -225,9 +228,10 @@ def test_every_output_is_written(monkeypatch):
     def poisoned(self, shape):
         return torch.full(tuple(shape), float("nan"), dtype=self.dtype)
 
-    tensors, orders = make(2, 70, 2, 20, 3), make_orders("skip", 2, 70).int().contiguous()
+    orders = make_orders("skip", 2, 70).int().contiguous()
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    for window in (0, 5):
+    for n, window, rank in ((3, 0, 0), (3, 5, 4), (1, 0, 4), (1, 5, 0)):
+        tensors = make(2, 70, 2, 20, n, rank=rank)
         y, states = cpu.forward(*arguments(tensors, orders), True, "sum", window, True)
         grads = cpu.backward(torch.ones_like(y), *arguments(tensors, orders), states, True, "sum", window)
         assert not any(x.isnan().any() for x in (y, states, *grads))

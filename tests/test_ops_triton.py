@@ -122,7 +122,7 @@ def check(tensors: dict, options: dict, dtype: torch.dtype = torch.float32) -> N
     }
     expected = naive.selective_scan_naive(
         *(exact.get(name) for name in NAMES[:6]), orders, exact.get("delta_bias"), options["delta_softplus"],
-        options["out"], options["local_window"],
+        options["out"], options["local_window"], exact.get("dt_weight"),
     )  # fmt: skip
     grad = torch.randn(expected.shape, dtype=torch.float64).to(dtype)
     expected_grads = torch.autograd.grad(expected, list(exact.values()), grad.double())

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbones.ops.projection import projection_gradients
+
 CHUNK = 64  # steps between two saved states; kChunk in csrc/scan.h
 LIBRARY = Path(__file__).with_name("_scan_cpu" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so"))
 _OUT = {"sum": 0, "per_order": 1, "per_step": 2}
-_CALL = struct.Struct("=45q")  # `Call` in csrc/scan.h
+_CALL = struct.Struct("=47q")  # `Call` in csrc/scan.h
 CONV_CALL = struct.Struct("=24q")  # `ConvCall` in csrc/depthwise.h
 _ORDER_OUT_OF_RANGE, _NO_MEMORY = 1, 2
 
@@ -54,6 +56,11 @@ def _library() -> ctypes.CDLL | str:
             return another
     lib.backbones_scan_select.argtypes, lib.backbones_scan_select.restype = [ctypes.c_char_p], ctypes.c_int64
     lib.backbones_scan_isa.argtypes, lib.backbones_scan_isa.restype = [], ctypes.c_char_p
+    lib.backbones_scan_read.argtypes, lib.backbones_scan_read.restype = [ctypes.c_void_p, *[ctypes.c_int64] * 2], None
+    lib.backbones_scan_exp2.argtypes, lib.backbones_scan_exp2.restype = (
+        [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3],
+        None,
+    )
     _select(lib, os.environ.get("BACKBONES_CPU_ISA", ""))
     return lib
 
@@ -75,6 +82,23 @@ def _loaded() -> ctypes.CDLL:
 def instruction_set() -> str:
     """The instruction set in use: "avx512", "avx2" or "baseline"."""
     return _loaded().backbones_scan_isa().decode()
+
+
+def exp2(x: Tensor, rounds: int = 1) -> Tensor:
+    """2^x of contiguous float32 by the kernel's own code, computed ``rounds`` times: what its rate is measured with.
+
+    Every thread takes an equal part of ``x``; what is left of an uneven division stays 0.
+    """
+    threads = torch.get_num_threads()
+    y = torch.zeros_like(x)
+    _loaded().backbones_scan_exp2(x.data_ptr(), y.data_ptr(), x.numel() // threads, rounds, threads)
+    return y
+
+
+def read(x: Tensor) -> None:
+    """Reads contiguous float32, every thread an equal part: what the rate of memory is measured with."""
+    threads = torch.get_num_threads()
+    _loaded().backbones_scan_read(x.data_ptr(), x.numel() // threads, threads)
 
 
 def unavailable_reason() -> str | None:
@@ -109,8 +133,8 @@ def _pointer(x: Tensor | None) -> int:
 
 def _call(
     function: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool, out: str, local_window: int, grad: Tensor | None,
-    results: tuple[int, ...],
+    delta_bias: Tensor | None, dt_weight: Tensor | None, delta_softplus: bool, out: str, local_window: int,
+    grad: Tensor | None, results: tuple[int, ...],
 ) -> None:  # fmt: skip
     b, l = u.shape[:2]
     k, c, n = A.shape
@@ -120,7 +144,8 @@ def _call(
             b, l, t, k, c, n, u.dtype == torch.bfloat16, u.dim() == 3, delta_softplus, _OUT[out], local_window,
             torch.get_num_threads(), u.data_ptr(), delta.data_ptr(), B.data_ptr(), C.data_ptr(), _pointer(grad),
             *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *_strides(grad),
-            A.data_ptr(), _pointer(D), _pointer(delta_bias), _pointer(orders), *results,
+            A.data_ptr(), _pointer(D), _pointer(delta_bias), _pointer(dt_weight),
+            0 if dt_weight is None else dt_weight.shape[2], _pointer(orders), *results,
         )
     )  # fmt: skip
     if status == _ORDER_OUT_OF_RANGE:
@@ -133,7 +158,7 @@ def _call(
 
 def forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool, out: str, local_window: int, save: bool,
+    delta_bias: Tensor | None, dt_weight: Tensor | None, delta_softplus: bool, out: str, local_window: int, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and, when `save`, the states for `backward`. Raises ValueError for an order outside 0..l-1."""
     u, delta, B, C = _rows(u), _rows(delta), _rows(B), _rows(C)
@@ -155,6 +180,7 @@ def forward(
         D,
         orders,
         delta_bias,
+        dt_weight,
         delta_softplus,
         out,
         local_window,
@@ -166,12 +192,15 @@ def forward(
 
 def backward(
     grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
-    delta_bias: Tensor | None, states: Tensor, delta_softplus: bool, out: str, local_window: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of u, delta, A, B, C, D and delta_bias, contiguous; those of absent arguments have shape (0,)."""
+    delta_bias: Tensor | None, dt_weight: Tensor | None, states: Tensor, delta_softplus: bool, out: str,
+    local_window: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of u, delta, A, B, C, D, delta_bias and dt_weight, contiguous; (0,)-shaped for absent arguments."""
     grad, u, delta, B, C = _rows(grad), _rows(u), _rows(delta), _rows(B), _rows(C)
-    du, ddelta, dB, dC = (x.new_empty(x.shape) for x in (u, delta, B, C))
+    du, dB, dC = (x.new_empty(x.shape) for x in (u, B, C))
     dA = A.new_empty(A.shape)
+    # Of the projected step sizes, where there is a projection.
+    ddelta = delta.new_empty(delta.shape) if dt_weight is None else A.new_empty((*delta.shape[:3], A.shape[1]))
     dD = A.new_empty((0,) if D is None else D.shape)
     dbias = A.new_empty((0,) if delta_bias is None else delta_bias.shape)
     results = (0, *(x.data_ptr() for x in (states, du, ddelta, dB, dC, dA, dD, dbias)))
@@ -185,10 +214,14 @@ def backward(
         D,
         orders,
         delta_bias,
+        dt_weight,
         delta_softplus,
         out,
         local_window,
         grad,
         results,
     )
-    return du, ddelta, dA, dB, dC, dD, dbias
+    if dt_weight is None:
+        return du, ddelta, dA, dB, dC, dD, dbias, A.new_empty((0,))
+    ddelta, ddt_weight = projection_gradients(ddelta, delta, dt_weight)
+    return du, ddelta, dA, dB, dC, dD, dbias, ddt_weight

@@ -11,10 +11,11 @@ A backend is a module with four functions, called with checked and normalised te
     None where it runs, else one line that says why it does not.
 ``states_shape(b, t, k, c, n)``
     Shape of the float32 states that its forward keeps for its backward.
-``forward(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, save)``
+``forward(u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, local_window, save)``
     (y, states); ``states`` has no elements unless ``save`` is set.
-``backward(grad, u, delta, A, B, C, D, orders, delta_bias, states, delta_softplus, out, local_window)``
-    Gradients of u, delta, A, B, C, D, delta_bias; the last two have no elements where the argument is None.
+``backward(grad, u, delta, A, B, C, D, orders, delta_bias, dt_weight, states, delta_softplus, out, local_window)``
+    Gradients of u, delta, A, B, C, D, delta_bias, dt_weight; the last three have no elements where the argument
+    is None.
 """
 
 import logging
@@ -74,45 +75,53 @@ def _problem(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     return BACKENDS[backend].unavailable_reason()
 
 
-_TENSORS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? orders, Tensor? delta_bias"
+_TENSORS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? orders, Tensor? delta_bias, "
+    "Tensor? dt_weight"
+)
 _OPTIONS = "bool delta_softplus, str out, int local_window"
 
 
-@torch.library.custom_op(
-    "backbones::selective_scan",
-    mutates_args=(),
-    schema=f"({_TENSORS}, {_OPTIONS}, bool save, str backend) -> (Tensor, Tensor)",
+# `torch.library.custom_op` would do the same, but looks for aliases in every call: 10 microseconds, forward alone.
+_library = torch.library.Library("backbones", "FRAGMENT")
+_library.define(
+    f"selective_scan({_TENSORS}, {_OPTIONS}, bool save, str backend) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
-def scan_op(*args):  # type: ignore[no-untyped-def]
-    """(y, states) of one selective scan."""
+_library.define(
+    f"selective_scan_backward(Tensor grad, {_TENSORS}, Tensor states, {_OPTIONS}, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+scan_op = torch.ops.backbones.selective_scan.default
+scan_backward_op = torch.ops.backbones.selective_scan_backward.default
+
+
+@torch.library.impl(_library, "selective_scan", "CompositeExplicitAutograd")
+def _(*args):  # type: ignore[no-untyped-def]
     return BACKENDS[args[-1]].forward(*args[:-1])
 
 
-@torch.library.custom_op(
-    "backbones::selective_scan_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_TENSORS}, Tensor states, {_OPTIONS}, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def scan_backward_op(*args):  # type: ignore[no-untyped-def]
-    """Gradients of u, delta, A, B, C, D, delta_bias."""
+@torch.library.impl(_library, "selective_scan_backward", "CompositeExplicitAutograd")
+def _(*args):  # type: ignore[no-untyped-def]
     return BACKENDS[args[-1]].backward(*args[:-1])
 
 
-@scan_op.register_fake
-def _(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, save, backend):  # type: ignore
-    b, length, k, c = delta.shape
+@torch.library.register_fake(scan_op, lib=_library)
+def _(u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, local_window, save, backend):  # type: ignore
+    b, length = delta.shape[:2]
+    k, c, n = A.shape
     t = length if orders is None else orders.shape[1]
     shape = {"sum": (b, length, c), "per_order": (b, length, k, c), "per_step": (b, t, k, c)}[out]
-    states = BACKENDS[backend].states_shape(b, t, k, c, A.shape[-1]) if save else (0,)
+    states = BACKENDS[backend].states_shape(b, t, k, c, n) if save else (0,)
     return u.new_empty(shape), u.new_empty(states, dtype=torch.float32)
 
 
-@scan_backward_op.register_fake
-def _(grad, u, delta, A, B, C, D, orders, delta_bias, states, *options):  # type: ignore[no-untyped-def]
+@torch.library.register_fake(scan_backward_op, lib=_library)
+def _(grad, u, delta, A, B, C, D, orders, delta_bias, dt_weight, states, *options):  # type: ignore[no-untyped-def]
     return tuple(
         states.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (u, delta, A, B, C, D, delta_bias)
+        for x in (u, delta, A, B, C, D, delta_bias, dt_weight)
     )
 
 
@@ -124,30 +133,40 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 def _autograd(ctx: Any, grad: Tensor | None, _grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 13
+        return (None,) * 14
     tensors = ctx.saved_tensors
     args = (grad, *tensors, ctx.delta_softplus, ctx.out, ctx.local_window)
     # The gradient of plain PyTorch is autograd's own, which does not run inside of an operator.
     grads = naive.backward(*args) if ctx.backend == "naive" else scan_backward_op(*args, ctx.backend)
-    *others, dD, ddelta_bias = grads
-    D, _, delta_bias, _ = tensors[5:]
-    return *others, None if D is None else dD, None, None if delta_bias is None else ddelta_bias, *(None,) * 5
+    given = (*tensors[:6], *tensors[7:9])
+    *before, ddelta_bias, ddt_weight = (None if x is None else y for x, y in zip(given, grads, strict=True))
+    return *before, None, ddelta_bias, ddt_weight, *(None,) * 5
 
 
-scan_op.register_autograd(_autograd, setup_context=_setup_context)
+torch.library.register_autograd(scan_op, _autograd, setup_context=_setup_context, lib=_library)
 
 
 @register_flop_formula(torch.ops.backbones.selective_scan)
-def _forward_flops(u, delta, A, B, C, D, orders, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    """9 operations a step, channel and state, 1 a step and channel for D u: the count that the papers use."""
-    b, length, k, c = delta
+def _forward_flops(u, delta, A, B, C, D, orders, delta_bias, dt_weight, *args, **kwargs) -> int:  # type: ignore
+    """9 operations a step, channel and state, 1 a step and channel for D u: the count that the papers use. The
+    projection of the step sizes counts as the matrix product that it replaces.
+    """
+    b, length, k, _ = delta
+    _, c, n = A
     steps = b * k * (length if orders is None else orders[1])
-    return 9 * steps * c * A[-1] + (steps * c if D is not None else 0)
+    return 9 * steps * c * n + (steps * c if D is not None else 0) + _projection_flops(delta, dt_weight)
 
 
 @register_flop_formula(torch.ops.backbones.selective_scan_backward)
-def _backward_flops(grad, u, delta, A, B, C, D, orders, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    """21 operations a step, channel and state: 5 to compute the states again, 16 in the reverse sweep."""
-    b, length, k, c = delta
+def _backward_flops(grad, u, delta, A, B, C, D, orders, delta_bias, dt_weight, *args, **kwargs) -> int:  # type: ignore
+    """21 operations a step, channel and state: 5 to compute the states again, 16 in the reverse sweep; three matrix
+    products with the projection, the first of them again.
+    """
+    b, length, k, _ = delta
+    _, c, n = A
     steps = b * k * (length if orders is None else orders[1])
-    return 21 * steps * c * A[-1] + (4 * steps * c if D is not None else 0)
+    return 21 * steps * c * n + (4 * steps * c if D is not None else 0) + 3 * _projection_flops(delta, dt_weight)
+
+
+def _projection_flops(delta: torch.Size, dt_weight: torch.Size | None) -> int:
+    return 0 if dt_weight is None else 2 * delta.numel() * dt_weight[1]

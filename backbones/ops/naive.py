@@ -24,13 +24,15 @@ def selective_scan_naive(
     delta_softplus: bool = True,
     out: str = "sum",
     local_window: int = 0,
+    dt_weight: Tensor | None = None,
 ) -> Tensor:
     """:func:`backbones.ops.selective_scan` as a loop over steps; arguments and shapes as there, unchecked.
 
     Computes in float32, or in float64 where ``u`` is float64, and returns ``u.dtype``. Differentiable any
     number of times.
     """
-    b, length, k, c = delta.shape
+    b, length, k, _ = delta.shape
+    c = A.shape[1]
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     if orders is None:
         orders = torch.arange(length, device=u.device).expand(k, length)
@@ -38,6 +40,8 @@ def selective_scan_naive(
     visits = tokens * k + torch.arange(k, device=u.device)  # rows of an (l * k, ...) table
 
     with torch.autocast(u.device.type, enabled=False):
+        if dt_weight is not None:
+            delta = torch.einsum("blkr,kcr->blkc", delta.to(dtype), dt_weight.to(dtype))
         per_order_u = u if u.dim() == 4 else u.unsqueeze(2).expand(b, length, k, c)
         u_steps, dt_steps, B_steps, C_steps = (
             x.to(dtype).flatten(1, 2)[:, visits] for x in (per_order_u, delta, B, C)
@@ -89,7 +93,7 @@ def states_shape(b: int, t: int, k: int, c: int, n: int) -> tuple[int, ...]:
 
 def forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool, out: str, local_window: int, save: bool,
+    delta_bias: Tensor | None, dt_weight: Tensor | None, delta_softplus: bool, out: str, local_window: int, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :mod:`backbones.ops.dispatch`."""
     if orders is not None:
@@ -98,18 +102,20 @@ def forward(
         if low < 0 or high >= length:
             found = low if low < 0 else high
             raise ValueError(f"orders: found token {found}, expected 0..{length - 1} (delta has {length} tokens)")
-    y = selective_scan_naive(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window)
+    y = selective_scan_naive(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, dt_weight)
     return y, u.new_empty(0, dtype=torch.float32)
 
 
 def backward(
     grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
-    delta_bias: Tensor | None, states: Tensor, delta_softplus: bool, out: str, local_window: int,
+    delta_bias: Tensor | None, dt_weight: Tensor | None, states: Tensor, delta_softplus: bool, out: str,
+    local_window: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """See :mod:`backbones.ops.dispatch`."""
-    inputs: Any = [None if x is None else x.detach().requires_grad_() for x in (u, delta, A, B, C, D, delta_bias)]
-    u, delta, A, B, C, D, delta_bias = inputs
+    tensors = (u, delta, A, B, C, D, delta_bias, dt_weight)
+    inputs: Any = [None if x is None else x.detach().requires_grad_() for x in tensors]
+    u, delta, A, B, C, D, delta_bias, dt_weight = inputs
     with torch.enable_grad():
-        y = selective_scan_naive(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window)
+        y = selective_scan_naive(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, dt_weight)
     grads = iter(torch.autograd.grad(y, [x for x in inputs if x is not None], grad))
     return tuple(states if x is None else next(grads) for x in inputs)

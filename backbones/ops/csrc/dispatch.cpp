@@ -91,17 +91,23 @@ bool prepare_orders(Prepared& s, bool backwards) {
 void prepare_parameters(Prepared& s) {
   Problem& p = s.p;
   p.cp = round_up(p.c, kPad);
-  s.parameters.assign(p.k * (p.n + 2) * p.cp + 2 * kSkew, 0.0f);
+  p.weight_row = p.cp + 16;  // not a multiple of 4096 bytes for any c, which would slow the copy down
+  s.parameters.assign(p.k * ((p.n + 2) * p.cp + p.rank * p.weight_row) + 3 * kSkew, 0.0f);
   float *A2 = s.parameters.data(), *D = A2 + p.k * p.n * p.cp + kSkew, *bias = D + p.k * p.cp + kSkew;
+  float* weight = bias + p.k * p.cp + kSkew;
   for (int64_t k = 0; k < p.k; k++) {
     for (int64_t ch = 0; ch < p.c; ch++)
       for (int64_t j = 0; j < p.n; j++) A2[(k * p.n + j) * p.cp + ch] = p.A[(k * p.c + ch) * p.n + j] * kLog2e;
     if (p.D) std::memcpy(D + k * p.cp, p.D + k * p.c, p.c * sizeof(float));
     if (p.bias) std::memcpy(bias + k * p.cp, p.bias + k * p.c, p.c * sizeof(float));
+    for (int64_t ch = 0; ch < p.c; ch++)
+      for (int64_t r = 0; r < p.rank; r++)
+        weight[(k * p.rank + r) * p.weight_row + ch] = p.dt_weight[(k * p.c + ch) * p.rank + r];
   }
   p.A2 = A2;
   p.D0 = D;
   p.bias0 = bias;
+  p.weight0 = weight;
 }
 
 bool prepare(const Call& call, bool backwards, Prepared& s) {
@@ -216,6 +222,20 @@ SCAN_EXPORT int64_t backbones_scan_forward(const scan::Call* call) {
 
 SCAN_EXPORT int64_t backbones_scan_backward(const scan::Call* call) {
   return scan::guarded([&] { return scan::backward(*call); });
+}
+
+// Two limits of this machine, for benchmarks. Every thread has its own `count` floats.
+SCAN_EXPORT void backbones_scan_read(const float* from, int64_t count, int64_t threads) {
+  std::vector<float> sums(threads);
+  scan::parallel(threads, threads, [&](int64_t, int64_t i) {
+    sums[i] = scan::current().kernels->read_all(from + i * count, count);
+  });
+}
+
+SCAN_EXPORT void backbones_scan_exp2(const float* from, float* to, int64_t count, int64_t rounds, int64_t threads) {
+  scan::parallel(threads, threads, [&](int64_t, int64_t i) {
+    scan::current().kernels->exp2_all(from + i * count, to + i * count, count, rounds);
+  });
 }
 
 SCAN_EXPORT int64_t backbones_scan_call_size() { return sizeof(scan::Call); }

@@ -94,14 +94,40 @@ SCAN_INLINE void prefetch(const E* p) {
   for (int64_t i = 0; i < U * W * (int64_t)sizeof(E); i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
 }
 
-// Rows of B or C of a block of steps, as contiguous floats.
+// Short rows of a block of steps (B, C or delta before its projection), as contiguous floats.
 template <class E>
-void gather_states(const Problem& p, const void* base, const Strides& s, int64_t b, int64_t k, const int32_t* tokens,
-                   int64_t steps, float* to) {
+void gather(const void* base, const Strides& s, int64_t b, int64_t k, const int32_t* tokens, int64_t steps, int64_t width,
+            float* to) {
   for (int64_t i = 0; i < steps; i++) {
     const E* row = at<E>(base, s, b, tokens[i], k);
-    for (int64_t j = 0; j < p.n; j++) to[i * p.n + j] = to_float(row[j]);
+    for (int64_t j = 0; j < width; j++) to[i * width + j] = to_float(row[j]);
   }
+}
+
+template <int M, int U>
+SCAN_INLINE void project_tile(const Problem& p, const float* low, const float* weight, float* to, int64_t to_row) {
+  Pack<U> sum[M];
+  unrolled<M>([&](auto i) SCAN_FLAT { sum[i] = Pack<U>(0.0f); });
+  for (int64_t r = 0; r < p.rank; r++) {
+    const Pack<U> w = load_pack<U>(weight + r * p.weight_row);
+    unrolled<M>([&](auto i) SCAN_FLAT { sum[i] = sum[i] + w * low[i * p.rank + r]; });
+  }
+  unrolled<M>([&](auto i) SCAN_FLAT { store_pack(to + i * to_row, sum[i]); });
+}
+
+// delta of `steps` rows `low` (steps, rank) and of channels c0, c0 + 1, ... of order k. Rows of `to` have space for whole
+// vectors.
+__attribute__((noinline)) void project(const Problem& p, int64_t k, int64_t c0, int64_t channels, const float* low,
+                                       int64_t steps, float* to, int64_t to_row) {
+  constexpr int kSteps = 4;  // times 2 or 4 vectors: as many sums as hide the latency and fit into registers
+  const float* weight = p.weight0 + k * p.rank * p.weight_row + c0;
+  for_row<(W == 16 ? 4 : 2)>(channels, [&](int64_t v, int64_t, auto size) SCAN_FLAT {
+    constexpr int U = decltype(size)::value;
+    int64_t i = 0;
+    for (; i + kSteps <= steps; i += kSteps)
+      project_tile<kSteps, U>(p, low + i * p.rank, weight + v, to + i * to_row + v, to_row);
+    for (; i < steps; i++) project_tile<1, U>(p, low + i * p.rank, weight + v, to + i * to_row + v, to_row);
+  });
 }
 
 SCAN_INLINE int64_t block_steps(int64_t window, int64_t wanted) {  // a multiple of the window

@@ -20,10 +20,12 @@ struct Call {
   const void *u, *delta, *B, *C, *grad;
   Strides su, sdelta, sB, sC, sgrad;
   const float *A, *D, *bias;  // (k, c, n), (k, c) or null, (k, c) or null
+  const float* dt_weight;     // (k, c, rank) or null: delta is (b, l, k, rank), to be multiplied by it
+  int64_t rank;               // 0 where dt_weight is null
   const int32_t* orders;      // (k, t) or null: the identity
   void* y;
   float* states;  // (b, k, chunks - 1, n, c): the state before every chunk but the first; null: not wanted
-  void *du, *ddelta, *dB, *dC;
+  void *du, *ddelta, *dB, *dC;  // ddelta is (b, l, k, c), and float32 where dt_weight is given
   float *dA, *dD, *dbias;
 };
 
@@ -45,6 +47,8 @@ struct Problem : Call {
   const float* A2;         // (k, n, cp): A log2(e), so that exp(dt A) is exp2(dt A2)
   const float* D0;         // (k, cp), zero where D is null
   const float* bias0;      // (k, cp), zero where the bias is null
+  const float* weight0;    // (k, rank, weight_row): dt_weight, channels last
+  int64_t weight_row;
   const int32_t* order;    // (k, t), or one row when order_k is 0
   int64_t order_k;
   const uint8_t* visit;    // (k, t) of Visit
@@ -67,6 +71,8 @@ struct Kernels {
   int64_t (*backward_scratch)(const Problem&, int64_t channels);
   void (*forward)(const Problem&, const Task&, float* scratch);
   void (*backward)(const Problem&, const Task&, float* scratch);
+  float (*read_all)(const float*, int64_t count);
+  void (*exp2_all)(const float* from, float* to, int64_t count, int64_t rounds);
 };
 
 extern const Kernels kernels_baseline;

@@ -18,11 +18,14 @@ using Strip = Pack<kVecs>;
 
 // Whether a gradient's visits add up in a float32 image before they are rounded to bfloat16.
 bool wide_du(const Problem& p) { return p.bf16 && !(p.u_shared ? p.first_of_all : p.first_in_order); }
-bool wide_ddelta(const Problem& p) { return p.bf16 && !p.first_in_order; }
+bool wide_ddelta(const Problem& p) { return p.bf16 && !p.rank && !p.first_in_order; }
 
 struct BackwardScratch {
-  float *wide_u, *wide_delta, *dh, *B, *C, *dt, *slope, *h;
+  float *wide_u, *wide_delta, *dh, *B, *C, *low, *dt, *slope, *h;
   float *dtu, *g, *dhB, *dhA, *A2, *decay, *sumB, *sumC, *local, *dF;  // strips only
+  // Rows to prefetch: u, delta and grad of this chunk and of the next one to come, du and ddelta of this chunk. The passes
+  // over states leave the memory idle otherwise, and those before and after them wait for it.
+  const char** ahead[8];
   int64_t row, size;  // row: floats from step to step in dt and slope (and h when n = 1)
   BackwardScratch(const Problem& p, int64_t channels, float* base) {
     Arena a{base};
@@ -35,6 +38,7 @@ struct BackwardScratch {
     dh = a.take(p.n * round_up(channels, kPad));
     B = a.take(steps * p.n);
     C = a.take(steps * p.n);
+    low = a.take(steps * p.rank);
     dt = a.take(steps * row);
     slope = a.take(steps * row);
     h = a.take((steps + 1) * (strips ? group : row));
@@ -48,6 +52,7 @@ struct BackwardScratch {
     sumC = a.take(strips ? steps * p.n * W : 0);
     local = a.take(window);
     dF = a.take(window);
+    for (auto& rows : ahead) rows = (const char**)a.take(strips ? 2 * steps : 0);
     size = a.used;
   }
 };
@@ -98,7 +103,14 @@ struct Sweep {
   const float *A2, *B, *C, *dt, *dtu, *g;
   float *dh, *dA, *dhB, *dhA, *sumB, *sumC, *h, *decay, *local, *dF;
   int64_t dh_row, dA_row, n, steps, window;
+  const char *const *reads, *const *writes;  // an address per step to prefetch, at these offsets
+  int64_t reads_offset, writes_offset;
 };
+
+SCAN_INLINE void prefetch_strip(const char* p) {
+  __builtin_prefetch(p);
+  if (kStrip * sizeof(float) > 64) __builtin_prefetch(p + 64);
+}
 
 // body(g, v, offset in a row of G * kStrip) for every state and vector
 template <int G, class F>
@@ -111,7 +123,8 @@ __attribute__((noinline)) void recompute(const Sweep& sweep) {
   const Sweep s = sweep;  // a copy that no store can alias: its fields stay in registers
   vf h[G][kVecs];
   for_group<G>([&](auto g, auto v, int64_t at) SCAN_FLAT { h[g][v] = load(s.h + at); });
-  for (int64_t i = 0; i < s.steps; i++)
+  for (int64_t i = 0; i < s.steps; i++) {
+    prefetch_strip(s.reads[i] + s.reads_offset);
     unrolled<kVecs>([&](auto v) SCAN_FLAT {
       const vf dt = load(s.dt + i * kStrip + v * W), dtu = load(s.dtu + i * kStrip + v * W);
       unrolled<G>([&](auto g) SCAN_FLAT {
@@ -121,6 +134,7 @@ __attribute__((noinline)) void recompute(const Sweep& sweep) {
         store(s.h + ((i + 1) * G + g) * kStrip + v * W, h[g][v]);
       });
     });
+  }
 }
 
 SCAN_INLINE void add_to(float* p, vf x) { store(p, load(p) + x); }
@@ -135,6 +149,7 @@ __attribute__((noinline)) void sweep_back(const Sweep& sweep) {
   });
   for (int64_t i = s.steps - 1; i >= 0; i--) {
     const float *h = s.h + i * G * kStrip, *decay = s.decay + i * G * kStrip;
+    prefetch_strip(s.writes[i] + s.writes_offset);
     vf grad[kVecs], dt[kVecs], dtu[kVecs], dhB[kVecs], dhA[kVecs];
     unrolled<kVecs>([&](auto v) SCAN_FLAT {
       grad[v] = load(s.g + i * kStrip + v * W);
@@ -214,7 +229,7 @@ __attribute__((noinline)) void sweep_back_window(const Sweep& sweep) {
 }
 
 // G states, from state j on, of the strip that starts `strip` channels into the task.
-template <int G>
+template <class E, int G>
 void strip_states(const Chunk& chunk, int64_t strip, int64_t j) {
   const Problem& p = chunk.p;
   const BackwardScratch& s = chunk.s;
@@ -224,9 +239,14 @@ void strip_states(const Chunk& chunk, int64_t strip, int64_t j) {
     store_pack(s.A2 + g * kStrip, load_pack<kVecs>(A2 + g * p.cp));
     store_pack(s.h + g * kStrip, saved ? load_pack<kVecs>(saved + (j + g) * p.c + strip, lanes) : Strip(0.0f));
   }
+  const int64_t group = j / kGroupBack, next = strip + kStrip;
+  const Target& written = group % 2 ? chunk.out.delta : chunk.out.u;
+  const bool more = next < chunk.channels();
   const Sweep sweep{s.A2, s.B + j, s.C + j, s.dt, s.dtu, s.g, s.dh + j * dh_row + strip,
                     p.dA_part + chunk.partial_states() + at, s.dhB, s.dhA, s.sumB + j * W, s.sumC + j * W, s.h, s.decay,
-                    s.local, s.dF, dh_row, p.cp, p.n, chunk.steps, p.window};
+                    s.local, s.dF, dh_row, p.cp, p.n, chunk.steps, p.window,
+                    s.ahead[group % 3 + (more ? 0 : 3)], s.ahead[6 + group % 2],
+                    (more ? next : 0) * (int64_t)sizeof(E), strip * (int64_t)(written.wide ? sizeof(float) : sizeof(E))};
   recompute<G>(sweep);
   p.window > 1 ? sweep_back_window<G>(sweep) : sweep_back<G>(sweep);
 }
@@ -239,10 +259,13 @@ void backward_strip(const Chunk& chunk, int64_t strip) {
   const int64_t lanes = chunk.channels() - strip;
   const Strip bias = load_pack<kVecs>(p.bias0 + parameters), D = load_pack<kVecs>(p.D0 + parameters);
   Strip dD = load_pack<kVecs>(p.dD_part + partial), dbias = load_pack<kVecs>(p.dbias_part + partial);
+  if (p.rank) project(p, chunk.k, chunk.task.c0 + strip, kStrip, s.low, chunk.steps, s.dt, kStrip);  // all lanes count
   for (int64_t i = 0; i < chunk.steps; i++) {
     const Strip u = load_pack<kVecs>(chunk.u<E>(i) + strip, lanes);
     const Strip grad = load_pack<kVecs>(chunk.grad<E>(i) + strip, lanes);
-    Strip dt = load_pack<kVecs>(chunk.delta<E>(i) + strip, lanes) + bias, slope(1.0f);
+    Strip dt = p.rank ? load_pack<kVecs>(s.dt + i * kStrip) : load_pack<kVecs>(chunk.delta<E>(i) + strip, lanes);
+    Strip slope(1.0f);
+    dt = dt + bias;
     if (p.softplus) dt = softplus_and_slope(dt, &slope);
     dD = dD + grad * u;
     const int64_t at = i * kStrip;
@@ -254,9 +277,9 @@ void backward_strip(const Chunk& chunk, int64_t strip) {
     store_pack(s.dhA + at, Strip(0.0f));
   }
   int64_t j = 0;
-  for (; j + kGroupBack <= p.n; j += kGroupBack) strip_states<kGroupBack>(chunk, strip, j);
-  for (; j + 2 <= p.n; j += 2) strip_states<2>(chunk, strip, j);
-  for (; j < p.n; j++) strip_states<1>(chunk, strip, j);
+  for (; j + kGroupBack <= p.n; j += kGroupBack) strip_states<E, kGroupBack>(chunk, strip, j);
+  for (; j + 2 <= p.n; j += 2) strip_states<E, 2>(chunk, strip, j);
+  for (; j < p.n; j++) strip_states<E, 1>(chunk, strip, j);
   for (int64_t i = chunk.steps - 1; i >= 0; i--) {  // in the order of the sweep: the last visit is met first
     const int64_t at = i * kStrip;
     const Strip u = load_pack<kVecs>(chunk.u<E>(i) + strip, lanes), dhB = load_pack<kVecs>(s.dhB + at);
@@ -271,9 +294,27 @@ void backward_strip(const Chunk& chunk, int64_t strip) {
 }
 
 template <class E>
+void fill_ahead(const Chunk& chunk, int64_t i, const char** const* ahead) {
+  ahead[0][i] = (const char*)chunk.u<E>(i);
+  ahead[1][i] = chunk.p.rank ? ahead[0][i] : (const char*)chunk.delta<E>(i);
+  ahead[2][i] = (const char*)chunk.grad<E>(i);
+}
+
+template <class E>
 void backward_strips(const Chunk& chunk) {
   const Problem& p = chunk.p;
   const BackwardScratch& s = chunk.s;
+  const int64_t index = chunk.index ? chunk.index - 1 : 0;
+  const Chunk next{p, chunk.task, s, chunk.out, chunk.k, index, index * p.chunk, p.chunk};
+  for (int64_t i = 0; i < chunk.steps; i++) {
+    fill_ahead<E>(chunk, i, s.ahead);
+    fill_ahead<E>(next, i, s.ahead + 3);
+    const auto row = [&](const Target& to) {
+      return (const char*)to.base + chunk.token(i) * to.row * (int64_t)(to.wide ? sizeof(float) : sizeof(E));
+    };
+    s.ahead[6][i] = row(chunk.out.u);
+    s.ahead[7][i] = row(chunk.out.delta);
+  }
   for (int64_t c0 = 0; c0 < chunk.channels(); c0 += p.slice) {
     memset(s.sumB, 0, chunk.steps * p.n * W * sizeof(float));
     memset(s.sumC, 0, chunk.steps * p.n * W * sizeof(float));

@@ -15,6 +15,7 @@ void recompute_rows(const Chunk& chunk) {
   const float *A2 = p.A2 + chunk.parameters(), *bias = p.bias0 + chunk.parameters(), *saved = chunk.saved();
   for (int64_t v = 0; v < chunk.channels(); v += W)
     store(s.h + v, saved ? load(saved + v, chunk.channels() - v) : vf{});
+  if (p.rank) project(p, chunk.k, chunk.task.c0, chunk.channels(), s.low, chunk.steps, s.dt, s.row);
   for (int64_t i = 0; i < chunk.steps; i++) {
     const int64_t ahead = smaller(i + kAhead, chunk.steps - 1);
     const E *u = chunk.u<E>(i), *delta = chunk.delta<E>(i);
@@ -25,9 +26,10 @@ void recompute_rows(const Chunk& chunk) {
     for_row(chunk.channels(), [&](int64_t v, int64_t lanes, auto size) SCAN_FLAT {
       constexpr int U = decltype(size)::value;
       prefetch<U>(next_u + v);
-      prefetch<U>(next_delta + v);
+      if (!p.rank) prefetch<U>(next_delta + v);
       const Pack<U> x = load_pack<U>(u + v, lanes);
-      Pack<U> d = load_pack<U>(delta + v, lanes) + load_pack<U>(bias + v), slope(1.0f);
+      Pack<U> d = p.rank ? load_pack<U>(dt + v) : load_pack<U>(delta + v, lanes), slope(1.0f);
+      d = d + load_pack<U>(bias + v);
       if (p.softplus) d = softplus_and_slope(d, &slope);
       store_pack(dt + v, d);
       store_pack(slopes + v, slope);

@@ -8,6 +8,7 @@ namespace scan {
 namespace {
 
 constexpr int kGroup = 4;       // states in registers at a time
+constexpr int kGroupWindow = W == 16 ? 8 : 4;
 constexpr int64_t kBlock = 16;  // steps per block
 
 // Whether visits add up in a float32 image before they are rounded to bfloat16.
@@ -16,7 +17,7 @@ bool wide_y(const Problem& p) {
 }
 
 struct ForwardScratch {
-  float *wide, *h, *B, *C, *dt, *dtu, *y, *decay;
+  float *wide, *h, *B, *C, *low, *dt, *dtu, *y, *local;
   // Rows to prefetch while the first groups of states advance: delta and u of the next block, y of this one. Spread
   // over the arithmetic like this they cost nothing; in the memory-bound phases before and after they did.
   const char** ahead[4];
@@ -28,19 +29,20 @@ struct ForwardScratch {
     h = a.take(p.n * round_up(channels, kTile));
     B = a.take(steps * p.n);
     C = a.take(steps * p.n);
-    dt = a.take(steps * kTile);
+    low = a.take(steps * p.rank);
+    dt = a.take(steps * (p.n > 1 ? kTile : round_up(channels, kTile)));
     dtu = a.take(steps * kTile);
     y = a.take(steps * kTile);
-    decay = a.take(p.window > 1 ? steps * kGroup * W : 0);
+    local = a.take(p.window > 1 ? p.window * (p.n > 1 ? kGroupWindow * W : 3 * kTile) : 0);
     for (auto& rows : ahead) rows = (const char**)a.take(2 * steps);
     size = a.used;
   }
 };
 
-// One vector of channels and G of its states over a block of steps. Rows of steps have stride kTile, n or G * W.
+// One vector of channels and G of its states over a block of steps. Rows of steps have stride kTile or n.
 struct Group {
   const float *A2, *B, *C, *dt, *dtu;
-  float *h, *y, *decay;
+  float *h, *y, *local;
   const char* const* ahead;  // an address per step to prefetch, at this offset
   int64_t ahead_offset, h_row, A2_row, n, steps, window;
 };
@@ -73,7 +75,8 @@ void advance_window(const Group& group) {
   unrolled<G>([&](auto g) SCAN_FLAT { h[g] = load(s.h + g * s.h_row), A2[g] = load(s.A2 + g * s.A2_row); });
   for (int64_t begin = 0; begin < s.steps; begin += s.window) {
     const int64_t end = smaller(begin + s.window, s.steps);
-    for (int64_t i = begin; i < end; i++) {
+    float* local = s.local;
+    for (int64_t i = begin; i < end; i++, local += G * W) {
       __builtin_prefetch(s.ahead[i] + s.ahead_offset);
       const vf dt = load(s.dt + i * kTile), dtu = load(s.dtu + i * kTile);
       vf y = load(s.y + i * kTile);
@@ -81,16 +84,17 @@ void advance_window(const Group& group) {
         const vf a = exp2(dt * A2[g]);
         h[g] = a * h[g] + dtu * s.B[i * s.n + g];
         y += h[g] * s.C[i * s.n + g];
-        store(s.decay + (i * G + g) * W, a);
+        store(local + g * W, a);
       });
       store(s.y + i * kTile, y);
     }
     unrolled<G>([&](auto g) SCAN_FLAT { e[g] = vf{}; });
     for (int64_t i = end - 1; i >= begin; i--) {
+      local -= G * W;
       const vf dtu = load(s.dtu + i * kTile);
       vf y = load(s.y + i * kTile);
       unrolled<G>([&](auto g) SCAN_FLAT {
-        const vf r = load(s.decay + (i * G + g) * W) * e[g];
+        const vf r = load(local + g * W) * e[g];
         y += r * s.C[i * s.n + g];
         e[g] = r + dtu * s.B[i * s.n + g];
       });
@@ -117,12 +121,13 @@ void forward_blocks(const Problem& p, const Task& task, int64_t k, const Target&
   for (int64_t s0 = 0, steps; s0 < p.t; s0 += steps) {
     steps = smaller(block, smaller(p.t, (s0 / p.chunk + 1) * p.chunk) - s0);
     if (p.states && s0 && s0 % p.chunk == 0) save_states(p, task, k, s0 / p.chunk, s.h, h_row);
-    gather_states<E>(p, p.B, p.sB, task.b, k, order + s0, steps, s.B);
-    gather_states<E>(p, p.C, p.sC, task.b, k, order + s0, steps, s.C);
+    gather<E>(p.B, p.sB, task.b, k, order + s0, steps, p.n, s.B);
+    gather<E>(p.C, p.sC, task.b, k, order + s0, steps, p.n, s.C);
+    if (p.rank) gather<E>(p.delta, p.sdelta, task.b, k, order + s0, steps, p.rank, s.low);
     for (int64_t i = 0; i < steps; i++) {
       const int64_t next = order[smaller(s0 + i + steps, p.t - 1)];
-      s.ahead[0][i] = (const char*)at<E>(p.delta, p.sdelta, task.b, next, k);
       s.ahead[1][i] = (const char*)at<E>(p.u, p.su, task.b, next, k);
+      s.ahead[0][i] = p.rank ? s.ahead[1][i] : (const char*)at<E>(p.delta, p.sdelta, task.b, next, k);
       const int64_t y_row = (p.out == kPerStep ? s0 + i : order[s0 + i]) * y.row - task.c0;
       s.ahead[2][i] = s.ahead[3][i] = (const char*)y.base + y_row * (int64_t)(y.wide ? sizeof(float) : sizeof(E));
     }
@@ -130,13 +135,15 @@ void forward_blocks(const Problem& p, const Task& task, int64_t k, const Target&
       const int64_t width = smaller(kTile, channels - tile), c0 = task.c0 + tile;
       const float *bias = p.bias0 + k * p.cp + c0, *D = p.D0 + k * p.cp + c0;
       const float* A2 = p.A2 + k * p.n * p.cp + c0;
+      if (p.rank) project(p, k, c0, width, s.low, steps, s.dt, kTile);
       for (int64_t i = 0; i < steps; i++) {
         const E* delta = at<E>(p.delta, p.sdelta, task.b, order[s0 + i], k) + c0;
         const E* u = at<E>(p.u, p.su, task.b, order[s0 + i], k) + c0;
         for_row(width, [&](int64_t v, int64_t lanes, auto size) SCAN_FLAT {
           constexpr int U = decltype(size)::value;
           const Pack<U> x = load_pack<U>(u + v, lanes);
-          Pack<U> dt = load_pack<U>(delta + v, lanes) + load_pack<U>(bias + v);
+          Pack<U> dt = p.rank ? load_pack<U>(s.dt + i * kTile + v) : load_pack<U>(delta + v, lanes);
+          dt = dt + load_pack<U>(bias + v);
           if (p.softplus) dt = softplus(dt);
           store_pack(s.dt + i * kTile + v, dt);
           store_pack(s.dtu + i * kTile + v, dt * x);
@@ -147,11 +154,16 @@ void forward_blocks(const Problem& p, const Task& task, int64_t k, const Target&
         auto states_from = [&](int64_t j, auto size) SCAN_FLAT {
           constexpr int G = decltype(size)::value;
           const Group group{A2 + j * p.cp + v, s.B + j, s.C + j, s.dt + v, s.dtu + v,
-                            s.h + j * h_row + tile + v, s.y + v, s.decay,
+                            s.h + j * h_row + tile + v, s.y + v, s.local,
                             s.ahead[j / kGroup % 4], (c0 + v) * (int64_t)sizeof(E), h_row, p.cp, p.n, steps, p.window};
-          p.window > 1 ? advance_window<G>(group) : advance<G>(group);
+          if (G > kGroup || p.window > 1)
+            advance_window<G>(group);
+          else
+            advance<G>(group);
         };
         int64_t j = 0;
+        if (p.window > 1 && kGroupWindow > kGroup)
+          for (; j + kGroupWindow <= p.n; j += kGroupWindow) states_from(j, Size<kGroupWindow>());
         for (; j + kGroup <= p.n; j += kGroup) states_from(j, Size<kGroup>());
         for (; j + 2 <= p.n; j += 2) states_from(j, Size<2>());
         for (; j < p.n; j++) states_from(j, Size<1>());
@@ -176,6 +188,7 @@ void forward_rows(const Problem& p, const Task& task, int64_t k, const Target& t
   const int64_t channels = task.c1 - task.c0, c0 = task.c0;
   const float *bias = p.bias0 + k * p.cp + c0, *D = p.D0 + k * p.cp + c0, *A2 = p.A2 + k * p.cp + c0;
   float* h = s.h;
+  const int64_t dt_row = round_up(channels, kTile);
   memset(h, 0, round_up(channels, kTile) * sizeof(float));
   auto u_row = [&](int64_t step) { return at<E>(p.u, p.su, task.b, order[step], k) + c0; };
   auto delta_row = [&](int64_t step) { return at<E>(p.delta, p.sdelta, task.b, order[step], k) + c0; };
@@ -187,22 +200,90 @@ void forward_rows(const Problem& p, const Task& task, int64_t k, const Target& t
     const int64_t ahead = smaller(step + kAhead, p.t - 1);
     __builtin_prefetch(B_of(ahead));
     __builtin_prefetch(C_of(ahead));
+    if (p.rank) __builtin_prefetch(at<E>(p.delta, p.sdelta, task.b, order[smaller(step + kBlock, p.t - 1)], k));
+    if (p.rank && step % kBlock == 0) {
+      const int64_t steps = smaller(kBlock, p.t - step);
+      gather<E>(p.delta, p.sdelta, task.b, k, order + step, steps, p.rank, s.low);
+      project(p, k, c0, channels, s.low, steps, s.dt, dt_row);
+    }
+    const float* projected = s.dt + step % kBlock * dt_row;
     const E *u = u_row(step), *delta = delta_row(step), *next_u = u_row(ahead), *next_delta = delta_row(ahead);
     O *y = y_row(step), *next_y = y_row(ahead);
     const float B = to_float(*B_of(step)), C = to_float(*C_of(step));
     const bool first = p.out == kPerStep || visit[step] & first_bit;
     for_row(channels, [&](int64_t v, int64_t lanes, auto size) SCAN_FLAT {
       constexpr int U = decltype(size)::value;
-      prefetch<U>(next_delta + v);
+      if (!p.rank) prefetch<U>(next_delta + v);
       prefetch<U>(next_u + v);
       prefetch<U>(next_y + v);
       const Pack<U> x = load_pack<U>(u + v, lanes);
-      Pack<U> dt = load_pack<U>(delta + v, lanes) + load_pack<U>(bias + v);
+      Pack<U> dt = p.rank ? load_pack<U>(projected + v) : load_pack<U>(delta + v, lanes);
+      dt = dt + load_pack<U>(bias + v);
       if (p.softplus) dt = softplus(dt);
       const Pack<U> state = exp2(dt * load_pack<U>(A2 + v)) * load_pack<U>(h + v) + dt * x * B;
       store_pack(h + v, state);
       emit(y + v, load_pack<U>(D + v) * x + state * C, lanes, first);
     });
+  }
+}
+
+// n = 1 with LBMamba's window: the windows of a few vectors of channels at a time go forth and back in L1.
+template <class E>
+void forward_windows(const Problem& p, const Task& task, int64_t k, const Target& y, const ForwardScratch& s) {
+  const int32_t* order = p.order + k * p.order_k;
+  const uint8_t* visit = p.visit + k * p.t;
+  const uint8_t first_bit = p.out == kSum ? kFirstOfAll : kFirstInOrder;
+  const int64_t channels = task.c1 - task.c0, c0 = task.c0, dt_row = round_up(channels, kTile);
+  const float *bias = p.bias0 + k * p.cp + c0, *D = p.D0 + k * p.cp + c0, *A2 = p.A2 + k * p.cp + c0;
+  const int64_t block = block_steps(p.window, kBlock);
+  auto u_row = [&](int64_t step) { return at<E>(p.u, p.su, task.b, order[step], k) + c0; };
+  auto delta_row = [&](int64_t step) { return at<E>(p.delta, p.sdelta, task.b, order[step], k) + c0; };
+  auto y_row = [&](int64_t step) { return p.out == kPerStep ? step : order[step]; };
+  memset(s.h, 0, dt_row * sizeof(float));
+  for (int64_t s0 = 0, steps; s0 < p.t; s0 += steps) {
+    steps = smaller(block, smaller(p.t, (s0 / p.chunk + 1) * p.chunk) - s0);
+    if (p.states && s0 && s0 % p.chunk == 0) save_states(p, task, k, s0 / p.chunk, s.h, 0);
+    gather<E>(p.B, p.sB, task.b, k, order + s0, steps, 1, s.B);
+    gather<E>(p.C, p.sC, task.b, k, order + s0, steps, 1, s.C);
+    if (p.rank) {
+      gather<E>(p.delta, p.sdelta, task.b, k, order + s0, steps, p.rank, s.low);
+      project(p, k, c0, channels, s.low, steps, s.dt, dt_row);
+    }
+    for (int64_t begin = 0, end; begin < steps; begin = end) {
+      end = smaller(begin + p.window, steps);
+      for_row(channels, [&](int64_t v, int64_t lanes, auto size) SCAN_FLAT {
+        constexpr int U = decltype(size)::value;
+        constexpr int64_t kPart = U * W;
+        const bool last = v + kPart >= channels;  // then the next window is prefetched, else its own next channels
+        Pack<U> h = load_pack<U>(s.h + v), e(0.0f);
+        float* local = s.local;
+        for (int64_t i = begin; i < end; i++, local += 3 * kPart) {
+          const int64_t step = s0 + i, ahead = last ? smaller(step + p.window, p.t - 1) : step, next = last ? 0 : v + kPart;
+          if (!p.rank) prefetch<U>(delta_row(ahead) + next);
+          prefetch<U>(u_row(ahead) + next);
+          if (y.wide)
+            prefetch<U>((const float*)y.base + y_row(ahead) * y.row + next);
+          else
+            prefetch<U>((const E*)y.base + y_row(ahead) * y.row + next);
+          const Pack<U> x = load_pack<U>(u_row(step) + v, lanes);
+          Pack<U> dt = p.rank ? load_pack<U>(s.dt + i * dt_row + v) : load_pack<U>(delta_row(step) + v, lanes);
+          dt = dt + load_pack<U>(bias + v);
+          if (p.softplus) dt = softplus(dt);
+          const Pack<U> a = exp2(dt * load_pack<U>(A2 + v)), b = dt * x * s.B[i];
+          h = a * h + b;
+          store_pack(local, a);
+          store_pack(local + kPart, b);
+          store_pack(local + 2 * kPart, load_pack<U>(D + v) * x + h * s.C[i]);
+        }
+        for (int64_t i = end - 1; i >= begin; i--) {
+          local -= 3 * kPart;
+          const Pack<U> r = load_pack<U>(local) * e, out = load_pack<U>(local + 2 * kPart) + r * s.C[i];
+          e = r + load_pack<U>(local + kPart);
+          emit<E>(y, y_row(s0 + i), v, out, lanes, p.out == kPerStep || visit[s0 + i] & first_bit);
+        }
+        store_pack(s.h + v, h);
+      });
+    }
   }
 }
 

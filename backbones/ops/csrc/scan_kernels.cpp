@@ -1,5 +1,6 @@
 // One image, one or all orders, a range of channels: forward and backward. Compiled once per instruction set, with
 // SCAN_ISA naming it (see setup.py).
+#include "limits.h"
 #include "scan_backward_rows.h"
 #include "scan_forward.h"
 
@@ -20,8 +21,10 @@ void forward_task(const Problem& p, const Task& task, float* scratch) {
     const Target y = wide ? Target{s.wide, channels, true} : Target{image, row, false};
     if (p.out == kPerOrder && !p.covers_in_order) clear_unseen<E>(y, p.seen + k * p.l, p.l, channels);
     if (p.out == kSum && !p.covers_any && k == task.k0) clear_unseen<E>(y, p.seen_any, p.l, channels);
-    if (p.n > 1 || p.window > 1)
+    if (p.n > 1)
       forward_blocks<E>(p, task, k, y, s);
+    else if (p.window > 1)
+      forward_windows<E>(p, task, k, y, s);
     else if (wide)
       forward_rows<E, float>(p, task, k, y, s);
     else
@@ -56,17 +59,21 @@ void backward_task(const Problem& p, const Task& task, float* scratch) {
   const BackwardScratch s(p, channels, scratch);
   for (int64_t k = task.k0; k < task.k1; k++) {
     E* du = (E*)p.du + task.b * p.l * u_row + task.c0 + (p.u_shared ? 0 : k * p.c);
-    E* ddelta = (E*)p.ddelta + task.b * p.l * row + task.c0 + k * p.c;
+    const int64_t image = task.b * p.l * row + task.c0 + k * p.c;
+    E* ddelta = (E*)p.ddelta + image;
     const Gradients out{wide_du(p) ? Target{s.wide_u, channels, true} : Target{du, u_row, false},
-                        wide_ddelta(p) ? Target{s.wide_delta, channels, true} : Target{ddelta, row, false},
+                        wide_ddelta(p) ? Target{s.wide_delta, channels, true}
+                        : p.rank       ? Target{(float*)p.ddelta + image, row, true}
+                                       : Target{ddelta, row, false},
                         p.u_shared ? kFirstOfAll : kFirstInOrder};
     begin_backward<E>(p, task, k, s, out);
     for (int64_t index = p.chunks - 1; index >= 0; index--) {
       const int64_t s0 = index * p.chunk;
       const Chunk chunk{p, task, s, out, k, index, s0, smaller(p.chunk, p.t - s0)};
       const int32_t* tokens = p.order + k * p.order_k + s0;
-      gather_states<E>(p, p.B, p.sB, task.b, k, tokens, chunk.steps, s.B);
-      gather_states<E>(p, p.C, p.sC, task.b, k, tokens, chunk.steps, s.C);
+      gather<E>(p.B, p.sB, task.b, k, tokens, chunk.steps, p.n, s.B);
+      gather<E>(p.C, p.sC, task.b, k, tokens, chunk.steps, p.n, s.C);
+      if (p.rank) gather<E>(p.delta, p.sdelta, task.b, k, tokens, chunk.steps, p.rank, s.low);
       p.n > 1 || p.window > 1 ? backward_strips<E>(chunk) : backward_rows<E>(chunk);
     }
     if (wide_ddelta(p)) narrow_rows(s.wide_delta, ddelta, p.l, row, channels);
@@ -87,6 +94,7 @@ void backward(const Problem& p, const Task& task, float* scratch) {
 
 }  // namespace
 
-extern const Kernels SCAN_JOIN(kernels_, SCAN_ISA) = {forward_scratch, backward_scratch, forward, backward};
+extern const Kernels SCAN_JOIN(kernels_, SCAN_ISA) = {forward_scratch, backward_scratch, forward,
+                                                      backward,        read_all,         exp2_all};
 
 }  // namespace scan

@@ -9,6 +9,8 @@ import os
 import torch
 from torch import Tensor
 
+from backbones.ops.projection import per_order_linear, projection_gradients
+
 _MIN_TRITON = (3, 4)  # kernels carry tuples of rows through loops
 CHUNK = 64  # steps between the states that forward keeps; see launch.py for what that costs
 
@@ -34,19 +36,28 @@ def states_shape(b: int, t: int, k: int, c: int, n: int) -> tuple[int, ...]:
 
 def forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool, out: str, local_window: int, save: bool,
+    delta_bias: Tensor | None, dt_weight: Tensor | None, delta_softplus: bool, out: str, local_window: int, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :mod:`backbones.ops.dispatch`."""
     from backbones.ops.triton import launch
 
+    delta = delta if dt_weight is None else per_order_linear(delta, dt_weight)
     return launch.forward(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, save)
 
 
 def backward(
     grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
-    delta_bias: Tensor | None, states: Tensor, delta_softplus: bool, out: str, local_window: int,
+    delta_bias: Tensor | None, dt_weight: Tensor | None, states: Tensor, delta_softplus: bool, out: str,
+    local_window: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """See :mod:`backbones.ops.dispatch`."""
     from backbones.ops.triton import launch
 
-    return launch.backward(grad, u, delta, A, B, C, D, orders, delta_bias, states, delta_softplus, out, local_window)
+    low, delta = delta, delta if dt_weight is None else per_order_linear(delta, dt_weight)
+    du, ddelta, *others = launch.backward(
+        grad, u, delta, A, B, C, D, orders, delta_bias, states, delta_softplus, out, local_window
+    )
+    if dt_weight is None:
+        return du, ddelta, *others, A.new_empty(0)
+    ddelta, ddt_weight = projection_gradients(ddelta, low, dt_weight)
+    return du, ddelta, *others, ddt_weight

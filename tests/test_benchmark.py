@@ -1,0 +1,128 @@
+"""The benchmark: what it refuses, what it computes from its times, and the file that it writes."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.progress import Progress
+
+from backbones.ops import cpu
+from tools import benchmark
+from tools.bench import measure, models, operator
+from tools.bench.shapes import SHAPES, Shape
+
+needs_kernel = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
+TINY = Shape("a test", 2, 2, 8, 5, 4)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "a", TINY)
+    monkeypatch.setattr(operator, "limits", lambda rounds: {"read bytes/s": 1e10, "exp2/s": 1e9})
+
+
+def op_arguments(*extra: str):
+    return benchmark.parse_args(["op", "--shapes", "a", "--rounds", "1", *extra])
+
+
+@needs_kernel
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_agree_with_each_other(dtype: str) -> None:
+    rows = {row["backend"]: row for row in operator.bench_op(op_arguments("--dtype", dtype), Progress(disable=True))}
+    assert rows.keys() == {"textbook", "naive", "cpu", "cpu, window 4", "cpu, window 16"}
+    assert rows["textbook"]["times textbook"] == 1 and rows["naive"]["times naive"] == 1
+    row = rows["cpu"]
+    assert row["times textbook"] == pytest.approx(rows["textbook"]["forward ms"] / row["forward ms"])
+    assert row["backward over forward"] == pytest.approx(row["forward + backward ms"] / row["forward ms"] - 1)
+    floor = TINY.floor(2 if dtype == "bfloat16" else 4, 1e10, 1e9)
+    assert row["over the floor"] == pytest.approx(row["forward ms"] / 1e3 / floor)
+    assert row["peak MiB forward"] is None
+
+
+def test_the_floor_is_the_slower_of_memory_and_exponentials() -> None:
+    # 2 * 5 tokens: u and y of 8 channels, delta of 2 * 8, B and C of 2 * 4 each; (4 + 2.2) exponentials of 160 steps.
+    assert TINY.floor(4, 1.0, 1e99) == 10 * (8 + 8 + 16 + 16) * 4
+    assert TINY.floor(4, 1e99, 1.0) == pytest.approx(160 * 6.2)
+
+
+@needs_kernel
+@pytest.mark.usefixtures("tiny")
+def test_a_wrong_backend_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = operator.selective_scan
+
+    def wrong(*args, backend, **kwargs):
+        return right(*args, backend=backend, **kwargs) * (1.0001 if backend == "cpu" else 1)
+
+    monkeypatch.setattr(operator, "selective_scan", wrong)
+    monkeypatch.setattr(operator, "medians", lambda *args: pytest.fail("it was timed"))
+    with pytest.raises(measure.ParityError, match=r"cpu: not timed, its relative error of 1\.0e-04 exceeds 1e-05"):
+        operator.bench_op(op_arguments(), Progress(disable=True))
+
+
+def test_a_wrong_model_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(name: str, scan_backend: str | None = None) -> torch.nn.Module:
+        return torch.nn.Identity() if scan_backend else torch.nn.Softmax(-1)
+
+    monkeypatch.setattr(models.timm, "create_model", create)
+    with pytest.raises(measure.ParityError, match="vim_tiny: not timed"):
+        models.check_model("vim_tiny", torch.nn.Softmax(-1), torch.randn(2, 3), {})
+
+
+def test_what_is_not_timed_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def refuse(args, progress):
+        raise measure.ParityError("cpu: not timed")
+
+    monkeypatch.setattr(benchmark, "bench_op", refuse)
+    monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "op", "--threads", str(torch.get_num_threads())])
+    assert benchmark.main() == 2
+    assert capsys.readouterr().err == "cpu: not timed\n"
+
+
+@pytest.mark.parametrize("arguments", [["op", "--shapes", "z"], ["op", "--rounds", "0"], ["model"], []])
+def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.parse_args(arguments)
+    assert "error: " in capsys.readouterr().err
+
+
+def test_the_file_states_its_conditions(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "op.csv"
+    facts = measure.conditions(op_arguments())
+    assert facts.keys() >= {"cpu", "instruction set", "threads", "torch", "dtype", "commit"}
+    benchmark.write_csv(path, [{"shape": "a", "forward ms": 1.23456, "peak": None}], facts)
+    lines = path.read_text().splitlines()
+    assert [line for line in lines if line.startswith("#")] == [f"# {key}: {value}" for key, value in facts.items()]
+    assert list(csv.DictReader(lines[len(facts) :])) == [{"shape": "a", "forward ms": "1.23", "peak": ""}]
+
+
+@needs_kernel
+def test_exp2_of_the_kernel() -> None:
+    x = torch.cat([torch.linspace(-140, 140, 20001), torch.tensor([0.0, -torch.inf, torch.inf, torch.nan])])
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found, expected = cpu.exp2(x), torch.exp2(x.double())
+    finally:
+        torch.set_num_threads(before)
+    normal = (expected > 2.0**-125) & (expected < 2.0**127)
+    assert ((found.double() - expected).abs() / expected)[normal].max() < 2e-7  # 3 units of half a rounding
+    assert found[-4] == 1 and found[-3] == 0 and found[-2] == torch.inf
+    assert (found[expected < 2.0**-126] < 2.0**-125).all()
+
+
+@needs_kernel
+def test_limits_are_rates() -> None:
+    found = measure.limits(1)
+    assert all(1e7 < rate < 1e13 for rate in found.values())
+
+
+@needs_kernel
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_counts_the_output() -> None:
+    shape = SHAPES["a"]
+    output = shape.b * shape.length * shape.c * 4 / 2**20
+    assert output <= measure.peak_memory("a", "float32", "cpu", backward=False) < 2 * output
