@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from backbones.ops import selective_scan
 from backbones.ops.dispatch import choose_backend
-from backbones.ops.projection import per_order_linear
+from backbones.ops.projection import joint_linear, per_order_linear
 
 # Widest rank at which the `cpu` kernel projects step sizes itself while training. Measured on one core, as the layer's
 # time over that with a matrix product in front: inference takes 0.58 (rank 6, one state) to 0.95 (rank 48, 16 states),
@@ -86,6 +86,8 @@ class SelectiveSSM(nn.Module):
         dt, B, C = x.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if self._scan_projects(u):
             return dt, self.dt_proj_weight, B, C
+        if u.is_cuda and u.dim() == 3:
+            return joint_linear(x, self.dt_proj_weight), None, B, C
         return per_order_linear(dt, self.dt_proj_weight), None, B, C
 
     def _scan_projects(self, u: Tensor) -> bool:

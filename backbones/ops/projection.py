@@ -1,16 +1,48 @@
 """The projection of step sizes, for backends that leave it to matrix products."""
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def per_order_linear(delta: Tensor, dt_weight: Tensor) -> Tensor:
-    """delta (b, l, k, r) times dt_weight (k, c, r) gives (b, l, k, c) in the dtype of delta, stored as (k, b, l, c):
-    one small product for each order, without copies of the result.
+def per_order_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (b, l, k, i) times weight (k, o, i) gives (b, l, k, o) in the dtype of x, stored as (k, b, l, o): one small
+    product for each order, without copies of the result.
     """
-    b, length, k, _ = delta.shape
-    y = torch.bmm(delta.permute(2, 0, 1, 3).reshape(k, b * length, -1), dt_weight.transpose(1, 2).to(delta.dtype))
+    b, length, k, _ = x.shape
+    y = _PerOrderProduct.apply(x.permute(2, 0, 1, 3).reshape(k, b * length, -1), weight.to(x.dtype))
     return y.unflatten(1, (b, length)).permute(1, 2, 0, 3)
+
+
+class _PerOrderProduct(torch.autograd.Function):
+    """x (k, m, i) times the transpose of weight (k, o, i).
+
+    As ``torch.bmm``, but the weight's gradient is one product for each order: batched, cuBLAS does not split its
+    sums over m = b l tokens, and so takes 3 to 20 times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(x, weight.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        return torch.bmm(grad, weight), torch.stack([g.T @ rows for g, rows in zip(grad, x, strict=True)])
+
+
+def joint_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """The r leading columns of x (b, l, k, i) times weight (k, o, r) give (b, l, k, o): all orders in one product.
+
+    Its weight is block-diagonal: k times the operations, yet on a GPU a third of the time, because the rows of all
+    orders together are aligned where r = 6 columns of one are not.
+    """
+    k, o, rank = weight.shape
+    blocks = torch.block_diag(*F.pad(weight, (0, x.shape[-1] - rank)).unbind(0))
+    return F.linear(x.flatten(2), blocks).unflatten(-1, (k, o))
 
 
 def projection_gradients(grad: Tensor, delta: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:

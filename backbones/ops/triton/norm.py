@@ -7,10 +7,14 @@ by PyTorch: in a fixed order, always.
 
 # mypy: ignore-errors
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from backbones.ops.triton.host import cdiv, device_of, empty, multiprocessors, next_power_of_2
 
 
 @triton.jit
@@ -27,8 +31,8 @@ def layer_norm_kernel(
     s = tl.rsqrt(tl.sum(centred * centred, 1) / c + eps)
     value = centred * s[:, None]
     if AFFINE:
-        w = tl.load(weight + cs, mask=cs < c, other=0.0)
-        value = value * w + tl.load(bias + cs, mask=cs < c, other=0.0)
+        w = tl.load(weight + cs, mask=cs < c, other=0.0).to(tl.float32)
+        value = value * w + tl.load(bias + cs, mask=cs < c, other=0.0).to(tl.float32)
     tl.store(y + r[:, None] * c + cs, value.to(y.dtype.element_ty), mask=mask)
     tl.store(statistics + r, m, mask=r < rows)
     tl.store(statistics + rows + r, s, mask=r < rows)
@@ -44,7 +48,7 @@ def layer_norm_backward_kernel(
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
     if AFFINE:
-        w = tl.load(weight + cs, mask=cs < c, other=0.0)
+        w = tl.load(weight + cs, mask=cs < c, other=0.0).to(tl.float32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         r = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         mask = (r[:, None] < rows) & (cs < c)
@@ -70,16 +74,17 @@ def layer_norm_backward_kernel(
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(y in ``dtype``, statistics): of rows x (rows, c), contiguous, the means and reciprocal deviations (2, rows).
+    """(y in ``dtype``, statistics): the means and reciprocal deviations of all rows of x (..., c), as (2, rows).
 
-    Weight and bias are (c) in float32, or neither is given.
+    x is contiguous; weight and bias are (c), or neither is given.
     """
-    rows, c = x.shape
-    y = torch.empty_like(x, dtype=dtype)
-    statistics = x.new_empty((2, rows), dtype=torch.float32)
+    c = x.shape[-1]
+    rows = x.numel() // c
+    y = empty(x.shape, dtype, x.device)
+    statistics = empty((2, rows), torch.float32, x.device)
     tile, block, warps = _tile(c, 4096)
-    with torch.cuda.device_of(x):
-        layer_norm_kernel[(triton.cdiv(rows, tile),)](
+    with device_of(x):
+        layer_norm_kernel[(cdiv(rows, tile),)](
             x, weight, bias, y, statistics, rows, c, eps,
             ROWS=tile, BLOCK=block, AFFINE=weight is not None, num_warps=warps,
         )  # fmt: skip
@@ -88,13 +93,14 @@ def forward(
 
 def backward(grad: Tensor, x: Tensor, weight: Tensor | None, statistics: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x, in its dtype, and of weight and bias, (2, c) in float32 or (2, 0) without a weight."""
-    rows, c = x.shape
+    c = x.shape[-1]
+    rows = x.numel() // c
     tile, block, warps = _tile(c, 2048)  # besides x and its gradient it holds two sums
-    tiles = triton.cdiv(rows, tile)
-    programs = min(tiles, 8 * _multiprocessors(x.device))
-    dx = torch.empty_like(x)
-    sums = x.new_empty((2, programs, c if weight is not None else 0), dtype=torch.float32)
-    with torch.cuda.device_of(x):
+    tiles = cdiv(rows, tile)
+    programs = min(tiles, 8 * max(1, multiprocessors(x.device)))
+    dx = empty(x.shape, x.dtype, x.device)
+    sums = empty((2, programs, c if weight is not None else 0), torch.float32, x.device)
+    with device_of(x):
         layer_norm_backward_kernel[(programs,)](
             grad, x, weight, statistics, dx, sums, rows, c, tiles,
             ROWS=tile, BLOCK=block, AFFINE=weight is not None, num_warps=warps,
@@ -102,12 +108,9 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor | None, statistics: Tensor)
     return dx, sums.sum(1)
 
 
+@functools.cache
 def _tile(c: int, numbers: int) -> tuple[int, int, int]:
     """(rows, padded channels, warps) of a program that holds about so many numbers at once."""
-    block = triton.next_power_of_2(c)
+    block = next_power_of_2(c)
     rows = max(1, numbers // block)
     return rows, block, min(16, max(4, rows * block // 1024))
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
