@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from backbones.layers.norm import LayerNorm
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.ops import depthwise_conv
-from backbones.ops.dispatch import fastest_backend
+from backbones.ops.dispatch import has_kernel
 from backbones.scan_patterns import CROSS, ScanPattern
 from backbones.taps import window_taps
 
@@ -40,14 +40,13 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) to (b, ceil(h / stride), ceil(w / stride), c)."""
-        backend, _ = fastest_backend(x.device.type, x.dtype)
-        if backend == "naive":  # its gathers are slower than PyTorch's own convolution
+        if not has_kernel(x.device.type, x.dtype):  # PyTorch's own convolution is faster than the naive operator
             y = super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             return F.silu(y) if self.silu else y
         height, width = x.shape[1:3]
         taps, inverse_taps = window_taps(height, width, self.kernel_size[0], self.stride[0], device=x.device)
         weight, bias = self.weight.flatten(1).unsqueeze(0), None if self.bias is None else self.bias.unsqueeze(0)
-        y = depthwise_conv(x.flatten(1, 2), weight, bias, taps, inverse_taps, silu=self.silu, backend=backend)
+        y = depthwise_conv(x.flatten(1, 2), weight, bias, taps, inverse_taps, silu=self.silu)
         return y.squeeze(2).unflatten(1, (-1, -(-width // self.stride[0])))
 
 

@@ -44,11 +44,14 @@ def choose_backend(
     ``naive`` and says why, once; float64 always takes ``naive``, the only backend in double precision.
     """
     if backend is None:
-        backend, problem = fastest_backend(device_type, dtype)
-        if problem is not None and (operator, problem) not in _fallbacks_told:
+        backend = _meant_for(device_type, dtype)
+        problem = _problem(backend, device_type, dtype)
+        if problem is None:
+            return backend
+        if (operator, problem) not in _fallbacks_told:
             _fallbacks_told.add((operator, problem))
             _logger.warning("%s falls back to the slow 'naive' backend: %s", operator, problem)
-        return backend
+        return "naive"
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}, or None")
     problem = _problem(backend, device_type, dtype)
@@ -58,11 +61,14 @@ def choose_backend(
 
 
 @torch.compiler.assume_constant_result
-def fastest_backend(device_type: str, dtype: torch.dtype) -> tuple[str, str | None]:
-    """The fastest backend that runs on a device, and, where another one is meant for it, why that does not run."""
-    backend = "naive" if dtype == torch.float64 else _FASTEST.get(device_type, "naive")
-    problem = _problem(backend, device_type, dtype)
-    return (backend, None) if problem is None else ("naive", problem)
+def has_kernel(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether tensors on a device have a faster backend than ``naive``."""
+    backend = _meant_for(device_type, dtype)
+    return backend != "naive" and _problem(backend, device_type, dtype) is None
+
+
+def _meant_for(device_type: str, dtype: torch.dtype) -> str:
+    return "naive" if dtype == torch.float64 else _FASTEST.get(device_type, "naive")
 
 
 def _problem(backend: str, device_type: str, dtype: torch.dtype) -> str | None:

@@ -21,12 +21,12 @@ struct ConvCall {
 constexpr int64_t kConvBlock = 8;  // outputs, or tokens of dx, that are worked on together
 
 struct ConvProblem : ConvCall {
-  int64_t cp;           // c rounded up to a multiple that every vector width divides
-  const float* weight0; // (k, j, cp)
-  const float* bias0;   // (k, cp), zero where the bias is null
-  const int32_t* ready; // backward: how many outputs have to be done before each block of tokens
-  int64_t kept;         // backward: how many outputs' gradients are kept, a power of 2
-  float* partial;       // backward: (b, k, j + 1, cp), the gradients of weight and bias from each image
+  int64_t cp;            // c rounded up to a multiple that every vector width divides
+  const float* weight0;  // (k, j, cp)
+  const float* bias0;    // (k, cp), zero where the bias is null
+  const int32_t* ready;  // backward: how many outputs have to be done before each block of tokens
+  int64_t kept;          // backward: how many outputs' gradients are kept, a power of 2
+  float* partial;        // backward: (b, k, j + 1, cp), the gradients of weight and bias from each image
 };
 
 // Forward: outputs m0..m1 of order k. Backward: all of the image. c0 is a multiple of every vector width.

@@ -10,7 +10,7 @@ namespace scan {
 namespace {
 
 constexpr int B = kConvBlock;
-constexpr int64_t kAhead = 2 * B;           // outputs from the prefetch of a row to its use
+constexpr int64_t kAhead = 2 * B;          // outputs from the prefetch of a row to its use
 constexpr int kSigmoids = W == 8 ? 2 : 4;  // vectors whose long dependency chains are interleaved
 
 template <int U>
@@ -19,7 +19,7 @@ SCAN_INLINE Pack<U> sigmoid(Pack<U> x) {
   return one_if_positive(x, e) * reciprocal(1.0f + e);
 }
 
-// Calls body on pieces of B vectors: a, and b where it is given.
+// Replaces a by body(a, b), a few vectors at a time.
 template <class F>
 SCAN_INLINE void in_pieces(Pack<B>* a, const Pack<B>* b, F body) {
   unrolled<B / kSigmoids>([&](auto piece) SCAN_FLAT {
