@@ -34,7 +34,7 @@ struct ForwardScratch {
     dtu = a.take(steps * kTile);
     y = a.take(steps * kTile);
     local = a.take(p.window > 1 ? p.window * (p.n > 1 ? kGroupWindow * W : 3 * kTile) : 0);
-    for (auto& rows : ahead) rows = (const char**)a.take(2 * steps);
+    for (auto& rows : ahead) rows = (const char**)a.take(2 * (steps + p.window));
     size = a.used;
   }
 };
@@ -228,17 +228,16 @@ void forward_rows(const Problem& p, const Task& task, int64_t k, const Target& t
 }
 
 // n = 1 with LBMamba's window: the windows of a few vectors of channels at a time go forth and back in L1.
-template <class E>
-void forward_windows(const Problem& p, const Task& task, int64_t k, const Target& y, const ForwardScratch& s) {
+template <class E, class O>
+void forward_windows(const Problem& p, const Task& task, int64_t k, const Target& to, const ForwardScratch& s) {
   const int32_t* order = p.order + k * p.order_k;
   const uint8_t* visit = p.visit + k * p.t;
   const uint8_t first_bit = p.out == kSum ? kFirstOfAll : kFirstInOrder;
   const int64_t channels = task.c1 - task.c0, c0 = task.c0, dt_row = round_up(channels, kTile);
   const float *bias = p.bias0 + k * p.cp + c0, *D = p.D0 + k * p.cp + c0, *A2 = p.A2 + k * p.cp + c0;
   const int64_t block = block_steps(p.window, kBlock);
-  auto u_row = [&](int64_t step) { return at<E>(p.u, p.su, task.b, order[step], k) + c0; };
-  auto delta_row = [&](int64_t step) { return at<E>(p.delta, p.sdelta, task.b, order[step], k) + c0; };
-  auto y_row = [&](int64_t step) { return p.out == kPerStep ? step : order[step]; };
+  const E **u = (const E**)s.ahead[0], **delta = (const E**)s.ahead[1];
+  O** y = (O**)s.ahead[2];
   memset(s.h, 0, dt_row * sizeof(float));
   for (int64_t s0 = 0, steps; s0 < p.t; s0 += steps) {
     steps = smaller(block, smaller(p.t, (s0 / p.chunk + 1) * p.chunk) - s0);
@@ -249,28 +248,33 @@ void forward_windows(const Problem& p, const Task& task, int64_t k, const Target
       gather<E>(p.delta, p.sdelta, task.b, k, order + s0, steps, p.rank, s.low);
       project(p, k, c0, channels, s.low, steps, s.dt, dt_row);
     }
+    for (int64_t i = 0; i < steps + p.window; i++) {  // and of the window after this block, to prefetch
+      const int64_t step = smaller(s0 + i, p.t - 1), token = order[step];
+      u[i] = at<E>(p.u, p.su, task.b, token, k) + c0;
+      delta[i] = p.rank ? u[i] : at<E>(p.delta, p.sdelta, task.b, token, k) + c0;
+      y[i] = (O*)to.base + (p.out == kPerStep ? step : token) * to.row;
+    }
     for (int64_t begin = 0, end; begin < steps; begin = end) {
       end = smaller(begin + p.window, steps);
       for_row(channels, [&](int64_t v, int64_t lanes, auto size) SCAN_FLAT {
         constexpr int U = decltype(size)::value;
         constexpr int64_t kPart = U * W;
-        const bool last = v + kPart >= channels;  // then the next window is prefetched, else its own next channels
-        Pack<U> h = load_pack<U>(s.h + v), e(0.0f);
+        // The next channels of this window are prefetched, after the last ones the first ones of the next window.
+        const bool last = v + kPart >= channels;
+        const int64_t ahead = last ? p.window : 0, next = last ? 0 : v + kPart;
+        Pack<U> e(0.0f);
         float* local = s.local;
         for (int64_t i = begin; i < end; i++, local += 3 * kPart) {
-          const int64_t step = s0 + i, ahead = last ? smaller(step + p.window, p.t - 1) : step, next = last ? 0 : v + kPart;
-          if (!p.rank) prefetch<U>(delta_row(ahead) + next);
-          prefetch<U>(u_row(ahead) + next);
-          if (y.wide)
-            prefetch<U>((const float*)y.base + y_row(ahead) * y.row + next);
-          else
-            prefetch<U>((const E*)y.base + y_row(ahead) * y.row + next);
-          const Pack<U> x = load_pack<U>(u_row(step) + v, lanes);
-          Pack<U> dt = p.rank ? load_pack<U>(s.dt + i * dt_row + v) : load_pack<U>(delta_row(step) + v, lanes);
+          prefetch<U>(delta[i + ahead] + next);
+          prefetch<U>(u[i + ahead] + next);
+          prefetch<U>(y[i + ahead] + next);
+          const Pack<U> x = load_pack<U>(u[i] + v, lanes);
+          Pack<U> dt = p.rank ? load_pack<U>(s.dt + i * dt_row + v) : load_pack<U>(delta[i] + v, lanes);
           dt = dt + load_pack<U>(bias + v);
           if (p.softplus) dt = softplus(dt);
           const Pack<U> a = exp2(dt * load_pack<U>(A2 + v)), b = dt * x * s.B[i];
-          h = a * h + b;
+          const Pack<U> h = a * load_pack<U>(s.h + v) + b;
+          store_pack(s.h + v, h);
           store_pack(local, a);
           store_pack(local + kPart, b);
           store_pack(local + 2 * kPart, load_pack<U>(D + v) * x + h * s.C[i]);
@@ -279,9 +283,8 @@ void forward_windows(const Problem& p, const Task& task, int64_t k, const Target
           local -= 3 * kPart;
           const Pack<U> r = load_pack<U>(local) * e, out = load_pack<U>(local + 2 * kPart) + r * s.C[i];
           e = r + load_pack<U>(local + kPart);
-          emit<E>(y, y_row(s0 + i), v, out, lanes, p.out == kPerStep || visit[s0 + i] & first_bit);
+          emit(y[i] + v, out, lanes, p.out == kPerStep || visit[s0 + i] & first_bit);
         }
-        store_pack(s.h + v, h);
       });
     }
   }

@@ -23,8 +23,10 @@ void forward_task(const Problem& p, const Task& task, float* scratch) {
     if (p.out == kSum && !p.covers_any && k == task.k0) clear_unseen<E>(y, p.seen_any, p.l, channels);
     if (p.n > 1)
       forward_blocks<E>(p, task, k, y, s);
+    else if (p.window > 1 && wide)
+      forward_windows<E, float>(p, task, k, y, s);
     else if (p.window > 1)
-      forward_windows<E>(p, task, k, y, s);
+      forward_windows<E, E>(p, task, k, y, s);
     else if (wide)
       forward_rows<E, float>(p, task, k, y, s);
     else
