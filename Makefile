@@ -16,10 +16,12 @@ PYTEST     := OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest $(PYTEST_ARGS)
 
 DEMO_CONFIG := configs/digits/vim-tiny_digits.py
 DEMO_DIR    := work_dirs/vim-tiny_digits
+DET_DEMO    := mask-rcnn_vmamba-tiny-s1l8_fpn_digits
+SEG_DEMO    := upernet_efficientvmamba-tiny_digits
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format type bench docs wheel clean
+.PHONY: help install demo demo-det demo-seg test test-all lint format type bench docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,15 +35,26 @@ demo: $(INSTALLED) ## train Vim on scanned digits (or go on where it stopped) an
 	@printf 'checkpoint  %s\npicture     %s\n' \
 	    "$(DEMO_DIR)/$$(cat $(DEMO_DIR)/best_checkpoint)" "$(DEMO_DIR)/training.png"
 
+demo-det: $(INSTALLED) $(OPENMMLAB) ## train VMamba with Mask R-CNN on digits in photographs, test it, draw what it finds
+	$(PY) tools/make_digits.py --task detection --out data/digits_coco
+	$(PY) tools/train.py configs/digits/$(DET_DEMO).py --work-dir work_dirs/$(DET_DEMO) --resume auto
+	$(PY) tools/test.py configs/digits/$(DET_DEMO).py work_dirs/$(DET_DEMO) --work-dir work_dirs/$(DET_DEMO)
+
+demo-seg: $(INSTALLED) $(OPENMMLAB) ## train EfficientVMamba with UPerNet on digits in photographs, test it, draw what it finds
+	$(PY) tools/make_digits.py --task segmentation --out data/digits_ade
+	$(PY) tools/train.py configs/digits/$(SEG_DEMO).py --work-dir work_dirs/$(SEG_DEMO) --resume auto
+	$(PY) tools/test.py configs/digits/$(SEG_DEMO).py work_dirs/$(SEG_DEMO) --work-dir work_dirs/$(SEG_DEMO)
+
 test: $(INSTALLED) $(OPENMMLAB) ## run the tests that are not marked slow
 	$(PYTEST)
 
 test-all: $(INSTALLED) $(OPENMMLAB) ## run every test
 	$(PYTEST) -m ""
 
-lint: $(INSTALLED) ## check style and formatting
+lint: $(INSTALLED) ## check style and formatting, and that what is generated is up to date
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) tools/model_cards.py --check
 
 format: $(INSTALLED) ## apply the formatting and the fixes that are safe
 	$(PY) -m ruff check --fix .
@@ -53,14 +66,16 @@ type: $(INSTALLED) ## check types
 bench: $(INSTALLED) ## time the selective-scan backends against a textbook loop
 	$(PY) tools/benchmark.py op
 
-docs: $(INSTALLED) ## check that the links between the Markdown files resolve
+docs: $(INSTALLED) ## write model cards, tables and metafiles, check links, build the site into site/
+	$(PY) tools/model_cards.py
 	$(PY) -m pytest tests/test_packaging.py -k markdown
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 wheel: $(INSTALLED) ## build a wheel into dist/
 	$(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist
 
 clean: ## remove builds and caches; the environment, data and runs stay
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache $(INSTALLED) $(OPENMMLAB)
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache $(INSTALLED) $(OPENMMLAB)
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 	find backbones -name '*.so' -delete
 

@@ -12,6 +12,9 @@ from backbones import checkpoints
 from backbones.base import Backbone
 from backbones.checkpoints import CheckpointError, StateDict
 
+# Behind the features: the backbone of a detector has none of these.
+_HEAD_MODULES = ("norm", "attn_pool", "head.norm", "head.class_block")
+
 _logger = logging.getLogger(__name__)
 
 
@@ -67,7 +70,8 @@ def load_pretrained(
     """Loads the weights that ``cfg`` points to, in the official layout or in ours; all or nothing.
 
     A first convolution for another number of channels is adapted as timm does. A classifier of another size
-    keeps its fresh initialisation, and that is logged. With ``headless`` the classifier does not matter.
+    keeps its fresh initialisation, and that is logged. With ``headless`` the classifier does not matter, and the
+    file may lack what else stands behind the features.
 
     Raises:
         CheckpointError: no source of weights is known, or its weights do not fit; every key is named.
@@ -77,8 +81,8 @@ def load_pretrained(
     state_dict = model.adapt_state_dict(state_dict)
     _adapt_first_conv(state_dict, cfg, model.in_chans)
     own = model.state_dict()
-    ignore = []
-    for name in _as_tuple(cfg["classifier"]):
+    ignore = absent_head(state_dict, cfg) if headless else []
+    for name in as_tuple(cfg["classifier"]):
         given, expected = (len(x.get(f"{name}.weight", ())) for x in (state_dict, own))
         if headless or given not in (0, expected):
             ignore.append(name)
@@ -89,6 +93,12 @@ def load_pretrained(
     dropped = tuple(f"{name}." for name in ignore)
     kept = {name: x for name, x in state_dict.items() if not name.startswith(dropped)}
     model.load_state_dict(kept | {name: x for name, x in own.items() if name.startswith(dropped)})
+
+
+def absent_head(state_dict: StateDict, cfg: dict[str, Any]) -> list[str]:
+    """The modules behind the features of which ``state_dict``, in our layout, holds nothing."""
+    modules = (*_HEAD_MODULES, *as_tuple(cfg["classifier"]))
+    return [module for module in modules if not any(name.startswith(f"{module}.") for name in state_dict)]
 
 
 def _read(cfg: dict[str, Any], variant: str, keys: Sequence[str], cache_dir: str | None) -> StateDict:
@@ -113,12 +123,13 @@ def _download(cfg: dict[str, Any], variant: str, cache_dir: str | None) -> str:
 
 
 def _adapt_first_conv(state_dict: StateDict, cfg: dict[str, Any], in_chans: int) -> None:
-    for name in _as_tuple(cfg["first_conv"]):
+    for name in as_tuple(cfg["first_conv"]):
         weight = state_dict.get(f"{name}.weight")
         if weight is not None and weight.dim() == 4 and weight.shape[1] == cfg["input_size"][0] != in_chans:
             state_dict[f"{name}.weight"] = adapt_input_conv(in_chans, weight)
             _logger.info("%s adapted from %d to %d channels", name, weight.shape[1], in_chans)
 
 
-def _as_tuple(names: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...]:
+def as_tuple(names: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...]:
+    """The module names in a field of a pretrained configuration."""
     return (names,) if isinstance(names, str) else tuple(names or ())

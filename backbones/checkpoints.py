@@ -9,6 +9,7 @@ import argparse
 import logging
 import pickle
 import re
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,13 @@ StateDict = dict[str, Tensor]
 # of the families that store both belong to the plain ones.
 WEIGHT_KEYS = ("model", "state_dict", "model_ema", "state_dict_ema", "ema_model")
 _WRAPPERS = ("module.", "_orig_mod.", "network.")  # the last is our own ImageClassifier
+# What a download leaves behind that went wrong.
+_NO_WEIGHTS = {"a web page": b"<", "a pointer of Git LFS": b"version https://git-lfs"}
+# What PyTorch's reader raises on damaged bytes, found by damaging some.
+_BROKEN = (
+    RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError, MemoryError,
+    struct.error, SafetensorError,
+)  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -84,9 +92,13 @@ def read(path: str | Path, keys: Sequence[str] = WEIGHT_KEYS) -> StateDict:
         FileNotFoundError: there is no such file.
         CheckpointError: the file is truncated, holds foreign classes, or no dict of tensors.
     """
-    content = load(path)
-    if isinstance(content, Mapping):
-        content = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
+    return select(load(path), path, keys)
+
+
+def select(content: Any, path: str | Path, keys: Sequence[str] = WEIGHT_KEYS) -> StateDict:
+    """The weights in the content of a file, see :func:`read`; ``path`` is for messages."""
+    key = weight_key(content, keys)
+    content = content if key is None else content[key]
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{path}: holds {type(content).__name__}, expected names and tensors")
     foreign = [str(name) for name, x in content.items() if not isinstance(x, Tensor)]
@@ -95,19 +107,34 @@ def read(path: str | Path, keys: Sequence[str] = WEIGHT_KEYS) -> StateDict:
     return {_unwrap(name): x for name, x in content.items()}
 
 
+def weight_key(content: Any, keys: Sequence[str] = WEIGHT_KEYS) -> str | None:
+    """The entry of a training state that holds its weights; None where the content itself are the weights."""
+    if not isinstance(content, Mapping):
+        return None
+    return next((key for key in keys if isinstance(content.get(key), Mapping)), None)
+
+
 def load(path: str | Path, map_location: Any = "cpu") -> Any:
     """The whole content of a ``.safetensors`` file or of a PyTorch checkpoint, see :func:`read`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weight file at {path}")
+    with path.open("rb") as file:
+        start = file.read(64).lstrip()
+    for what, mark in _NO_WEIGHTS.items():
+        if start.startswith(mark):
+            raise CheckpointError(f"{path}: {what}, not weights; download it again")
+    if not start:
+        raise CheckpointError(f"{path}: empty, not weights; download it again")
     try:
         return load_file(path) if path.suffix == ".safetensors" else _torch_load(path, map_location)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it needs the class {named[1]}" if named else "it is no plain pickle of tensors"
         raise CheckpointError(f"{path}: refused, {what}, and code from a weight file is never run") from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: truncated or no weight file: {error}") from error
+    except _BROKEN as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{path}: truncated or no weight file: {reason}") from error
 
 
 def _torch_load(path: Path, map_location: Any) -> Any:
@@ -136,6 +163,14 @@ def to_ours(state_dict: Mapping[str, Tensor], rules: Iterable[KeyRule]) -> State
     Raises:
         CheckpointError: a tensor has another shape than its layout, or stands there in two layouts.
     """
+    converted, dropped = convert(state_dict, rules)
+    if dropped:
+        _logger.info("left out of the weight file, as the model has no use for them: %s", _enumerate(dropped))
+    return converted
+
+
+def convert(state_dict: Mapping[str, Tensor], rules: Iterable[KeyRule]) -> tuple[StateDict, list[str]]:
+    """:func:`to_ours`, with the names of the tensors that a rule drops instead of a line in the log."""
     left = dict(state_dict)
     converted: StateDict = {}
     dropped: list[str] = []
@@ -159,12 +194,10 @@ def to_ours(state_dict: Mapping[str, Tensor], rules: Iterable[KeyRule]) -> State
                 raise CheckpointError(f"misshapen, of another layout than this model's: {shapes}") from error
             twice |= renamed.keys() & converted.keys()
             converted |= renamed
-    if dropped:
-        _logger.info("left out of the weight file, as the model has no use for them: %s", _enumerate(dropped))
     twice |= converted.keys() & left.keys()
     if twice:
         raise CheckpointError(f"the weights hold these in two layouts: {_enumerate(sorted(twice))}")
-    return left | converted
+    return left | converted, dropped
 
 
 def to_official(state_dict: Mapping[str, Tensor], rules: Iterable[KeyRule]) -> StateDict:

@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -118,6 +119,43 @@ def test_truncated_files_are_named(suffix: str, official: dict[str, Tensor], tmp
         create("vim_tiny", path)
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("", "empty"),
+        (" \n", "empty"),
+        ("\n<!DOCTYPE html><html>Quota exceeded</html>", "a web page"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_failed_downloads_are_called_that(content: str, what: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"weights{suffix}"
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=rf"weights\{suffix}: {what}, not weights; download it again"):
+        checkpoints.load(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_files_are_named_whatever_breaks(zipped: bool, tmp_path: Path) -> None:
+    weights = {"a": torch.randn(5, 4), "b": torch.zeros(3)}
+    path = tmp_path / "weights.pth"
+    torch.save(weights, path, _use_new_zipfile_serialization=zipped)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    messages = []
+    for _ in range(300):
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        damaged[rng.integers(min(len(whole), 1200), size=4)] = rng.integers(256, size=4)
+        path.write_bytes(damaged.tobytes())
+        try:
+            checkpoints.read(path)
+        except CheckpointError as error:
+            messages.append(str(error))
+    assert len(messages) > 100
+    assert all(text.startswith(str(path)) and len(text.splitlines()) == 1 for text in messages)
+
+
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3, "lr": 0.1}, {}])
 def test_files_without_weights_are_named(content: object, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"weights\.pth"):
@@ -141,6 +179,21 @@ def test_another_number_of_classes_is_said(
     assert isinstance(create("vim_tiny", path, num_classes=0).head, nn.Identity)
     with pytest.raises(CheckpointError, match=r"unknown: extra"):
         create("vim_tiny", save(tmp_path, {**official, "extra": torch.zeros(1)}), num_classes=10)
+
+
+def test_features_need_no_head(official: dict[str, Tensor], tmp_path: Path) -> None:
+    headless = {key: x for key, x in official.items() if not key.startswith(("head.", "norm_f."))}
+    path = save(tmp_path, headless)
+    features = create("vim_tiny", path, features_only=True)
+    assert torch.equal(features.model.cls_token, official["cls_token"])
+    with pytest.raises(CheckpointError, match=r"missing: head\.bias, head\.weight, norm\.weight$"):
+        create("vim_tiny", path)
+    # A part of the head that is there has to fit, and so has all else.
+    with pytest.raises(CheckpointError, match=r"misshapen: norm\.weight"):
+        create("vim_tiny", save(tmp_path, {**headless, "norm_f.weight": torch.zeros(7)}), features_only=True)
+    del headless["cls_token"]
+    with pytest.raises(CheckpointError, match=r"missing: cls_token$"):
+        create("vim_tiny", save(tmp_path, headless), features_only=True)
 
 
 def test_colour_weights_fit_grey_images(official: dict[str, Tensor], tmp_path: Path) -> None:

@@ -91,14 +91,14 @@ def poisoned(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[torch.
         buffers.append(torch.full(shape, float("nan"), dtype=dtype, device=device))
         return buffers[-1]
 
-    monkeypatch.setattr(launch, "_empty", empty)
+    monkeypatch.setattr(launch, "empty", empty)
     return buffers
 
 
 @pytest.fixture
 def segmented(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU with so many multiprocessors that every scan is cut into the shortest segments."""
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 10**6)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 10**6)
 
 
 @pytest.fixture
@@ -263,7 +263,7 @@ def test_memory_is_as_the_traffic_model_says(
     launch: ModuleType, poisoned: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward "sum": a value an order and token, and their sum. Backward: du likewise, ddelta, partial sums."""
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 0)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 0)
     b, length, k, c, n, e = 1, 5, 2, 33, 2, 2
     tensors = Case(b, length, k, c, n, shared_u=True).tensors(torch.bfloat16)
     args = [None if tensors[name] is None else tensors[name].detach().to(DEVICE) for name in NAMES]
@@ -285,7 +285,7 @@ def test_memory_is_as_the_traffic_model_says(
     blocks = -(-c // config.BLOCK_C)
     scratch = k * blocks * (64 // config.U) * config.N * config.BLOCK_C * 4
     of_B_and_C = 2 * blocks * b * length * k * n * 4
-    per_batch = b * k * (n + 2) * c * 4
+    per_batch = b * k * blocks * (config.N + 2) * config.BLOCK_C * 4
     assert allocated() == (2 * per_order + b * length * c) * e + scratch + of_B_and_C + per_batch
 
 

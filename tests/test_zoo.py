@@ -1,11 +1,17 @@
-"""The zoo files: complete, and in agreement with the models."""
+"""The zoo files: complete, in agreement with the models, and with what is measured beside what is reported."""
+
+import re
+from importlib.resources import files
 
 import pytest
 import timm
 import torch
 
 import backbones
-from backbones import zoo
+from backbones import flops, zoo
+from tests import tolerances
+from tests.test_dense import RECORDED
+from tests.test_parity import MODELS
 
 FACTS = [
     (family, model, facts) for family in backbones.__all__ for model, facts in zoo.load_family(family)["models"].items()
@@ -22,12 +28,53 @@ def test_facts_agree_with_the_model(family: str, name: str, facts: dict) -> None
         names = [cfg[field]] if isinstance(cfg[field], str) else cfg[field]
         assert all(isinstance(model.get_submodule(x), kind) for x in names)
 
+    measured = zoo.load_measured()["models"][name]["compute"]
+    cost = flops.count_model(model, (measured["size"], measured["size"])).total
+    assert (cost.flops, cost.scan, cost.activations) == (measured["flops"], measured["scan"], measured["activations"])
+
 
 @pytest.mark.parametrize("family", backbones.__all__)
 def test_every_registered_model_has_facts(family: str) -> None:
     assert set(timm.list_models(module=family)) == zoo.load_family(family)["models"].keys()
 
 
-def test_unknown_and_missing_fields_are_named() -> None:
-    with pytest.raises(ValueError, match=r"x\.yml: unknown fields \['colour'\], missing fields \['size'\]"):
-        zoo._check("x.yml", {"colour": 1}, {"size": True})
+def test_every_recording_is_certified_within_its_tolerance() -> None:
+    measured = zoo.load_measured()["models"]
+    assert measured.keys() == {name for _, name, _ in FACTS}
+    certified = {row["recording"]: (name, row) for name, facts in measured.items() for row in facts["parity"]}
+    expected = MODELS | {recording: config["arch"] for recording, config in RECORDED.items()}
+    assert {recording: name for recording, (name, _) in certified.items()} == expected
+    for name, row in certified.values():
+        group = name.startswith("groupmamba")
+        assert row["logits_max_error"] <= (tolerances.GROUPMAMBA_LOGITS if group else tolerances.LOGITS)
+        limit = tolerances.GROUPMAMBA_INPUT_GRADIENT if group else tolerances.INPUT_GRADIENT
+        assert row.get("gradient_max_error", 0.0) <= limit
+
+
+@pytest.mark.parametrize("family", backbones.__all__)
+def test_what_is_reported_names_its_source(family: str) -> None:
+    for name, facts in zoo.load_family(family)["models"].items():
+        results = facts.get("reported", {}).values()
+        rows = [row for result in results for row in (result if isinstance(result, list) else [result])]
+        assert all(row["source"] for row in rows), name
+        assert len(facts.get("weights", {}).keys() & {"url", "page", "hf_hub_id"}) <= 1
+
+
+def test_a_figure_from_memory_is_no_fact() -> None:
+    folder = files("backbones.zoo")
+    for family in backbones.__all__:
+        assert not re.search(r"[\[(]mem[\])]", folder.joinpath(f"{family}.yml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"colour": 1}, r"x\.yml: unknown fields \['colour'\], missing fields \['size'\]"),
+        ({"size": "large"}, r"x\.yml, size: got 'large', expected <class 'int'>"),
+        ({"size": 1, "rows": [{"a": 1.0}, {"a": "b"}]}, r"x\.yml, rows, a: got 'b', expected"),
+        ([], r"x\.yml: got \[\], expected <class 'dict'>"),
+    ],
+)
+def test_unknown_missing_and_mistyped_fields_are_named(content: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        zoo._check("x.yml", content, {"size": int, "rows?": [{"a": float}]})

@@ -3,7 +3,8 @@
 
     python tools/test.py configs/digits/vim-tiny_digits.py work_dirs/vim-tiny_digits
 
-CHECKPOINT may be the work directory of a training run: then its best checkpoint is meant.
+CHECKPOINT may be the work directory of a training run: then its best checkpoint is meant. A detector or segmentor
+leaves predictions.png in --work-dir, predictions beside the ground truth of some images.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from mmengine.dist import is_main_process
 
 from backbones.mm.cli import add_common_arguments, load_config, run_tool
+from backbones.mm.console import brief, print_average_precisions
 from backbones.mm.report import find_best
 from backbones.mm.runner import Runner
 
@@ -31,7 +33,7 @@ def main() -> None:
     add_common_arguments(parser)
     args = parser.parse_args()
 
-    config = load_config(args)
+    config = load_config(args, ("test_dataloader",))
     checkpoint = Path(args.checkpoint)
     config.load_from = str(find_best(checkpoint) if checkpoint.is_dir() else checkpoint)
     config.resume = False
@@ -40,9 +42,9 @@ def main() -> None:
     metrics = runner.test()
     seconds = time.perf_counter() - start
     if is_main_process():
-        values = "  ".join(f"{name.rsplit('/', 1)[-1]} {value:.4g}" for name, value in metrics.items())
+        print_average_precisions(metrics)
         images = len(runner.test_dataloader.dataset)
-        print(f"{values}  ({images} images, {seconds:.1f} s, {config.load_from})")
+        print(f"{brief(metrics)}  ({images} images, {seconds:.1f} s, {config.load_from})")
 
 
 if __name__ == "__main__":

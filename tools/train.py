@@ -2,8 +2,9 @@
 """Train what a config describes; the task follows from the config.
 
 python tools/train.py configs/digits/vim-tiny_digits.py
-python tools/train.py configs/digits/vim-tiny_digits.py --resume
+python tools/train.py configs/digits/mask-rcnn_vmamba-tiny-s1l8_fpn_digits.py --resume auto
 torchrun --nproc_per_node=2 tools/train.py CONFIG --launcher pytorch
+srun --ntasks-per-node=8 --gres=gpu:8 python tools/train.py CONFIG --launcher slurm
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ def main() -> None:
         "--resume",
         nargs="?",
         const="auto",
-        metavar="CHECKPOINT",
-        help="go on from CHECKPOINT, or from the newest one",
+        metavar="auto|CHECKPOINT",
+        help="go on from CHECKPOINT, or from the newest one of the work directory ('auto', the same as nothing)",
     )
     parser.add_argument(
         "--amp",
         nargs="?",
         const="bfloat16",
         choices=("bfloat16", "float16"),
-        help="automatic mixed precision",
+        help="automatic mixed precision (without a value: bfloat16)",
     )
     add_common_arguments(parser)
     args = parser.parse_args()
 
-    config = load_config(args)
+    config = load_config(args, ("train_dataloader", "val_dataloader"))
     if args.amp == "bfloat16":
         config.optim_wrapper.type = "BFloat16OptimWrapper"
     elif args.amp == "float16":

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import timm
+from huggingface_hub import hf_hub_download
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
+from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -32,8 +36,9 @@ class DenseBackbone(BaseModule):
         with_cp: compute blocks again in backward instead of keeping their activations.
         out_norm: put a LayerNorm on every output; False returns the maps as they are.
         model_args: further arguments of ``timm.create_model``.
-        init_cfg: ``dict(type="Pretrained", checkpoint=path)`` loads the weights of a classifier or of a
-            backbone, in the official layout or in ours.
+        init_cfg: ``dict(type="Pretrained", checkpoint=...)`` loads the weights of a classifier or of a
+            backbone, in the official layout or in ours, when ``init_weights`` is called: from a file, from a
+            URL, or with "published" those that the authors of ``arch`` released.
 
     Raises:
         UserError: ``arch`` is no model of this family, or an index is out of range.
@@ -101,25 +106,27 @@ class DenseBackbone(BaseModule):
         if self.init_cfg is None:
             return
         if self.init_cfg.get("type") != "Pretrained" or "checkpoint" not in self.init_cfg:
-            raise UserError(f"init_cfg: got {self.init_cfg}, expected dict(type='Pretrained', checkpoint=PATH)")
+            raise UserError(f"init_cfg: got {self.init_cfg}, expected dict(type='Pretrained', checkpoint=...)")
         self.load_pretrained(self.init_cfg["checkpoint"])
 
     def load_pretrained(self, path: str) -> None:
-        """Loads a weight file in full.
+        """Loads a weight file, a URL or the "published" weights in full.
 
         Only a classifier, its norm, and stages behind the last output may be left over; output norms that the
         file does not have keep their initialisation. The log lists both.
 
         Raises:
             CheckpointError: the file cannot be read, or weights are missing, unknown or misshapen; all named.
+            UserError: the published weights must be downloaded by hand, or there are none.
         """
+        path = fetch_weights(path, self.arch)
         whole = cast(Any, timm.create_model(self.arch, device="meta", **self._model_args))
-        weights = checkpoints.to_ours(_of_backbone(checkpoints.read(path)), whole.key_rules)
+        weights = checkpoints.to_ours(_of_backbone(checkpoints.read(path, whole.weight_keys)), whole.key_rules)
         weights = checkpoints.to_ours(self.model.adapt_state_dict(weights), self._norm_rules())
         weights = {x if x.startswith("out_norms.") else f"model.{x}": value for x, value in weights.items()}
         own = self.state_dict()
         unused = sorted(weights.keys() & {f"model.{name}" for name in whole.state_dict()} - own.keys())
-        fresh = sorted(name for name in own.keys() - weights.keys() if name.startswith("out_norms."))
+        fresh = sorted(name for name in own.keys() - weights.keys() if self._may_be_fresh(name))
         weights = {name: x for name, x in weights.items() if name not in unused}
         weights |= {name: own[name] for name in fresh}
         checkpoints.check(weights, self)
@@ -141,6 +148,10 @@ class DenseBackbone(BaseModule):
         """Names of the output norms in the authors' dense models, applied after the model's own rules."""
         return (KeyRule("outnorm{}.{}", "out_norms.{}.{}"),)
 
+    def _may_be_fresh(self, name: str) -> bool:
+        """Whether the parameter ``name`` may be missing in a file and keep its initialisation."""
+        return name.startswith("out_norms.")
+
     def _normed(self) -> Iterable[int]:
         return self.out_indices
 
@@ -160,6 +171,8 @@ class PlainDenseBackbone(DenseBackbone):
         arch: as in :class:`DenseBackbone`, and all others.
         tap: "stream" returns the sum of all blocks so far, "branch" what the last block added to it, which is
             what the authors of Vim and LBVim use for segmentation.
+        norm_layer: "rmsnorm" or "layernorm", before each block. A layer norm takes the scales of a file with
+            RMS norms, and its biases start at 0, as in the authors' LBVim for segmentation.
     """
 
     def __init__(
@@ -172,15 +185,20 @@ class PlainDenseBackbone(DenseBackbone):
         with_cp: bool = False,
         out_norm: bool = True,
         tap: str = "branch",
+        norm_layer: str = "rmsnorm",
         model_args: dict[str, Any] | None = None,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         if tap not in ("stream", "branch"):
             raise UserError(f"tap: got {tap!r}, expected 'stream' or 'branch'")
-        any_size = {"dynamic_img_size": True, "dynamic_img_pad": True}
+        if norm_layer not in ("rmsnorm", "layernorm"):
+            raise UserError(f"norm_layer: got {norm_layer!r}, expected 'rmsnorm' or 'layernorm'")
+        own_args: dict[str, Any] = {"dynamic_img_size": True, "dynamic_img_pad": True}
+        if norm_layer == "layernorm":
+            own_args["norm_layer"] = nn.LayerNorm
         super().__init__(
             arch, out_indices, drop_path_rate, frozen_stages, norm_eval, with_cp, out_norm,
-            any_size | (model_args or {}), init_cfg,
+            own_args | (model_args or {}), init_cfg,
         )  # fmt: skip
         self.tap = tap
 
@@ -200,9 +218,44 @@ class PlainDenseBackbone(DenseBackbone):
             KeyRule(f"outnorm_{position}.{{}}", f"out_norms.{i}.{{}}") for position, i in enumerate(self.out_indices)
         )
 
+    def _may_be_fresh(self, name: str) -> bool:
+        return super()._may_be_fresh(name) or re.fullmatch(r"model\.blocks\.\d+\.norm\.bias", name) is not None
+
     def _stem_and_stages(self, count: int) -> list[nn.Module | nn.Parameter]:
         tokens = [x for x in (self.model.pos_embed, self.model.cls_token) if x is not None]
         return [self.model.patch_embed, *tokens, *self.model.blocks[:count]]
+
+
+def fetch_weights(checkpoint: str, arch: str) -> str:
+    """Path of the weight file that ``checkpoint`` stands for, downloaded into a cache if it is not local.
+
+    Args:
+        checkpoint: a path, a URL, "published" for the ImageNet weights that the authors of ``arch`` released, or
+            "published:NAME" for those of another model.
+
+    Raises:
+        UserError: there is no such file, or the published weights cannot be downloaded by a program.
+    """
+    published, _, name = checkpoint.partition(":")
+    if checkpoint.startswith(("http://", "https://")):
+        return download_cached_file(checkpoint)
+    if published != "published":
+        if not Path(checkpoint).is_file():
+            raise UserError(f"checkpoint: no weight file at {checkpoint}")
+        return checkpoint
+    name = name or arch
+    if not timm.is_model(name):
+        raise UserError(f"checkpoint: got {checkpoint!r}, but there is no model {name!r}")
+    cfg = cast(Any, timm.get_pretrained_cfg(name))
+    if cfg.hf_hub_id:
+        return hf_hub_download(cfg.hf_hub_id, cfg.hf_hub_filename)
+    if cfg.url and "drive.google.com" not in cfg.url:
+        return download_cached_file(cfg.url)
+    how = f"download them by hand from {cfg.url}" if cfg.url else f"none were released ({cfg.origin_url})"
+    raise UserError(
+        f"checkpoint: the published weights of {name} cannot be downloaded automatically, {how}; set checkpoint to "
+        "a file in init_cfg, or init_cfg=None to start from random weights"
+    )
 
 
 def _of_backbone(weights: checkpoints.StateDict) -> checkpoints.StateDict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -13,6 +13,10 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from backbones.base import Backbone
+from backbones.builder import load_pretrained
+
+from .backbones import fetch_weights
 from .errors import UserError
 
 for _loss in (BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy):
@@ -64,21 +68,32 @@ class ImagePreprocessor(BaseDataPreprocessor):
 class ImageClassifier(BaseModel):
     """A classification network and its loss.
 
+    A network with two classifiers, such as GroupMamba's, counts with the mean of their logits.
+
     Args:
         network: arguments of ``timm.create_model``, among them ``name``; every registered model will do.
         loss: a loss from ``timm.loss`` by its class name, such as ``dict(type="SoftTargetCrossEntropy")``.
         data_preprocessor: see :class:`ImagePreprocessor`; the number of classes is taken from the network.
+        init_cfg: ``dict(type="Pretrained", checkpoint=...)`` loads weights for fine-tuning when ``init_weights`` is
+            called, see :func:`backbones.mm.backbones.fetch_weights`. A classifier for another number of classes
+            starts from random weights.
 
     Raises:
         UserError: an unknown model name, or a loss that does not go with mixup.
     """
 
     def __init__(
-        self, network: dict[str, Any], loss: dict[str, Any], data_preprocessor: dict[str, Any] | None = None
+        self,
+        network: dict[str, Any],
+        loss: dict[str, Any],
+        data_preprocessor: dict[str, Any] | None = None,
+        init_cfg: dict[str, Any] | None = None,
     ) -> None:
         built = create_network(**network)
-        super().__init__({"type": "ImagePreprocessor", "num_classes": built.num_classes, **(data_preprocessor or {})})
+        preprocessor = {"type": "ImagePreprocessor", "num_classes": built.num_classes, **(data_preprocessor or {})}
+        super().__init__(preprocessor, init_cfg)
         self.network = built
+        self.name = network["name"]
         self.criterion = MODELS.build(loss)
         mixing = getattr(self.data_preprocessor, "mixup", None) is not None
         if mixing and isinstance(self.criterion, LabelSmoothingCrossEntropy):
@@ -87,14 +102,25 @@ class ImageClassifier(BaseModel):
             raise UserError("SoftTargetCrossEntropy needs the soft labels of mixup; use LabelSmoothingCrossEntropy")
 
     def init_weights(self) -> None:
-        """Keep the weights: ``timm.create_model`` has initialised or loaded them.
+        """Loads the weights of ``init_cfg``; without it, keeps those that ``timm.create_model`` has made.
 
         mmengine would otherwise call ``network.init_weights`` before training, and undo ``pretrained=True``.
+
+        Raises:
+            CheckpointError: the weights do not fit the network; all that differ are named.
+            UserError: there is no such file, or the network is not one of this library.
         """
         self._is_init = True
+        if self.init_cfg is None:
+            return
+        if not isinstance(self.network, Backbone):
+            raise UserError(f"init_cfg: {self.name} is not of this library, use network=dict(pretrained=True, ...)")
+        file = fetch_weights(self.init_cfg["checkpoint"], self.name)
+        cfg = cast(dict[str, Any], self.network.pretrained_cfg)
+        load_pretrained(self.network, {**cfg, "file": file}, self.name)
 
     def forward(
-        self, inputs: Tensor, targets: Tensor | None = None, mode: str = "tensor"
+        self, inputs: Tensor, targets: Any = None, mode: str = "tensor"
     ) -> Tensor | dict[str, Tensor] | list[dict[str, Tensor]]:
         """Run the network on ``inputs`` (b, in_chans, height, width).
 
@@ -103,14 +129,24 @@ class ImageClassifier(BaseModel):
             mode: ``"tensor"`` gives the logits (b, num_classes); ``"loss"`` the loss; ``"predict"`` one dict
                 an image with ``scores`` (num_classes,), probabilities, and its ``target`` where known.
         """
-        logits = self.network(inputs)
+        outputs = self.network(inputs)
+        if mode == "loss":
+            return self.losses(outputs, inputs, targets)
+        logits = mean_logits(outputs)
         if mode == "tensor":
             return logits
-        if mode == "loss":
-            return {"loss": self.criterion(logits.float(), targets)}
         if mode == "predict":
             scores = torch.softmax(logits.float(), dim=-1)
             if targets is None:
                 return [{"scores": row} for row in scores]
             return [{"scores": row, "target": target} for row, target in zip(scores, targets, strict=True)]
         raise ValueError(f"mode is {mode!r}, expected 'tensor', 'loss' or 'predict'")
+
+    def losses(self, outputs: Any, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Terms of the loss, which are added, from what the network made of ``inputs``."""
+        return {"loss": self.criterion(mean_logits(outputs).float(), targets)}
+
+
+def mean_logits(outputs: Any) -> Tensor:
+    """The logits (b, num_classes) of a network, or the mean of those of its two classifiers."""
+    return (outputs[0] + outputs[1]) / 2 if isinstance(outputs, tuple) else outputs

@@ -1,11 +1,12 @@
-"""What the command line tools share: reading a config, a look at the data before the run, plain messages."""
+"""What the command line tools share: reading a config, a look at packages and data before the run, plain messages."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ from mmengine.config import Config, DictAction
 
 from backbones.checkpoints import CheckpointError
 
+from .annotations import check_annotations
+from .console import hidden_prints
 from .errors import UserError
+
+# What a config may need beyond mmengine.
+_PACKAGES = ("mmdet", "mmseg")
 
 
 def add_common_arguments(parser: ArgumentParser) -> None:
@@ -31,25 +37,36 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="print on the console what the log file gets")
 
 
-def load_config(args: Namespace) -> Config:
-    """Read ``args.config``, apply the common arguments and check that the data are there.
+def load_config(args: Namespace, loaders: Sequence[str] = ()) -> Config:
+    """Read ``args.config``, apply the common arguments, and check packages and data.
+
+    Args:
+        loaders: data loaders that are going to be used, such as "test_dataloader"; their annotations are checked
+            unless the config says ``check_annotations=False``.
 
     Raises:
-        UserError: no such config, or a data folder that does not exist.
+        UserError: no such config, a package that is missing, a data folder that does not exist, or annotations that
+            do not match.
     """
     path = Path(args.config)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, (p.name for p in path.parent.glob("*.py")), n=3)
         raise UserError(f"config {path} does not exist{'; did you mean ' + ', '.join(near) + '?' if near else ''}")
-    config = Config.fromfile(path)
+    try:
+        config = Config.fromfile(path)
+    except ImportError as error:
+        raise UserError(f"config {path} imports what is not installed: {error}") from error
     if args.cfg_options:
         config.merge_from_dict(args.cfg_options)
     config.launcher = args.launcher
     config.verbose = args.verbose
     config.work_dir = args.work_dir or config.get("work_dir") or str(Path("work_dirs", path.stem))
-    for root in sorted(set(_data_roots(config))):
+    _import_packages(config)
+    for root in sorted({root for name in loaders for root in _data_roots(config.get(name))}):
         if not Path(root).is_dir():
             raise UserError(f"data folder {root} does not exist; {config.get('data_hint', 'set data_root')}")
+    if config.get("check_annotations", True):
+        check_annotations(config, loaders)
     return config
 
 
@@ -68,8 +85,38 @@ def run_tool(main: Callable[[], Any]) -> None:
         sys.exit(130)
 
 
+def _import_packages(config: Config) -> None:
+    """Import mmdet and mmseg where the config asks for them."""
+    types = {value.split(".")[0] for value in _types(config) if "." in value}
+    for package in _PACKAGES:
+        if config.get("default_scope") != package and package not in types:
+            continue
+        try:
+            with hidden_prints(config.verbose):
+                for module in ("models", "datasets", "evaluation"):
+                    importlib.import_module(f"{package}.{module}")
+        # The packages assert that mmcv has a version that they know.
+        except (ImportError, AssertionError) as error:
+            raise UserError(
+                f"{config.filename} needs {package}, which cannot be imported ({error}); "
+                "install it with: pip install 'ssm-backbones[mm]'"
+            ) from error
+
+
+def _types(config: Any) -> Iterator[str]:
+    if isinstance(config, dict | Config):
+        for key, value in config.items():
+            if key == "type" and isinstance(value, str):
+                yield value
+            else:
+                yield from _types(value)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            yield from _types(value)
+
+
 def _data_roots(config: Any) -> Iterator[str]:
-    """Every ``data_root`` of the data loaders, however deep the dataset is wrapped."""
+    """Every ``data_root`` of a data loader, however deep the data set is wrapped."""
     if isinstance(config, dict | Config):
         for key, value in config.items():
             if key == "data_root" and isinstance(value, str):

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from mmengine.dist import get_rank, get_world_size
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS, FUNCTIONS
+from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 from PIL import Image
 from timm.data import ImageDataset, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
@@ -75,6 +78,30 @@ class ImageFolder(Dataset):
             print_log(f"{message}; left out", logger="current", level=logging.WARNING)
             return None
         return {"inputs": self.transform(image), "targets": target}
+
+
+@DATA_SAMPLERS.register_module()
+class RepeatedAugmentationSampler(RepeatAugSampler):
+    """Each image several times in an epoch, every time augmented anew (arXiv:1902.05509).
+
+    An epoch keeps its length: it holds ``1 / num_repeats`` of the images, others every time. The copies of an image
+    go to different processes where there are several.
+
+    Args:
+        dataset: the data set.
+        num_repeats: how often an image of the epoch occurs.
+        seed: of the order; the Runner gives its own.
+    """
+
+    def __init__(self, dataset: Dataset, num_repeats: int = 3, seed: int = 0) -> None:
+        super().__init__(dataset, get_world_size(), get_rank(), num_repeats=num_repeats)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the images of ``epoch``, whatever has been drawn before."""
+        # timm seeds the order by this alone.
+        super().set_epoch(np.random.SeedSequence([self.seed, epoch]).generate_state(1).item())
 
 
 @FUNCTIONS.register_module()

@@ -1,10 +1,11 @@
-"""Hooks: exact resumption, a stop at the first loss that is not finite, progress on the console."""
+"""Hooks: exact resumption, a stop at labels out of range or a loss that is not finite, progress on the console."""
 
 from __future__ import annotations
 
 import atexit
 import math
 import random
+import sys
 import time
 from datetime import timedelta
 from typing import Any
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .checkpoints import to_history, to_plain
+from .console import brief
 from .errors import UserError
 
 VALIDATED = "validated/iter"
@@ -108,6 +110,37 @@ class FiniteLossHook(Hook):
             )
 
 
+class LabelRangeHook(Hook):
+    """Stops a run whose label maps hold more classes than the data set.
+
+    The loss would end with an index error, on a GPU one that names nothing; IoU would not count such pixels.
+    """
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        self._check(runner.train_dataloader.dataset, data_batch)
+
+    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        self._check(runner.val_dataloader.dataset, data_batch)
+
+    def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        self._check(runner.test_dataloader.dataset, data_batch)
+
+    @staticmethod
+    def _check(dataset: Any, data_batch: Any) -> None:
+        samples = data_batch.get("data_samples", ()) if isinstance(data_batch, dict) else ()
+        for sample in samples:
+            if "gt_sem_seg" not in sample:
+                continue
+            classes = dataset.metainfo["classes"]
+            labels = sample.gt_sem_seg.data
+            wrong = labels[(labels >= len(classes)) & (labels != 255)]
+            if len(wrong):
+                raise UserError(
+                    f"label map {sample.get('seg_map_path')} holds label {int(wrong.max())} (as the model gets it), "
+                    f"expected 0 to {len(classes) - 1}, or 255 for none; check classes and reduce_zero_label"
+                )
+
+
 @HOOKS.register_module()
 class ProgressHook(Hook):
     """One line for every epoch or validation; on a terminal also a bar with the time that is left."""
@@ -116,7 +149,8 @@ class ProgressHook(Hook):
     priority = 95
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+        # The stream of this moment: during a run, Runner hides what others print.
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.progress: Progress | None = None
         self.losses: list[float] = []
 
@@ -172,7 +206,8 @@ class ProgressHook(Hook):
         parts = [step]
         if self.losses:
             parts.append(f"loss {np.mean(self.losses):.4f}")
-        parts += [f"{name.rsplit('/', 1)[-1]} {value:.4g}" for name, value in metrics.items()]
+        if metrics:
+            parts.append(brief(metrics))
         parts.append(f"{now - self.lap:.1f} s")
         if iteration > self.first_iter and iteration < runner.max_iters:
             left = (now - self.start) / (iteration - self.first_iter) * (runner.max_iters - iteration)

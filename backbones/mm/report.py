@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from mmengine.dist import is_main_process, master_only
+from mmengine.dist import get_world_size, is_main_process, master_only
 from mmengine.evaluator import Evaluator
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from rich.console import Console
@@ -19,9 +22,12 @@ from rich.console import Console
 from .checkpoints import write_text
 from .errors import UserError
 from .hooks import VALIDATED
+from .pictures import draw_predictions
 
 _CONFUSION = "confusion_matrix.csv"
 _PICTURE = "training.png"
+_PREDICTIONS = "predictions.png"
+_PREDICTIONS_SHOWN = 12
 _BEST = "best_checkpoint"
 _TIMES = ("val/time", "val/data_time")
 
@@ -31,11 +37,17 @@ class ReportHook(Hook):
     """Keeps the results of a run in its work directory.
 
     These are ``best_checkpoint``, the name of the best checkpoint, its ``confusion_matrix.csv`` and, when
-    training ends, ``training.png``. A test leaves its confusion matrix in its log folder.
+    training ends, ``training.png``. A test leaves its confusion matrix in its log folder and, of a detector or
+    segmentor, ``predictions.png`` in the work directory.
     """
 
     # After CheckpointHook (90), which decides what is best, before ResumeHook (100).
     priority = 95
+
+    def __init__(self) -> None:
+        # The stream of this moment: during a run, Runner hides what others print.
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.samples: list[Any] = []
 
     def before_train(self, runner: Runner) -> None:
         self.best = runner.message_hub.get_info("best_ckpt")
@@ -51,9 +63,27 @@ class ReportHook(Hook):
         self._point_to_best(runner)
         save_confusion(runner.val_loop.evaluator, Path(runner.work_dir, _CONFUSION))
 
+    def before_test_epoch(self, runner: Runner) -> None:
+        self.samples, self.seen = [], 0
+        step = -(-len(runner.test_dataloader.dataset) // get_world_size()) / _PREDICTIONS_SHOWN
+        self.shown = {int(step * i) for i in range(_PREDICTIONS_SHOWN)}
+
+    def after_test_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
+    ) -> None:
+        for sample in outputs or ():
+            if self.seen in self.shown and ("pred_instances" in sample or "pred_sem_seg" in sample):
+                self.samples.append(sample.cpu())
+            self.seen += 1
+
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        if is_main_process():
-            save_confusion(runner.test_loop.evaluator, Path(runner.log_dir, _CONFUSION))
+        if not is_main_process():
+            return
+        save_confusion(runner.test_loop.evaluator, Path(runner.log_dir, _CONFUSION))
+        if self.samples:
+            picture = Path(runner.work_dir, _PREDICTIONS)
+            draw_predictions(picture, self.samples, runner.test_dataloader.dataset.metainfo["classes"])
+            self.console.print(f"picture     {picture}")
 
     @master_only
     def after_train(self, runner: Runner) -> None:
@@ -65,8 +95,9 @@ class ReportHook(Hook):
             runner.experiment_name.rsplit("_", 2)[0],
             curves,
             read_confusion(folder / _CONFUSION),
+            _key_metric(runner),
         )
-        console = Console(highlight=False, soft_wrap=True)
+        console = self.console
         if self.best is not None:
             console.print(f"best        {hub.get_info('best_score'):.4g}")
             console.print(f"checkpoint  {self.best}")
@@ -75,6 +106,12 @@ class ReportHook(Hook):
 
     def _point_to_best(self, runner: Runner) -> None:
         write_text(Path(runner.work_dir, _BEST), Path(self.best).name + "\n")
+
+
+def _key_metric(runner: Runner) -> str | None:
+    """The metric that tells what is best, if ``CheckpointHook`` is asked for one by name."""
+    keys = (hook.key_indicators for hook in runner.hooks if isinstance(hook, CheckpointHook) and hook.save_best)
+    return next((f"val/{key[0]}" for key in keys if key[0] != "auto"), None)
 
 
 def find_best(work_dir: str | Path) -> Path:
@@ -116,13 +153,18 @@ def read_confusion(path: Path) -> tuple[list[str], np.ndarray] | None:
 
 
 def draw_report(
-    path: Path, title: str, curves: dict[str, np.ndarray], confusion: tuple[list[str], np.ndarray] | None
+    path: Path,
+    title: str,
+    curves: dict[str, np.ndarray],
+    confusion: tuple[list[str], np.ndarray] | None,
+    metric: str | None = None,
 ) -> None:
     """Draw loss, validation metric and learning rate over the iterations, beside the confusion matrix.
 
     Args:
-        curves: histories by mmengine's names: ``train/loss``, ``train/lr``, the first ``val/...``, and the
-            iterations of the validations.
+        curves: histories by mmengine's names: ``train/loss``, ``train/lr``, ``val/...``, and the iterations of
+            the validations.
+        metric: which ``val/...`` is drawn; by default the first.
     """
     figure = Figure(figsize=(12 if confusion else 7, 6.2), layout="constrained")
     figure.suptitle(title, fontsize=13, fontweight="bold")
@@ -131,7 +173,8 @@ def draw_report(
     )
     loss, score, rate = (figure.add_subplot(grid[row, 0]) for row in range(3))
     _draw_loss(loss, curves.get("train/loss", np.empty(0)))
-    name = next((name for name in curves if name.startswith("val/") and name not in _TIMES), None)
+    name = metric if metric in curves else None
+    name = name or next((name for name in curves if name.startswith("val/") and name not in _TIMES), None)
     if name is not None:
         _draw_score(score, name.removeprefix("val/"), curves[VALIDATED], curves[name])
     rate.plot(curves.get("train/lr", np.empty(0)), color="0.35", linewidth=1.5)

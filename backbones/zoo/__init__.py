@@ -1,6 +1,8 @@
-"""The one source of every published or measured fact about a model, a YAML file for each family.
+"""The one source of every published or measured fact about a model.
 
-What the authors *reported* and what we *measured* are separate fields. A fact that is not known is absent.
+``<family>.yml`` holds what the authors *reported*, with its source, and what we know about their files;
+``measured.yml`` what this library computes, written by ``tools/certify.py``. A fact that is not known is
+absent. README, model cards and OpenMMLab's metafiles are generated from both (``make docs``).
 """
 
 from __future__ import annotations
@@ -11,30 +13,98 @@ from typing import Any
 
 import yaml
 
-# Fields of a family's file and of each of its models: name, then whether it must be there.
-_FAMILY = {
-    "family": True,
-    "title": True,
-    "paper": True,
-    "repository": True,
-    "license": True,
-    "input": True,
-    "first_conv": True,
-    "classifier": True,
-    "notes": False,
-    "recipe": False,
-    "models": True,
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_NUMBER = (int, float)
+_WEIGHTS = {"url?": str, "hf_hub_id?": str, "hf_hub_filename?": str, "page?": str, "notes?": str}
+_SETTINGS = {
+    "epochs?": int,
+    "batch_size?": int,
+    "optimizer?": str,
+    "betas?": [float],
+    "learning_rate?": float,
+    "warmup_epochs?": int,
+    "warmup_learning_rate?": float,
+    "minimum_learning_rate?": float,
+    "cooldown_epochs?": int,
+    "weight_decay?": float,
+    "drop_path_rate?": float,
+    "clip_grad?": float,
+    "label_smoothing?": float,
+    "mixup?": float,
+    "cutmix?": float,
+    "random_erasing?": float,
+    "color_jitter?": float,
+    "auto_augment?": str,
+    "repeated_augmentation?": int,
+    "ema_decay?": float,
+    "mixed_precision?": bool,
+    "distillation?": str,
+    "self_distillation?": str,
+    "self_distillation_weight?": float,
+    "source": str,
+}
+_DENSE = {"method": str, "schedule": str, "params_m?": _NUMBER, "gflops?": _NUMBER, "source": str, "weights?": str}
+_COCO = {
+    **_DENSE,
+    "box_ap": float,
+    **{f"{name}?": float for name in ("box_ap50", "box_ap75", "box_aps", "box_apm", "box_apl")},
+    **{f"{name}?": float for name in ("mask_ap", "mask_ap50", "mask_ap75")},
+}
+_REPORTED = {
+    "imagenet?": {"top1": float, "top5?": float, "params_m?": _NUMBER, "gflops?": _NUMBER, "source": str},
+    "imagenet_log?": {"top1": float, "epoch": int, "source": str},
+    "throughput?": {"images_per_second": int, "training": int, "device": str, "batch_size": int, "source": str},
+    "training?": _SETTINGS,
+    "coco?": [_COCO],
+    "ade20k?": [{**_DENSE, "miou": float, "miou_ms?": float, "iteration?": int}],
+}
+_INPUT = {
+    "size": int,
+    "fixed?": bool,
+    "mean": [float],
+    "std": [float],
+    "interpolation": str,
+    "crop_pct": float,
 }
 _MODEL = {
-    "parameters": True,
-    "weights": False,
-    "reported": False,
-    "measured": False,
-    "input": False,
-    "first_conv": False,
-    "notes": False,
+    "parameters": int,
+    "weights?": _WEIGHTS,
+    "reported?": _REPORTED,
+    "first_conv?": str,
+    "notes?": [str],
 }
-_WEIGHTS = {"url", "hf_hub_id", "hf_hub_filename", "page", "notes"}
+_FAMILY = {
+    "family": str,
+    "title": str,
+    "summary": str,
+    "paper": {"title": str, "authors": [str], "arxiv": str, "venue": str, "year": int},
+    "repository": {"url": str, "commit": str},
+    "license": {"code": str, "weights": str},
+    "input": _INPUT,
+    "first_conv": str,
+    "classifier": (str, list),
+    "layout": str,
+    "scan": [{"pattern": str, "caption": str}],
+    "diagram": str,
+    "use": {"purpose": str, "limits": [str]},
+    "notes": [str],
+    "recipe": _SETTINGS,
+    "models": dict,
+}
+_MEASURED = {
+    "compute": {"size": int, "flops": int, "scan": int, "activations": int},
+    "parity": [
+        {
+            "recording": str,
+            "input": [int],
+            "logits_max_error": float,
+            "logits_relative_rms": float,
+            "gradient_max_error?": float,
+            "backend": str,
+        }
+    ],
+}
+_RUN = {"command": str, "date": str, "commit": str, "torch": str, "device": str}
 
 
 @lru_cache
@@ -42,13 +112,26 @@ def load_family(name: str) -> dict[str, Any]:
     """The checked content of ``<name>.yml``; do not modify it.
 
     Raises:
-        ValueError: a field is unknown or missing; the message names it.
+        ValueError: a field is unknown, missing or of another type; the message names it.
     """
-    content = yaml.safe_load(files(__package__).joinpath(f"{name}.yml").read_text(encoding="utf-8"))
+    content = _load(f"{name}.yml")
     _check(f"{name}.yml", content, _FAMILY)
     for model, facts in content["models"].items():
         _check(f"{name}.yml, {model}", facts, _MODEL)
-        _check(f"{name}.yml, weights of {model}", facts.get("weights", {}), dict.fromkeys(_WEIGHTS, False))
+    return content
+
+
+@lru_cache
+def load_measured() -> dict[str, Any]:
+    """The checked content of ``measured.yml``: how it was measured (``run``), and ``models`` by name.
+
+    Raises:
+        ValueError: a field is unknown, missing or of another type; the message names it.
+    """
+    content = _load("measured.yml")
+    _check("measured.yml", content, {"run": _RUN, "models": dict})
+    for model, facts in content["models"].items():
+        _check(f"measured.yml, {model}", facts, _MEASURED)
     return content
 
 
@@ -59,7 +142,7 @@ def default_cfgs(name: str) -> dict[str, Any]:
 
 
 def _cfg(family: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    source = family["input"] | facts.get("input", {})
+    source = family["input"]
     weights = facts.get("weights", {})
     size = source["size"]
     cfg = {
@@ -78,13 +161,29 @@ def _cfg(family: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
         "license": family["license"]["weights"],
         "origin_url": family["repository"]["url"],
         "paper_name": family["paper"]["title"],
-        "paper_ids": f"arXiv:{family['paper']['arxiv']}" if "arxiv" in family["paper"] else None,
+        "paper_ids": f"arXiv:{family['paper']['arxiv']}",
     }
     return {field: value for field, value in cfg.items() if value is not None or field in ("first_conv", "classifier")}
 
 
-def _check(where: str, content: dict[str, Any], fields: dict[str, bool]) -> None:
-    unknown = sorted(content.keys() - fields.keys())
-    missing = sorted(field for field, needed in fields.items() if needed and field not in content)
-    if unknown or missing:
-        raise ValueError(f"{where}: unknown fields {unknown}, missing fields {missing}")
+def _load(name: str) -> Any:
+    return yaml.load(files(__package__).joinpath(name).read_text(encoding="utf-8"), Loader=_LOADER)
+
+
+def _check(where: str, content: Any, schema: Any) -> None:
+    """Compares with a type, a list of one schema, or a dict of fields; a name with ``?`` may be absent."""
+    if isinstance(schema, list):
+        _check(where, content, list)
+        for item in content:
+            _check(where, item, schema[0])
+    elif isinstance(schema, dict):
+        _check(where, content, dict)
+        fields = {name.rstrip("?"): inner for name, inner in schema.items()}
+        unknown = sorted(content.keys() - fields.keys())
+        missing = sorted(name for name in schema if not name.endswith("?") and name not in content)
+        if unknown or missing:
+            raise ValueError(f"{where}: unknown fields {unknown}, missing fields {missing}")
+        for name, value in content.items():
+            _check(f"{where}, {name}", value, fields[name])
+    elif not isinstance(content, schema):
+        raise ValueError(f"{where}: got {content!r}, expected {schema}")

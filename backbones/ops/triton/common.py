@@ -79,7 +79,7 @@ def rows_of(tokens, x, stride, at, mask, U: tl.constexpr, WIDE: tl.constexpr):
     """Columns ``at`` of the rows of x at U tokens."""
     rows = ()
     for j in tl.static_range(U):
-        rows = rows + (tl.load(x + (offset_of(tokens[j], stride, WIDE) + at), mask=mask, other=0.0),)
+        rows = rows + (tl.load(x + offset_of(tokens[j], stride, WIDE) + at, mask=mask, other=0.0),)
     return rows
 
 

@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from backbones.ops.triton.common import LOG2_E
-from backbones.ops.triton.launch import _check_device, _empty, _on, _rows
+from backbones.ops.triton.host import cdiv, check_device, contiguous_rows, device_of, empty, next_power_of_2
 
-_GATHERED = 2048  # numbers a program holds, by 4 warps
-_SUMMED = 1024  # the same for each of the taps whose gradients a program sums
-_TAPS = 9  # taps that it sums at once, and loads that it may have in flight
+GATHERED = 2048  # numbers a program holds, by 4 warps
+SUMMED = 1024  # the same for each of the taps whose gradients a program sums
+TAPS = 9  # taps that it sums at once, and loads that it may have in flight
 _PROGRAMS = 2048  # into which the sums over tokens are cut
 
 
@@ -130,27 +130,27 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse_taps: Tensor, silu: bool
 ) -> Tensor:  # fmt: skip
     """See :mod:`backbones.ops.depthwise`."""
-    _check_device(x)
-    with _on(x):
-        return _gather(_rows(x), weight.transpose(1, 2).contiguous(), bias, taps, x.dtype, silu)
+    check_device("x", x)
+    with device_of(x):
+        return _gather(contiguous_rows(x), weight.transpose(1, 2).contiguous(), bias, taps, x.dtype, silu)
 
 
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse_taps: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :mod:`backbones.ops.depthwise`."""
-    with _on(x):
-        x, grad = _rows(x), _rows(grad)
+    with device_of(x):
+        x, grad = contiguous_rows(x), contiguous_rows(grad)
         weight = weight.transpose(1, 2).contiguous()
         g = _gather(x, weight, bias, taps, torch.float32, silu=True, grad=grad) if silu else grad
         dx = _gather(g, weight, None, inverse_taps, x.dtype, silu=False)[0]
 
         (b, _, c), (k, j, rows) = x.shape, taps.shape
-        block_m, block_c = _tile(rows, c, _SUMMED)
-        row_tiles, group = triton.cdiv(rows, block_m), min(j, _TAPS)
-        programs = k * triton.cdiv(c, block_c) * triton.cdiv(j, group)
-        parts = min(b * row_tiles, triton.cdiv(_PROGRAMS, programs))
-        sums = _empty((parts, k, j + 1, c), torch.float32, x.device)
+        block_m, block_c = tile(rows, c, SUMMED)
+        row_tiles, group = cdiv(rows, block_m), min(j, TAPS)
+        programs = k * cdiv(c, block_c) * cdiv(j, group)
+        parts = min(b * row_tiles, cdiv(_PROGRAMS, programs))
+        sums = empty((parts, k, j + 1, c), torch.float32, x.device)
         weight_kernel[(parts * programs,)](
             x, g, taps, sums, *x.stride()[:2], *g.stride()[:3], k, b * row_tiles, row_tiles, rows, c,
             J=j, TAPS=group, BLOCK_M=block_m, BLOCK_C=block_c, WIDE=_is_wide(x), num_warps=4,
@@ -173,23 +173,23 @@ def _gather(
     b, _, c = x.shape[-3:]
     k, j, rows = table.shape
     each = 1 if x.dim() == 4 else k
-    block_m, block_c = _tile(rows, c, _GATHERED)
-    y = _empty((each, b, rows, c), dtype, x.device)
-    gather_kernel[(triton.cdiv(c, block_c) * each * triton.cdiv(rows, block_m) * b,)](
+    block_m, block_c = tile(rows, c, GATHERED)
+    y = empty((each, b, rows, c), dtype, x.device)
+    gather_kernel[(cdiv(c, block_c) * each * cdiv(rows, block_m) * b,)](
         x, weight, bias, table, grad, y,
         x.stride(0) if x.dim() == 4 else 0, *x.stride()[-3:-1], *((0, 0, 0) if grad is None else grad.stride()[:3]),
         b, each, k // each, rows, c,
-        J=j, BLOCK_M=block_m, BLOCK_C=block_c, UNROLL=min(j, _TAPS),
+        J=j, BLOCK_M=block_m, BLOCK_C=block_c, UNROLL=min(j, TAPS),
         HAS_BIAS=bias is not None, SILU=silu, SLOPE=grad is not None, WIDE=_is_wide(x), num_warps=4,
     )  # fmt: skip
     return y
 
 
-def _tile(rows: int, c: int, numbers: int) -> tuple[int, int]:
+def tile(rows: int, c: int, numbers: int) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_C): channels in blocks that leave few lanes idle, rows to fill the rest."""
     block_c = 128 if c % 128 == 0 else 64 if c % 64 == 0 else 32
-    block_c = min(block_c, triton.next_power_of_2(c))
-    return min(numbers // block_c, triton.next_power_of_2(rows)), block_c
+    block_c = min(block_c, next_power_of_2(c))
+    return min(numbers // block_c, next_power_of_2(rows)), block_c
 
 
 def _is_wide(x: Tensor) -> bool:

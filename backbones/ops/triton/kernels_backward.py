@@ -202,10 +202,10 @@ def backward_kernel(
                     received = decay * q
 
                     row = step if BY_STEP else tokens[U - 1 - i_j]
-                    du_row = du_at + (offset_of(row, du_l, WIDE) + cs)
-                    dd_row = dd_at + (offset_of(row, dd_l, WIDE) + cs)
-                    dB_row = dB_at + (offset_of(row, dB_l, WIDE) + ns)
-                    dC_row = dC_at + (offset_of(row, dB_l, WIDE) + ns)
+                    du_row = du_at + offset_of(row, du_l, WIDE) + cs
+                    dd_row = dd_at + offset_of(row, dd_l, WIDE) + cs
+                    dB_row = dB_at + offset_of(row, dB_l, WIDE) + ns
+                    dC_row = dC_at + offset_of(row, dB_l, WIDE) + ns
                     keep = c_mask & valid
                     if WINDOW:
                         du_t += tl.load(du_row, mask=keep, other=0.0)
@@ -225,10 +225,10 @@ def backward_kernel(
                 tokens = later
                 group -= 1
             tl.debug_barrier()
-        # One row of partial sums for every (batch, segment), to be summed by the caller.
-        partial_row = (batch * segments + s) * k + order
-        tl.store(dA + partial_row * n * c + tile, dA_sum, mask=mask)
+        # Partial sums of every work item, to be summed by the caller.
+        tl.store(dA + tl.cast(item, tl.int64) * N * BLOCK_C + local, dA_sum)
+        sums = item * BLOCK_C + tl.arange(0, BLOCK_C)
         if HAS_D:
-            tl.store(dD + partial_row * c + cs, dD_sum, mask=c_mask)
+            tl.store(dD + sums, dD_sum)
         if HAS_BIAS:
-            tl.store(dbias + partial_row * c + cs, dbias_sum, mask=c_mask)
+            tl.store(dbias + sums, dbias_sum)

@@ -106,10 +106,10 @@ def forward_kernel(
                 y_t = tl.sum(shown * rows[3][j].to(tl.float32)[:, None], axis=0)
                 if HAS_D:
                     y_t += skip * u_t
-                at = offset_of(step if BY_STEP else tokens[j], y_l, WIDE) + cs
+                y_at = y + offset_of(step if BY_STEP else tokens[j], y_l, WIDE) + cs
                 if WINDOW:
-                    y_t += tl.load(y + at, mask=c_mask & valid, other=0.0)
-                tl.store(y + at, y_t.to(y.dtype.element_ty), mask=c_mask & valid)
+                    y_t += tl.load(y_at, mask=c_mask & valid, other=0.0)
+                tl.store(y_at, y_t.to(y.dtype.element_ty), mask=c_mask & valid)
         rows = next_rows
         tokens = later
         later = latest

@@ -23,13 +23,11 @@ neither parallel nor reproducible.
 Sums over orders add, in float32, per-order values rounded to the dtype of u.
 """
 
-import contextlib
 import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from backbones.ops.triton import CHUNK
@@ -38,6 +36,15 @@ from backbones.ops.triton.common import (
     gather_visits_kernel,
     segment_ends_kernel,
     sum_orders_kernel,
+)
+from backbones.ops.triton.host import (
+    cdiv,
+    check_device,
+    contiguous_rows,
+    device_of,
+    empty,
+    multiprocessors,
+    next_power_of_2,
 )
 from backbones.ops.triton.kernels_backward import backward_kernel
 from backbones.ops.triton.kernels_forward import forward_kernel
@@ -57,6 +64,7 @@ class Config:
     num_warps: int
 
 
+@functools.cache
 def forward_config(n: int, c: int, chains: int, multiprocessors: int) -> Config:
     """A fixed choice by shape, for ``chains`` = b k recurrences (measured on an H200).
 
@@ -66,6 +74,7 @@ def forward_config(n: int, c: int, chains: int, multiprocessors: int) -> Config:
     return Config(N, block, 8 if N == 1 and block < 128 else 4, warps)
 
 
+@functools.cache
 def backward_config(n: int, c: int, chains: int, multiprocessors: int) -> Config:
     """As :func:`forward_config`."""
     N, block, warps = _tile(n, c, chains, multiprocessors)
@@ -73,8 +82,8 @@ def backward_config(n: int, c: int, chains: int, multiprocessors: int) -> Config
 
 
 def backward_window_config(config: Config) -> Config:
-    """For the local scan of LBMamba: it adds to what it has to load, which takes registers."""
-    return replace(config, U=1) if config.N > 8 else config
+    """Where LBMamba's local scan follows: it adds to what it has to load, which takes registers."""
+    return replace(config, BLOCK_C=config.BLOCK_C // 2) if config.N > 4 else config
 
 
 def _tile(n: int, c: int, chains: int, multiprocessors: int) -> tuple[int, int, int]:
@@ -82,22 +91,12 @@ def _tile(n: int, c: int, chains: int, multiprocessors: int) -> tuple[int, int, 
 
     With one state a warp may take 4 channels a lane, if that leaves 11 warps for every multiprocessor.
     """
-    N = triton.next_power_of_2(n)
+    N = next_power_of_2(n)
     block = 32 if N <= 16 else max(8, 512 // N)
     if N == 1:
-        wide = (x for x in (128, 64) if x <= c and chains * triton.cdiv(c, x) >= 11 * multiprocessors)
+        wide = (x for x in (128, 64) if x <= c and chains * cdiv(c, x) >= 11 * multiprocessors)
         block = next(wide, block)
     return N, block, max(1, N * block // 512)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Every buffer that the kernels fill comes from here: tests poison and count them."""
-    return torch.empty(shape, dtype=dtype, device=device)
 
 
 class _Scan:
@@ -111,14 +110,14 @@ class _Scan:
         self.n = A.shape[2]
         self.steps = self.length if orders is None else orders.shape[1]
         self.shared = u.dim() == 3
-        self.u, self.delta, self.B, self.C = (_rows(x) for x in (u, delta, B, C))
+        self.u, self.delta, self.B, self.C = (contiguous_rows(x) for x in (u, delta, B, C))
         self.A = A.transpose(1, 2).contiguous()
         self.D, self.bias, self.orders = D, bias, orders
         self.softplus, self.out = softplus, out
         self.window = min(window, self.steps)
         self.facts: OrderFacts = order_facts(orders, self.length, self.k)
         self.dtype, self.device = u.dtype, u.device
-        self.multiprocessors = _multiprocessors(u.device)
+        self.multiprocessors = multiprocessors(u.device)
         shape = self.n, self.c, self.b * self.k, self.multiprocessors
         self.forward_config, self.backward_config = forward_config(*shape), backward_config(*shape)
         self.flags: dict[str, Any] = dict(
@@ -140,7 +139,7 @@ class _Scan:
         merged &= self.merges
         shape = (self.b, self.steps if by_step else self.length, *(() if merged else (self.k,)), width)
         written = by_step or (self.facts.covers if merged else self.facts.complete)
-        return _empty(shape, dtype, self.device) if written else torch.zeros(shape, dtype=dtype, device=self.device)
+        return empty(shape, dtype, self.device) if written else torch.zeros(shape, dtype=dtype, device=self.device)
 
     @property
     def merges(self) -> bool:
@@ -154,18 +153,18 @@ class _Scan:
             assert self.orders is not None
             visits, starts = visits_of(self.orders, self.length, per_order=not merged)
             rows = starts.shape[0] - 1
-            y = _empty((self.b, rows, width), dtype, self.device)
-            block = min(128, triton.next_power_of_2(width))
-            grid = (self.b * rows, triton.cdiv(width, block))
+            y = empty((self.b, rows, width), dtype, self.device)
+            block = min(128, next_power_of_2(width))
+            grid = (self.b * rows, cdiv(width, block))
             gather_visits_kernel[grid](
                 buffer, visits, starts, y, self.steps * self.k, rows, width, BLOCK=block, num_warps=1
             )
             return y if merged else y.view(self.b, self.length, self.k, width)
         if buffer.dim() == 4 and merged:
-            y = _empty((self.b, self.length, width), dtype, self.device)
-            block = min(128, triton.next_power_of_2(width))
+            y = empty((self.b, self.length, width), dtype, self.device)
+            block = min(128, next_power_of_2(width))
             rows = self.b * self.length
-            grid = (triton.cdiv(rows, 16), triton.cdiv(width, block))
+            grid = (cdiv(rows, 16), cdiv(width, block))
             sum_orders_kernel[grid](buffer, y, rows, self.k, width, ROWS=16, BLOCK_C=block, num_warps=4)
             return y
         return buffer.to(dtype)
@@ -176,20 +175,20 @@ class _Scan:
         One where that leaves 4 programs for every multiprocessor: more would read everything twice. Else enough for
         16.
         """
-        programs = self.b * self.k * triton.cdiv(self.c, config.BLOCK_C)
+        programs = self.b * self.k * cdiv(self.c, config.BLOCK_C)
         if programs >= 4 * self.multiprocessors:
             return self.steps, 1
-        wanted = triton.cdiv(16 * self.multiprocessors, programs)
-        segment = CHUNK * max(1, triton.cdiv(self.steps, CHUNK) // wanted)
-        return segment, triton.cdiv(self.steps, segment)
+        wanted = cdiv(16 * self.multiprocessors, programs)
+        segment = CHUNK * max(1, cdiv(self.steps, CHUNK) // wanted)
+        return segment, cdiv(self.steps, segment)
 
     def carried(self, config: Config, segment: int, segments: int, grad: Tensor | None = None) -> Tensor:
         """The states that enter every segment, or, given the gradient of y, their gradients."""
         x, V = (self.u, self.B) if grad is None else (grad, self.C)
         by_step = grad is not None and self.out == "per_step"
-        ends = _empty((self.b * self.k, segments, self.n, self.c), torch.float32, self.device)
-        totals = _empty((self.b * self.k, segments, self.c), torch.float32, self.device)
-        blocks = triton.cdiv(self.c, config.BLOCK_C)
+        ends = empty((self.b * self.k, segments, self.n, self.c), torch.float32, self.device)
+        totals = empty((self.b * self.k, segments, self.c), torch.float32, self.device)
+        blocks = cdiv(self.c, config.BLOCK_C)
         segment_ends_kernel[(self.b * self.k * segments * blocks,)](
             x, self.delta, self.A, V, self.orders, self.bias, ends, totals,
             *_strides(x), *_strides(self.delta), *_strides(V),
@@ -197,7 +196,7 @@ class _Scan:
             N=config.N, BLOCK_C=config.BLOCK_C, U=_SEGMENT_U, ADJOINT=grad is not None, X_BY_STEP=by_step,
             **self.flags, num_warps=config.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
-        grid = (self.b * self.k * triton.cdiv(self.n * self.c, 64),)
+        grid = (self.b * self.k * cdiv(self.n * self.c, 64),)
         carry_kernel[grid](
             ends, totals, self.A, self.k, self.c, self.n, segments,
             REVERSE=grad is not None, BLOCK=64, U=8, num_warps=1, enable_fp_fusion=True,
@@ -207,9 +206,9 @@ class _Scan:
     def window_walk(self) -> tuple[dict[str, int], bool]:
         """How the local scan walks: by windows as chunks if they are short, else a segment a window, by chunks."""
         short = self.window <= CHUNK
-        segment = self.window * triton.cdiv(CHUNK, self.window) if short else self.window
-        segments = triton.cdiv(self.steps, segment)
-        slots = 0 if short else triton.cdiv(segment, CHUNK) - 1
+        segment = self.window * cdiv(CHUNK, self.window) if short else self.window
+        segments = cdiv(self.steps, segment)
+        slots = 0 if short else cdiv(segment, CHUNK) - 1
         chunk = self.window if short else CHUNK
         return dict(segment=segment, segments=segments, chunk=chunk, slots=slots, all_slots=slots * segments), short
 
@@ -217,7 +216,7 @@ class _Scan:
         self, config: Config, walk: dict[str, int], y: Tensor | None, starts: Tensor | None = None,
         states: Tensor | None = None, window: bool = False, reset: bool = False,
     ) -> None:  # fmt: skip
-        blocks = triton.cdiv(self.c, config.BLOCK_C)
+        blocks = cdiv(self.c, config.BLOCK_C)
         forward_kernel[(self.b * self.k * walk["segments"] * blocks,)](
             self.u, self.delta, self.A, self.B, self.C, self.D, self.orders, self.bias, starts, states, y,
             *_strides(self.u), *_strides(self.delta), *_strides(self.B), *_strides(self.C),
@@ -235,12 +234,12 @@ def forward(
     delta_bias: Tensor | None, delta_softplus: bool, out: str, local_window: int, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :mod:`backbones.ops.dispatch`."""
-    _check_device(u)
-    with _on(u):
+    check_device("u", u)
+    with device_of(u):
         scan = _Scan(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window)
         config = scan.forward_config
         slots = (scan.steps - 1) // CHUNK
-        states = _empty((scan.b, scan.k, slots, scan.n, scan.c), torch.float32, u.device) if save else None
+        states = empty((scan.b, scan.k, slots, scan.n, scan.c), torch.float32, u.device) if save else None
         y = scan.buffer(scan.c, merged=out == "sum", by_step=out == "per_step")
         segment, segments = scan.segments(config)
         walk = dict(segment=segment, segments=segments, chunk=CHUNK, slots=segment // CHUNK, all_slots=slots)
@@ -258,10 +257,12 @@ def backward(
     delta_bias: Tensor | None, states: Tensor, delta_softplus: bool, out: str, local_window: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """See :mod:`backbones.ops.dispatch`."""
-    with _on(u):
+    with device_of(u):
         scan = _Scan(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window)
         config = scan.backward_config
-        grad = _rows(grad)
+        if scan.window > 1:
+            config = backward_window_config(config)
+        grad = contiguous_rows(grad)
         scan.flags["WIDE"] |= scan.is_wide(grad)
         segment, segments = scan.segments(config)
         walks = [
@@ -278,37 +279,33 @@ def backward(
             window_walk, reset = scan.window_walk()
             walks.append(window_walk)
 
-        blocks = triton.cdiv(scan.c, config.BLOCK_C)
+        blocks = cdiv(scan.c, config.BLOCK_C)
         atomic = blocks > 1 and not torch.are_deterministic_algorithms_enabled()
         du = scan.buffer(scan.c, merged=scan.shared)
         ddelta = scan.buffer(scan.c, merged=False)
         dB, dC = (_partials(scan, 1 if atomic else blocks, atomic, x.dtype) for x in (B, C))
-        rows = scan.b * sum(walk["segments"] for walk in walks)
-        dA = _empty((rows, scan.k, scan.n, scan.c), torch.float32, u.device)
-        dD, dbias = (
-            _empty((rows if x is not None else 0, scan.k, scan.c), torch.float32, u.device) for x in (D, delta_bias)
-        )
-        row = 0
+        sums = []  # of dA, dD and dbias
         for i, walk in enumerate(walks):
             window = i == 1
-            if window:
-                config = backward_window_config(config)
             kept: Tensor | None = states
             if window:
                 kept = None
                 if not reset:
                     shape = (scan.b, scan.k, walk["all_slots"], scan.n, scan.c)
-                    kept = _empty(shape, torch.float32, u.device)
+                    kept = empty(shape, torch.float32, u.device)
                     scan.run_forward(scan.forward_config, walk, None, states=kept, window=True)
             adjoints = scan.carried(config, segment, segments, grad) if segments > 1 and not window else None
             items = scan.b * scan.k * walk["segments"] * blocks
-            tile_bytes = 4 * config.N * config.BLOCK_C * triton.cdiv(walk["chunk"], config.U)
+            tile_bytes = 4 * config.N * config.BLOCK_C * cdiv(walk["chunk"], config.U)
             programs = min(items, max(1, _SCRATCH_BYTES // tile_bytes))
-            scratch = _empty((programs * tile_bytes // 4,), torch.float32, u.device)
-            rows = scan.b * walk["segments"]
+            scratch = empty((programs * tile_bytes // 4,), torch.float32, u.device)
+            partials = [
+                empty((scan.b, scan.k, walk["segments"], blocks, *tile), torch.float32, u.device)
+                for tile in ((config.N, config.BLOCK_C), (1, config.BLOCK_C), (1, config.BLOCK_C))
+            ]
             backward_kernel[(programs,)](
                 grad, scan.u, scan.delta, scan.A, scan.B, scan.C, D, orders, delta_bias, kept, adjoints, scratch,
-                du, ddelta, dB, dC, dA[row : row + rows], dD[row : row + rows], dbias[row : row + rows],
+                du, ddelta, dB, dC, *partials,
                 *_strides(grad), *_strides(scan.u), *_strides(scan.delta), *_strides(scan.B), *_strides(scan.C),
                 *_strides(du), *_strides(ddelta), 0 if atomic else dB.stride(0), *dB.stride()[1:4],
                 scan.steps, scan.k, scan.c, scan.n, **walk, items=items,
@@ -318,18 +315,27 @@ def backward(
                 WINDOW=window, RESET=window and reset,
                 **scan.flags, num_warps=config.num_warps, enable_fp_fusion=True,
             )  # fmt: skip
-            row += rows
             del scratch  # or the peak would hold it beside the sums below
-        du = scan.collect(du, scan.shared, u.dtype)
+            sums.append([x.sum((0, 2)) for x in partials])
+        dA, dD, dbias = sums[0]
+        if scan.window > 1:  # whose walk has no D
+            dA += sums[1][0]
+            dbias += sums[1][2]
+        none = dA.new_empty(0)
         return (
-            du,
+            scan.collect(du, scan.shared, u.dtype),
             scan.collect(ddelta, False, delta.dtype),
-            dA.sum(0).transpose(1, 2).contiguous(),
+            _channels_first(dA, scan.c, scan.n),
             scan.collect(_sum_blocks(dB), False, B.dtype),
             scan.collect(_sum_blocks(dC), False, C.dtype),
-            dD[: scan.b * segments].sum(0) if D is not None else dD.view(0),
-            dbias.sum(0) if delta_bias is not None else dbias.view(0),
+            none if D is None else _channels_first(dD, scan.c, 1).squeeze(-1),
+            none if delta_bias is None else _channels_first(dbias, scan.c, 1).squeeze(-1),
         )
+
+
+def _channels_first(sums: Tensor, c: int, n: int) -> Tensor:
+    """(k, blocks, N, BLOCK_C) to (k, c, n)."""
+    return sums.transpose(2, 3).flatten(1, 2)[:, :c, :n].contiguous()
 
 
 def _partials(scan: _Scan, blocks: int, atomic: bool, dtype: torch.dtype) -> Tensor:
@@ -340,26 +346,13 @@ def _partials(scan: _Scan, blocks: int, atomic: bool, dtype: torch.dtype) -> Ten
     dtype = dtype if whole else torch.float32
     if atomic or not (facts.repeats or facts.complete):
         return torch.zeros(shape, dtype=dtype, device=scan.device)
-    return _empty(shape, dtype, scan.device)
+    return empty(shape, dtype, scan.device)
 
 
 def _sum_blocks(partials: Tensor) -> Tensor:
     return partials[0] if partials.shape[0] == 1 else partials.sum(0)
 
 
-def _check_device(u: Tensor) -> None:
-    if not u.is_cuda and isinstance(forward_kernel, triton.runtime.JITFunction):
-        raise ValueError(f"u: got a tensor on {u.device}, expected a GPU for backend 'triton' (or TRITON_INTERPRET=1)")
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _strides(x: Tensor) -> tuple[int, int, int]:
     """Of batch, token and order; the last is 0 where all orders share a row."""
     return x.stride(0), x.stride(1), x.stride(2) if x.dim() == 4 else 0
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,88 @@
+"""Pictures of what a detector or segmentor found, beside the ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from PIL import Image
+
+SCORE = 0.3
+_PAIRS_PER_ROW = 3
+
+
+def draw_predictions(path: Path, samples: Sequence[Any], classes: Sequence[str], score: float = SCORE) -> None:
+    """Draw each image twice, with its ground truth and with what the model predicts.
+
+    Args:
+        samples: mmdet's ``DetDataSample`` or mmseg's ``SegDataSample``, with ``img_path``, in the image's size.
+        classes: names by label.
+        score: boxes and masks of lower scores are left out.
+    """
+    rows = -(-len(samples) // _PAIRS_PER_ROW)
+    figure = Figure(figsize=(4.6 * _PAIRS_PER_ROW, 2.5 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, 2 * _PAIRS_PER_ROW, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    colors = matplotlib.colormaps["tab20" if len(classes) <= 20 else "gist_ncar"].resampled(len(classes))
+    shown: set[int] = set()
+    for index, sample in enumerate(samples):
+        row, column = divmod(index, _PAIRS_PER_ROW)
+        truth, prediction = axes[row, 2 * column : 2 * column + 2]
+        with Image.open(sample.img_path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        for ax, title in ((truth, "ground truth"), (prediction, "prediction")):
+            ax.imshow(pixels)
+            ax.set_title(title, fontsize=9)
+        if "gt_sem_seg" in sample:
+            shown |= _draw_labels(truth, sample.gt_sem_seg, colors) | _draw_labels(
+                prediction, sample.pred_sem_seg, colors
+            )
+        else:
+            found = sample.pred_instances
+            _draw_instances(truth, sample.gt_instances, classes, colors)
+            _draw_instances(prediction, found[found.scores >= score], classes, colors)
+    if shown:
+        handles = [Patch(color=colors(label), label=classes[label]) for label in sorted(shown)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 12), frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_instances(axes: Axes, instances: Any, classes: Sequence[str], colors: Colormap) -> None:
+    boxes = _array(getattr(instances.bboxes, "tensor", instances.bboxes))
+    masks = _array(instances.masks) if "masks" in instances else [None] * len(boxes)
+    scores = _array(instances.scores) if "scores" in instances else [None] * len(boxes)
+    for box, mask, label, score in zip(boxes, masks, _array(instances.labels), scores, strict=True):
+        color = colors(int(label))
+        if mask is not None:
+            axes.imshow(np.where(mask.astype(bool)[..., None], (*color[:3], 0.65), 0.0))
+        left, top, right, bottom = box - 0.5  # imshow puts the centre of the first pixel at 0
+        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=1.4))
+        text = classes[int(label)] if score is None else f"{classes[int(label)]} {score:.2f}"
+        axes.text(
+            left, top, text, fontsize=7, color="white", va="bottom", clip_on=True,
+            bbox={"facecolor": color, "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
+
+
+def _draw_labels(axes: Axes, labels: Any, colors: Colormap) -> set[int]:
+    """Returns the labels that occur; others than classes, such as 255, stay clear."""
+    array = _array(labels.data).squeeze()
+    known = array < colors.N
+    overlay = colors(np.where(known, array, 0))
+    overlay[..., 3] = np.where(known, 0.65, 0.0)
+    axes.imshow(overlay)
+    return set(np.unique(array[known]).tolist())
+
+
+def _array(values: Any) -> np.ndarray:
+    if hasattr(values, "to_ndarray"):  # mmdet's masks
+        return values.to_ndarray()
+    return values.detach().cpu().numpy()

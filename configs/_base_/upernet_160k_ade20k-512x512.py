@@ -1,0 +1,6 @@
+_base_ = [
+    "models/upernet.py",
+    "datasets/ade20k.py",
+    "schedules/ade20k_160k.py",
+    "mmseg_runtime.py",
+]

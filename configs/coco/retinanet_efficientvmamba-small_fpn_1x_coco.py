@@ -1,0 +1,6 @@
+_base_ = "../_base_/retinanet_fpn_1x_coco.py"
+
+model = dict(
+    backbone=dict(type="EfficientVMamba", arch="efficientvmamba_small", drop_path_rate=0.1),
+    neck=dict(in_channels=[128, 256, 512]),
+)

@@ -1,0 +1,6 @@
+_base_ = "../_base_/retinanet_fpn_1x_coco.py"
+
+model = dict(
+    backbone=dict(type="EfficientVMamba", arch="efficientvmamba_tiny", drop_path_rate=0.1),
+    neck=dict(in_channels=[96, 192, 384]),
+)

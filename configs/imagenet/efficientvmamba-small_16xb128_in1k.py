@@ -1,0 +1,3 @@
+_base_ = "../_base_/imagenet_efficientvmamba.py"
+
+model = dict(network=dict(name="efficientvmamba_small"))

@@ -1,0 +1,3 @@
+_base_ = "../_base_/imagenet_groupmamba.py"
+
+model = dict(network=dict(name="groupmamba_tiny"))

@@ -1,0 +1,6 @@
+_base_ = "../_base_/imagenet_vim.py"
+
+model = dict(network=dict(name="vim_small", drop_path_rate=0.05))
+
+train_dataloader = dict(batch_size=64)
+auto_scale_lr = dict(base_batch_size=512)

@@ -1,0 +1,183 @@
+"""What is generated from the zoo and the benchmarks: complete, usable, reproducible, and stale when it should be."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from mmengine.registry import MODELS
+
+import backbones
+import backbones.mm
+from backbones import zoo
+from tests.tolerances import LOGITS
+from tools import certify, model_cards
+from tools.cards import benchmarks, card, facts, markdown, metafiles, pictures
+
+ROOT = Path(__file__).parents[1]
+SECTIONS = (
+    *("Block", "Scan order", "Use", "Models", "Parity certificate", "Weights", "Training recipe"),
+    *("Known traps, and deviations from the original", "Limits", "Licence", "Citation"),
+)
+
+
+@pytest.fixture(scope="module", params=backbones.__all__)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def text(family: str) -> str:
+    return card.card(family)
+
+
+def test_a_card_has_every_section_and_every_model(family: str, text: str) -> None:
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == list(SECTIONS)
+    for name, entry in facts.models(family):
+        row = next(
+            line for line in text.splitlines() if line.startswith(f"| `{name}` | {entry['parameters'] / 1e6:.1f}")
+        )
+        top1 = entry.get("reported", {}).get("imagenet", {}).get("top1")
+        assert top1 is None or f"| {top1} |" in row
+        certificate = text.partition("## Parity certificate")[2].partition("## Weights")[0]
+        assert f"`{name}`" in certificate
+    assert all(f"`{alias}` is `{name}`" in text for alias, name in facts.aliases(family).items())
+
+
+def test_its_configs_build(text: str) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        scope: dict = {}
+        exec(block, scope)
+        if "backbone" in scope:
+            backbone = MODELS.build(scope["backbone"])
+            channels = [backbone.model.feature_info[i]["num_chs"] for i in backbone.out_indices]
+            neck = scope.get("neck", {}).get("in_channels")
+            head = scope.get("decode_head", {}).get("in_channels")
+            assert channels in (neck, [neck], head)
+            if "type" in scope.get("neck", {}):
+                neck = MODELS.build(scope["neck"])
+                assert head in (None, [256] * neck.num_outs)
+
+
+def test_pictures_are_reproducible_and_compared_by_their_pixels(tmp_path: Path) -> None:
+    png = pictures.orders_picture("vim")
+    assert png == pictures.orders_picture("vim")
+    path = tmp_path / "orders.png"
+    assert not pictures.same_picture(path, png)
+    path.write_bytes(png)
+    assert pictures.same_picture(path, png)
+    assert not pictures.same_picture(path, pictures.orders_picture("spatialmamba"))
+
+
+def test_only_what_is_stale_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = tmp_path / "old.md", tmp_path / "cards" / "new.md"
+    old.write_text("up to date")
+    monkeypatch.setattr(model_cards, "ROOT", tmp_path)
+    monkeypatch.setattr(model_cards, "texts", lambda: {old: "up to date", new: "fresh"})
+    monkeypatch.setattr(model_cards, "pictures", lambda: {tmp_path / "a.png": pictures.orders_picture("vim")})
+    assert model_cards.main(["--check"]) == 1
+    assert not new.exists()
+    before = old.stat().st_mtime_ns
+    assert model_cards.main([]) == 0
+    assert (new.read_text(), old.stat().st_mtime_ns) == ("fresh", before)
+    assert model_cards.main(["--check"]) == 0
+
+
+def test_blocks_are_replaced_between_their_markers() -> None:
+    page = "a\n<!-- generated: x (how) -->\nold\n<!-- end of x -->\nb"
+    changed = markdown.replace_block(page, "x", r"\1 new")
+    assert changed == "a\n<!-- generated: x (how) -->\n\n\\1 new\n\n<!-- end of x -->\nb"
+    assert markdown.replace_block(changed, "x", r"\1 new") == changed
+    with pytest.raises(ValueError, match="generated: y"):
+        markdown.replace_block(page, "y", "")
+
+
+def test_every_architecture_is_in_the_readme_s_table() -> None:
+    rows = facts.model_table("").splitlines()[2:]
+    assert len(rows) == 33
+    assert all(f"`{name}`" in "".join(rows) for family in facts.families() for name, _ in facts.models(family))
+
+
+def test_metafiles_hold_the_configs_that_exist_with_their_results() -> None:
+    files = metafiles.metafiles(ROOT)
+    index = yaml.safe_load(files.pop(ROOT / "model-index.yml"))
+    assert index["Import"] == sorted(path.relative_to(ROOT).as_posix() for path in files)
+    for path, content in files.items():
+        entries = yaml.safe_load(content)["Models"]
+        assert {entry["Config"] for entry in entries} == {
+            config.relative_to(ROOT).as_posix() for config in path.parent.glob("*.py")
+        }
+    coco = {entry["Name"]: entry for entry in yaml.safe_load(files[ROOT / "configs/coco/metafile.yml"])["Models"]}
+    entry = coco["mask-rcnn_vmamba-tiny-s1l8_fpn_ms-crop-3x_coco"]
+    assert entry["Results"][0]["Metrics"] == {"box AP": 48.8, "mask AP": 43.7}
+
+
+def test_a_config_of_an_unknown_model_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "configs" / "coco"
+    folder.mkdir(parents=True)
+    (folder / "mask-rcnn_resnet-50_fpn_1x_coco.py").touch()
+    with pytest.raises(ValueError, match="'resnet_50' is no model of the zoo"):
+        metafiles.metafiles(tmp_path)
+
+
+SCAN = """# device X
+# date Y
+shape,dtype,out,deterministic,forward_ms,forward_backward_ms,official_forward_ms,official_forward_backward_ms
+a,bf16,per_order,False,0.2,1.0,0.5,3.5
+a,bf16,per_order,True,9,9,9,9
+a,fp32,per_order,False,9,9,9,9
+new,bf16,per_order,False,1,1,2,2
+"""
+
+
+def test_tables_of_speed(tmp_path: Path) -> None:
+    path = tmp_path / "scan.csv"
+    path.write_text(SCAN)
+    results = benchmarks.read(path)
+    assert benchmarks.gpu_scan_table([results]).splitlines()[2:] == [
+        "| a: Vim-Ti, 224 px, batch 128 | 0.2 | 0.5 | 2.5x | 1.0 | 3.5 | 3.5x |",
+        "| new | 1 | 2 | 2.0x | 1 | 2 | 2.0x |",
+    ]
+    assert benchmarks.conditions([results, results], tmp_path) == (
+        "- [scan.csv](scan.csv): device X; date Y\n- [scan.csv](scan.csv)"
+    )
+    with pytest.raises(ValueError, match=r"scan\.csv: no column of, backend, forward ms"):
+        benchmarks.cpu_table(results)
+
+
+def test_reported_and_measured_share_no_column(text: str) -> None:
+    header = next(line for line in text.splitlines() if line.startswith("| model | measured"))
+    columns = [cell.strip() for cell in header.strip("|").split("|")]
+    assert columns[1:4] == ["measured M", "measured G", "of it scans"]
+    assert all(name.startswith("reported") or name in ("source", "weights") for name in columns[4:])
+
+
+def test_the_readme_s_words_about_speed_hold() -> None:
+    """They must change with the files when these are measured again."""
+    for path in model_cards.RESULTS.glob("selective_scan_h200*.csv"):
+        for row in benchmarks.read(path).rows:
+            assert float(row["forward_ms"]) < float(row["official_forward_ms"])
+    speeds = {
+        row["model"]: float(row["inference_img_s"])
+        for row in benchmarks.read(model_cards.RESULTS / "models_h200.csv").rows
+    }
+    ours = [speed for name, speed in speeds.items() if "mamba" in name or name.startswith("vim")]
+    assert max(ours) < min(speeds["convnext_tiny"], speeds["deit_tiny_patch16_224"])
+
+
+def test_a_certificate_is_what_replaying_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    row = certify._replay("lbvim_tiny_224", "lbvim_tiny")
+    certified = zoo.load_measured()["models"]["lbvim_tiny"]["parity"][0]
+    assert row.keys() == certified.keys()
+    assert (row["recording"], row["input"]) == (certified["recording"], certified["input"])
+    assert 0 < row["logits_max_error"] <= LOGITS
+    assert certify.main(["--out", "no/such/folder/measured.yml"]) == 2
+    assert capsys.readouterr().err == "certify.py: error: folder no/such/folder does not exist\n"
+
+
+def test_certificates_name_their_run() -> None:
+    run = zoo.load_measured()["run"]
+    assert all(run.values())
+    assert f"at commit `{run['commit']}`, torch {run['torch']}" in card.card("vim")

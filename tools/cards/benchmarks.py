@@ -1,0 +1,107 @@
+"""Tables of speed, from the CSV files of ``benchmarks/results``; conditions come from the comments at their top."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .markdown import table
+
+# What the shapes of the GPU benchmark are taken from.
+_SHAPES = {
+    "a": "a: Vim-Ti, 224 px, batch 128",
+    "d": "d: Vim-Ti, 1248 px, batch 1",
+    **{f"b1s{i}": f"b1s{i}: VMamba-T s1l8, stage {i}, batch 128" for i in range(1, 5)},
+    "b16": "b16: first VMamba-T, stage 1, batch 32",
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """A file's rows, and the lines of comment above them."""
+
+    path: Path
+    conditions: list[str]
+    rows: list[dict[str, str]]
+
+    def need(self, *columns: str) -> None:
+        """Raises ValueError where a column is missing."""
+        missing = [name for name in columns if not self.rows or name not in self.rows[0]]
+        if missing:
+            raise ValueError(f"{self.path}: no column {', '.join(missing)}")
+
+
+def read(path: Path) -> Results:
+    """A CSV file whose first lines begin with ``#``."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comments = [line.lstrip("# ").strip() for line in lines if line.startswith("#")]
+    return Results(path, comments, list(csv.DictReader(line for line in lines if not line.startswith("#"))))
+
+
+def conditions(files: Iterable[Results], root: Path, prefix: str = "") -> str:
+    """What the files say about themselves, each line once, with links to them; ``prefix`` leads to ``root``."""
+    said: set[str] = set()
+    bullets = []
+    for file in files:
+        new = [line for line in file.conditions if line not in said]
+        said.update(new)
+        link = f"[{file.path.name}]({prefix}{file.path.relative_to(root).as_posix()})"
+        bullets.append(f"- {link}{': ' if new else ''}{'; '.join(new)}")
+    return "\n".join(bullets)
+
+
+def cpu_table(results: Results) -> str:
+    """The ``cpu`` backend's times, and how many times longer the others take."""
+    forward, both = "forward ms", "forward + backward ms"
+    results.need("shape", "of", "backend", forward, both)
+    by_shape: dict[str, dict[str, dict[str, str]]] = {}
+    for row in results.rows:
+        by_shape.setdefault(row["shape"], {})[row["backend"]] = row
+    rows = []
+    for backends in by_shape.values():
+        cpu = backends["cpu"]
+        cells = [f"{_times(backends, name, column)}" for column in (forward, both) for name in ("textbook", "naive")]
+        rows.append([cpu["of"], cpu[forward], cells[0], cells[1], cpu[both], cells[3]])
+    header = ["shape", "forward, ms", "textbook loop", "`naive`", "forward + backward, ms", "`naive`"]
+    return table(header, rows)
+
+
+def _times(backends: dict[str, dict[str, str]], name: str, column: str) -> str:
+    """How many times as long another backend takes."""
+    other = backends.get(name, {}).get(column)
+    return f"{float(other) / float(backends['cpu'][column]):.3g}x" if other else ""
+
+
+def gpu_scan_table(files: Iterable[Results]) -> str:
+    """The ``triton`` backend beside the official CUDA kernels, bfloat16, one output for each order."""
+    rows: dict[str, list[str]] = {}
+    for results in files:
+        ours = ("forward_ms", "forward_backward_ms")
+        official = tuple(f"official_{name}" for name in ours)
+        results.need("shape", "dtype", "out", "deterministic", *ours, *official)
+        for row in results.rows:
+            if (row["dtype"], row["out"], row["deterministic"]) == ("bf16", "per_order", "False"):
+                pairs = [(row[mine], row[theirs]) for mine, theirs in zip(ours, official, strict=True)]
+                cells = [(mine, theirs, f"{float(theirs) / float(mine):.1f}x") for mine, theirs in pairs]
+                rows[row["shape"]] = [_SHAPES.get(row["shape"], row["shape"]), *cells[0], *cells[1]]
+    header = ["shape", "forward, ms", "official", "ratio", "forward + backward, ms", "official", "ratio"]
+    named = [shape for shape in _SHAPES if shape in rows]
+    return table(header, [rows[shape] for shape in (*named, *sorted(rows.keys() - set(named)))])
+
+
+def gpu_model_table(results: Results, originals: Results) -> str:
+    """Images a second of whole models, and of the originals where they were measured."""
+    columns = ("inference_img_s", "training_img_s", "training_peak_mib")
+    results.need("model", *columns)
+    originals.need("model", *columns)
+    official = {row["model"]: row for row in originals.rows}
+    rows = []
+    for row in results.rows:
+        other = official.get(row["model"], {})
+        cells = [x for name in columns for x in (row[name], other.get(name))]
+        rows.append([f"`{row['model']}`", *cells])
+    header = ["model", "inference, images/s", "original", "training, images/s", "original"]
+    header += ["peak of training, MiB", "original"]
+    return table(header, rows)

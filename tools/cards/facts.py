@@ -1,0 +1,108 @@
+"""The zoo's facts as the cells of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import timm
+
+import backbones
+from backbones import zoo
+
+from .markdown import table
+
+Facts = dict[str, Any]
+
+
+def families() -> tuple[str, ...]:
+    """Names of the zoo's files: plain models first, then by age."""
+    order = ("vim", "lbmamba", "vmamba", "msvmamba", "efficientvmamba", "groupmamba", "spatialmamba")
+    assert set(order) == set(backbones.__all__)
+    return order
+
+
+def models(family: str) -> Iterator[tuple[str, Facts]]:
+    """Names and facts of a family's architectures, without further names of the same one."""
+    seen: list[int] = []
+    for name, facts in zoo.load_family(family)["models"].items():
+        if id(facts) not in seen:
+            seen.append(id(facts))
+            yield name, facts
+
+
+def aliases(family: str) -> dict[str, str]:
+    """Further names of an architecture, and the name that its facts stand under."""
+    entries = zoo.load_family(family)["models"]
+    first: dict[int, str] = {}
+    for name, facts in entries.items():
+        first.setdefault(id(facts), name)
+    return {name: first[id(facts)] for name, facts in entries.items() if first[id(facts)] != name}
+
+
+@cache
+def skeleton(name: str) -> Any:
+    """The model without weights."""
+    return timm.create_model(name, device="meta")
+
+
+def millions(count: int) -> str:
+    """7148008 to 7.1."""
+    return f"{count / 1e6:.1f}"
+
+
+def giga(operations: float) -> str:
+    """4876000000 to 4.88."""
+    return f"{operations / 1e9:.2f}"
+
+
+def weights_link(facts: Facts) -> str:
+    """Where the authors' weights are, as a link that says whether they can be downloaded."""
+    given = facts.get("weights", {})
+    if "hf_hub_id" in given:
+        return f"[Hub](https://huggingface.co/{given['hf_hub_id']})"
+    if "url" in given:
+        return f"[release]({given['url']})"
+    return f"[by hand]({given['page']})" if "page" in given else "none"
+
+
+def dense_result(rows: list[Facts], method: str, *fields: str) -> str | None:
+    """The first result of a method, as "47.3 / 42.7"."""
+    for row in rows:
+        if row["method"] == method and row["schedule"] in ("1x", "160k", "not stated"):
+            return " / ".join(f"{row[field]:.1f}" for field in fields if field in row)
+    return None
+
+
+def model_table(prefix: str) -> str:
+    """Every architecture: what we measured of its cost, and what its authors report; ``prefix`` leads to the cards."""
+    measured = zoo.load_measured()["models"]
+    rows = []
+    for family in families():
+        title = zoo.load_family(family)["title"]
+        for i, (name, facts) in enumerate(models(family)):
+            reported = facts.get("reported", {})
+            rows.append(
+                [
+                    None if i else f"[{title}]({prefix}model_cards/{family}.md)",
+                    f"`{name}`",
+                    millions(facts["parameters"]),
+                    giga(measured[name]["compute"]["flops"]),
+                    reported.get("imagenet", {}).get("top1"),
+                    dense_result(reported.get("coco", []), "Mask R-CNN", "box_ap", "mask_ap"),
+                    dense_result(reported.get("ade20k", []), "UPerNet", "miou"),
+                    weights_link(facts),
+                ]
+            )
+    header = ["family", "model", "M", "G", "top-1", "COCO", "ADE20K", "weights"]
+    return table(header, rows)
+
+
+def twin(family: str, name: str) -> str | None:
+    """A recorded model that is built of the same classes."""
+    measured = zoo.load_measured()["models"]
+    for other, _ in models(family):
+        if measured[other]["parity"] and type(skeleton(other)) is type(skeleton(name)):
+            return other
+    return None

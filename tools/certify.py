@@ -1,0 +1,127 @@
+"""Measures what this library computes, for every registered model, and writes backbones/zoo/measured.yml.
+
+Parity: the recordings in tests/data are replayed through timm's route or as an OpenMMLab backbone, with weights in
+the official layout; errors are against what the original computed. Compute: operations of one image, counted as the
+papers count them by backbones.flops.
+
+    python tools/certify.py [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+import yaml
+from mmengine.logging import MMLogger
+from torch import Tensor
+
+import backbones
+from backbones import flops, zoo
+from backbones.ops import cpu, dispatch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the recordings belong to the tests, which are not installed
+recordings, test_dense, test_parity = (
+    importlib.import_module(f"tests.{name}") for name in ("recordings", "test_dense", "test_parity")
+)
+
+HEADER = "# Written by tools/certify.py: what this library computes. Do not edit.\n"
+
+
+def compute(name: str) -> dict[str, int]:
+    """What one image at the published size costs, see :class:`backbones.flops.Cost`."""
+    model = cast(Any, timm.create_model(name, device="meta"))
+    size = model.pretrained_cfg["input_size"][-1]
+    cost = flops.count_model(model, (size, size)).total
+    return {"size": size, "flops": cost.flops, "scan": cost.scan, "activations": cost.activations}
+
+
+def parity() -> dict[str, list[dict[str, Any]]]:
+    """Errors against every recording of a whole model, by model."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, model in test_parity.MODELS.items():
+        found.setdefault(model, []).append(_replay(name, model))
+    for name, config in test_dense.RECORDED.items():
+        found.setdefault(config["arch"], []).append(_replay(name, config))
+    return found
+
+
+def _replay(name: str, model: str | dict[str, Any]) -> dict[str, Any]:
+    recording = recordings.load(name)
+    image = recording.image().requires_grad_()
+    with tempfile.TemporaryDirectory() as folder:
+        path = test_parity.official_file(Path(folder), recording)
+        if isinstance(model, str):
+            overlay = {"file": str(path)}
+            logits = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay).eval()(image)
+        else:
+            maps = test_dense.build(model, path).eval()(image)
+            logits = torch.cat([x.mean((-2, -1)) for x in maps], dim=1)
+    logits.square().mean().backward()
+    expected, smooth = recording.arrays["logits"], slice(test_parity.KINKS.get(name, 0), None)
+    gradient, reference = image.grad[smooth, :, 8:24, 8:24], recording.arrays["input_grad_crop"][smooth]
+    error = logits.detach() - expected
+    found = {
+        "recording": name,
+        "input": list(recording.input_shape),
+        "logits_max_error": _rounded(error.abs().max()),
+        "logits_relative_rms": _rounded(error.square().mean().sqrt() / expected.square().mean().sqrt()),
+        "backend": dispatch.choose_backend(None, "cpu", torch.float32),
+    }
+    if len(reference):
+        found["gradient_max_error"] = _rounded((gradient - reference).abs().max() / reference.abs().max())
+    return found
+
+
+def _rounded(x: Tensor) -> float:
+    return float(f"{x.item():.1e}")
+
+
+def run_facts() -> dict[str, str]:
+    """When, where and with what this was measured."""
+    kernel = "no C++" if cpu.unavailable_reason() else cpu.instruction_set()
+    code = ["--", "backbones", ":!backbones/zoo"]
+    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    return {
+        "command": "python tools/certify.py",
+        "date": datetime.date.today().isoformat(),
+        "commit": commit + ("-dirty" if _git("status", "--porcelain", *code) else ""),
+        "torch": str(torch.__version__),
+        "device": f"{platform.machine()} CPU, {kernel} kernel, float32",
+    }
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(["git", *args], cwd=ROOT, check=False, capture_output=True, text=True).stdout.strip()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "backbones" / "zoo" / "measured.yml", help="file to write")
+    args = parser.parse_args(argv)
+    if not args.out.parent.is_dir():
+        print(f"certify.py: error: folder {args.out.parent} does not exist", file=sys.stderr)
+        return 2
+    MMLogger.get_current_instance().setLevel("WARNING")  # the names of weights that a backbone has no use for
+    certified = parity()
+    names = [name for family in backbones.__all__ for name in zoo.load_family(family)["models"]]
+    models = {name: {"compute": compute(name), "parity": certified.get(name, [])} for name in names}
+    text = yaml.safe_dump({"run": run_facts(), "models": models}, sort_keys=False, default_flow_style=None, width=200)
+    args.out.write_text(HEADER + text, encoding="utf-8")
+    print(f"{args.out}: {len(models)} models, {sum(map(len, certified.values()))} recordings")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

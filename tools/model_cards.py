@@ -1,0 +1,86 @@
+"""Writes what is generated from the zoo and the benchmarks: model cards, tables of the README and docs, metafiles.
+
+python tools/model_cards.py            writes what is not up to date
+python tools/model_cards.py --check    writes nothing; exit status 1 when something is not up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the tools are not installed
+
+from tools.cards import benchmarks, facts  # noqa: E402
+from tools.cards.card import card  # noqa: E402
+from tools.cards.markdown import replace_block  # noqa: E402
+from tools.cards.metafiles import metafiles  # noqa: E402
+from tools.cards.pictures import catalogue_picture, orders_picture, same_picture  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def texts() -> dict[Path, str]:
+    """Every generated text file, and every file with generated blocks, with the content it should have."""
+    files = {ROOT / "model_cards" / f"{family}.md": card(family) for family in facts.families()}
+    files |= metafiles(ROOT)
+    readme = ROOT / "README.md"
+    files[readme] = _with_blocks(readme, {"models": facts.model_table("")} | _speed(""))
+    page = ROOT / "docs" / "benchmarks.md"
+    files[page] = _with_blocks(page, _speed("../"))
+    return files
+
+
+def pictures() -> dict[Path, bytes]:
+    """Every generated picture."""
+    files = {ROOT / "model_cards" / f"{family}_orders.png": orders_picture(family) for family in facts.families()}
+    return files | {ROOT / "docs" / "patterns.png": catalogue_picture()}
+
+
+def _speed(prefix: str) -> dict[str, str]:
+    cpu = benchmarks.read(RESULTS / "selective_scan_cpu.csv")
+    scans = [benchmarks.read(path) for path in sorted(RESULTS.glob("selective_scan_h200*.csv"))]
+    models = benchmarks.read(RESULTS / "models_h200.csv")
+    originals = benchmarks.read(RESULTS / "originals_h200.csv")
+    tables = {
+        "cpu": (benchmarks.cpu_table(cpu), [cpu]),
+        "gpu-scan": (benchmarks.gpu_scan_table(scans), scans),
+        "gpu-models": (benchmarks.gpu_model_table(models, originals), [models, originals]),
+    }
+    return {name: f"{text}\n\n{benchmarks.conditions(files, ROOT, prefix)}" for name, (text, files) in tables.items()}
+
+
+def _with_blocks(path: Path, blocks: dict[str, str]) -> str:
+    text = path.read_text(encoding="utf-8")
+    for name, content in blocks.items():
+        text = replace_block(text, name, content)
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args(argv).check
+    stale = []
+    for path, text in texts().items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            stale.append(path)
+            if not check:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+    for path, png in pictures().items():
+        if not same_picture(path, png):
+            stale.append(path)
+            if not check:
+                path.write_bytes(png)
+    for path in stale:
+        state = "is not up to date, run `make docs`" if check else "written"
+        print(f"{path.relative_to(ROOT)}: {state}", file=sys.stderr if check else sys.stdout)
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
