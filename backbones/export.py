@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.onnx import ONNXProgram
 
-import backbones.ops.dispatch  # noqa: F401  (registers the operator)
+import backbones.ops  # noqa: F401  (registers the operators)
 
 OPSET = 20
 
@@ -67,24 +67,24 @@ def to_onnx(program: ExportedProgram, input_names: Sequence[str]) -> ONNXProgram
             opset_version=OPSET,
             input_names=input_names,
             output_names=["logits"] if outputs == 1 else [f"output_{i}" for i in range(outputs)],
-            custom_translation_table={torch.ops.backbones.selective_scan.default: _translation()},
+            custom_translation_table=_translations(),
         )
     assert exported is not None  # with dynamo=True it never is
     return exported
 
 
-def _translation() -> Callable[..., Any]:
-    """The operator in ONNX, for the exporter; made here because onnxscript is optional."""
+def _translations() -> dict[Callable, Callable]:
+    """The operators in ONNX, for the exporter; made here because onnxscript is optional."""
     import onnxscript
 
     op: Any = onnxscript.opset20
 
     def selective_scan(  # type: ignore[no-untyped-def]
-        u, delta, A, B, C, D, orders, delta_bias,
+        u, delta, A, B, C, D, orders, delta_bias, dt_weight,
         delta_softplus: bool, out: str, local_window: int, save: bool, backend: str,
     ):  # fmt: skip
-        _, length, k, c = delta.shape
-        n, t = A.shape[2], length if orders is None else orders.shape[1]
+        length, (k, c, n) = delta.shape[1], A.shape
+        t = length if orders is None else orders.shape[1]
         if orders is not None:
             tokens = op.Transpose(op.Cast(orders, to=7), perm=[1, 0])  # (t, k) int64
             visits = op.Add(op.Mul(tokens, k), list(range(k)))  # rows of an (l k, ...) table
@@ -99,7 +99,9 @@ def _translation() -> Callable[..., Any]:
         else:
             u = op.Transpose(u, perm=[1, 0, 2])
             u = op.Unsqueeze(u, [1]) if orders is None else op.Gather(u, tokens, axis=0)
-        dt, B, C = steps(delta, c), steps(B, n), steps(C, n)
+        dt, B, C = steps(delta, delta.shape[3]), steps(B, n), steps(C, n)
+        if dt_weight is not None:
+            dt = op.MatMul(dt, op.Transpose(dt_weight, perm=[0, 2, 1]))
         if delta_bias is not None:
             dt = op.Add(dt, op.Unsqueeze(delta_bias, [1]))
         if delta_softplus:
@@ -125,7 +127,25 @@ def _translation() -> Callable[..., Any]:
             y = op.Transpose(y, perm=[1, 0, 2])
         return y, op.ConstantOfShape(op.Constant(value_ints=[0]))
 
-    return selective_scan
+    def depthwise_conv(  # type: ignore[no-untyped-def]
+        x, weight, bias, taps, inverse_taps, silu: bool, backend: str
+    ):  # fmt: skip
+        k, c, j = weight.shape
+        tokens = op.Cast(taps, to=7)
+        tokens = op.Where(op.Less(tokens, 0), x.shape[1], tokens)  # the zero behind the last token
+        read = op.Gather(op.Pad(x, [0, 0, 0, 0, 1, 0]), op.Transpose(tokens, perm=[1, 0, 2]), axis=1)  # (b, j, k, m, c)
+        weight = op.Reshape(op.Transpose(weight, perm=[2, 0, 1]), [j, k, 1, c])
+        y = op.ReduceSum(op.Mul(read, weight), [1], keepdims=0)
+        if bias is not None:
+            y = op.Add(y, op.Unsqueeze(bias, [1]))
+        if silu:
+            y = op.Mul(y, op.Sigmoid(y))
+        return op.Transpose(y, perm=[1, 0, 2, 3])
+
+    return {
+        torch.ops.backbones.selective_scan.default: selective_scan,
+        torch.ops.backbones.depthwise_conv.default: depthwise_conv,
+    }
 
 
 def _states(op: Any, a: Any, x: Any, shape: tuple[int, int, int, int]) -> Any:

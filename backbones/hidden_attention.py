@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbones.layers import SelectiveSSM
+from backbones.ops.projection import per_order_linear
 
 _SCAN = torch.ops.backbones.selective_scan.default
 
@@ -101,7 +102,8 @@ def recorded_scans(model: nn.Module) -> Iterator[list[Scan]]:
 
 
 def _scan(place: dict[str, Any], args: Sequence[Any]) -> Scan:
-    u, delta, A, B, C, _, orders, delta_bias, delta_softplus, _, local_window, *_ = args
+    u, delta, A, B, C, _, orders, delta_bias, dt_weight, delta_softplus, _, local_window, *_ = args
+    delta = delta if dt_weight is None else per_order_linear(delta, dt_weight)
     tensors = [None if x is None else x.detach().clone() for x in (u, delta, A, B, C, orders, delta_bias)]
     height, width = place["grid"]
     if delta.shape[1] < height * width:  # MSVMamba's map of half the resolution

@@ -92,7 +92,8 @@ class SelectiveSSM(nn.Module):
 
     def _scan_projects(self, u: Tensor) -> bool:
         fused = not torch.is_grad_enabled() or self.dt_rank <= _MAX_FUSED_RANK_IN_TRAINING
-        return fused and choose_backend(self.backend, u.device.type, u.dtype) == "cpu"
+        # A meta tensor is only counted, and a product counts as one where it is visible.
+        return fused and u.device.type == "cpu" and choose_backend(self.backend, "cpu", u.dtype) == "cpu"
 
     def forward(self, u: Tensor, orders: Tensor | None = None, out: str = "sum", local_window: int = 0) -> Tensor:
         """Scans u (b, l, c), or (b, l, k, c) where orders read different inputs; see ``selective_scan``."""

@@ -11,6 +11,8 @@ from backbones.ops.dispatch import has_kernel
 from backbones.scan_patterns import CROSS, ScanPattern
 from backbones.taps import window_taps
 
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # older versions of PyTorch lack it
+
 
 class DepthwiseConv2d(nn.Conv2d):
     """Depthwise convolution of a channels-last map (b, h, w, c), padded to keep its size at stride 1.
@@ -40,7 +42,8 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) to (b, ceil(h / stride), ceil(w / stride), c)."""
-        if not has_kernel(x.device.type, x.dtype):  # PyTorch's own convolution is faster than the naive operator
+        # PyTorch's own convolution is faster than the naive operator, and what other runtimes know.
+        if is_exporting() or not has_kernel(x.device.type, x.dtype):
             y = super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             return F.silu(y) if self.silu else y
         height, width = x.shape[1:3]

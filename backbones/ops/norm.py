@@ -30,7 +30,7 @@ class _LayerNorm(torch.autograd.Function):
     # Never traced, so it need not be an operator of torch.library, which costs some 50 microseconds a call.
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
     ) -> Tensor:
         from backbones.ops.triton import norm
@@ -41,7 +41,7 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from backbones.ops.triton import norm
 
         x, weight, statistics = ctx.saved_tensors
