@@ -20,7 +20,9 @@ everything is read twice and outputs are accumulated in float32 buffers; so are 
 its visits are written by step and gathered by token, since a sum over repeats inside a running scan would be
 neither parallel nor reproducible.
 
-Sums over orders add, in float32, per-order values rounded to the dtype of u.
+Sums over orders add, in float32, per-order values rounded to the dtype of u: of four orders in bfloat16, the sum has a
+relative RMS error of 2.4e-3, and one rounded only once 1.7e-3. Per-order values in float32 would double what the scan
+writes and the sum reads, and the peak of memory.
 """
 
 import functools
