@@ -56,6 +56,11 @@ def window_taps(
     return make(height, width, kernel_size, stride, dilation, probe.device)
 
 
+def window_outputs(length: int, kernel_size: int, stride: int = 1, dilation: int = 1) -> int:
+    """How many outputs a side of the grid has."""
+    return (length + 2 * (dilation * (kernel_size // 2)) - dilation * (kernel_size - 1) - 1) // stride + 1
+
+
 def _window_taps(height: int, width: int, kernel_size: int, stride: int, dilation: int, device: torch.device) -> Tables:
     line = partial(_line_taps, kernel_size=kernel_size, stride=stride, dilation=dilation, device=device)
     (rows, output_rows), (columns, output_columns) = line(height), line(width)
@@ -74,8 +79,7 @@ def _cached_window_taps(
 
 def _line_taps(length: int, kernel_size: int, stride: int, dilation: int, device: torch.device) -> Tables:
     """Both tables of one side of the window, (kernel_size, outputs) and (kernel_size, length)."""
-    padding = dilation * (kernel_size // 2)
-    outputs = (length + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1
+    padding, outputs = dilation * (kernel_size // 2), window_outputs(length, kernel_size, stride, dilation)
     offset = torch.arange(kernel_size, device=device).unsqueeze(1) * dilation - padding
     reads = torch.arange(outputs, device=device) * stride + offset
     moved = torch.arange(length, device=device) - offset  # stride times the output that reads the place

@@ -9,7 +9,7 @@ from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.ops import depthwise_conv
 from backbones.ops.dispatch import has_kernel
 from backbones.scan_patterns import CROSS, ScanPattern
-from backbones.taps import window_taps
+from backbones.taps import window_outputs, window_taps
 
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # older versions of PyTorch lack it
 
@@ -42,15 +42,17 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) to (b, ceil(h / stride), ceil(w / stride), c)."""
-        # PyTorch's own convolution is faster than the naive operator, and what other runtimes know.
-        if is_exporting() or not has_kernel(x.device.type, x.dtype):
+        (height, width), size, stride = x.shape[1:3], self.kernel_size[0], self.stride[0]
+        # PyTorch's own convolution is faster than the naive operator, and what other runtimes know; a program for any
+        # size would make the tables at every call.
+        sized = isinstance(height, int) and isinstance(width, int)
+        if is_exporting() or not sized or not has_kernel(x.device.type, x.dtype):
             y = super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             return F.silu(y) if self.silu else y
-        height, width = x.shape[1:3]
-        taps, inverse_taps = window_taps(height, width, self.kernel_size[0], self.stride[0], device=x.device)
+        taps, inverse_taps = window_taps(height, width, size, stride, device=x.device)
         weight, bias = self.weight.flatten(1).unsqueeze(0), None if self.bias is None else self.bias.unsqueeze(0)
         y = depthwise_conv(x.flatten(1, 2), weight, bias, taps, inverse_taps, silu=self.silu)
-        return y.squeeze(2).unflatten(1, (-1, -(-width // self.stride[0])))
+        return y.squeeze(2).unflatten(1, [window_outputs(side, size, stride) for side in (height, width)])
 
 
 def scan_grid(ssm: SelectiveSSM, x: Tensor, pattern: ScanPattern, local_window: int = 0, out: str = "sum") -> Tensor:
