@@ -19,16 +19,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache, partial
-from itertools import count
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-# Older versions of PyTorch lack it; there, compiled models make their tables at every call.
-has_static_value = getattr(symbolic_shapes, "has_static_value", lambda side: False)
 
 OrderFn = Callable[[Tensor], Tensor]
 
@@ -50,16 +44,10 @@ class ScanPattern:
     num_orders: int
     order_fn: OrderFn = field(repr=False)
     pad_to: int = 1
-    _key: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _checked_int("num_orders", self.num_orders)
         _checked_int("pad_to", self.pad_to)
-        object.__setattr__(self, "_key", next(_keys))
-        _patterns[self._key] = self
-
-    def __reduce__(self) -> tuple:
-        return ScanPattern, (self.name, self.num_orders, self.order_fn, self.pad_to)  # under a key of its own
 
     def __deepcopy__(self, memo: dict) -> ScanPattern:
         return self  # immutable, and a copy would not share the cache
@@ -84,8 +72,6 @@ class ScanPattern:
         if pad_index is not None:
             pad_index = _checked_int("pad_index", pad_index) if self.padded(height, width) else None
         probe = torch.empty(0, device="cpu" if device is None else device)
-        if torch.compiler.is_dynamo_compiling() and has_static_value(height) and has_static_value(width):
-            return _constant_table(self._key, int(height), int(width), probe.device, pad_index)
         if is_traced(probe):
             return _filled(_table(self, height, width, probe.device), pad_index)
         return _cached_table(self, height, width, probe.device, pad_index)
@@ -94,18 +80,6 @@ class ScanPattern:
         """Whether `orders` may hold padded slots on this grid (with dynamic sides: on some grid)."""
         sides = _checked_int("height", height), _checked_int("width", width)
         return not all(statically_known_true(side % self.pad_to == 0) for side in sides)
-
-
-# Patterns by number, which `torch.compile` can hold as a constant.
-_keys = count()
-_patterns: WeakValueDictionary[int, ScanPattern] = WeakValueDictionary()
-
-
-@torch.compiler.assume_constant_result
-def _constant_table(key: int, height: int, width: int, device: torch.device, pad_index: int | None) -> Tensor:
-    # Part of the compiled graph: a table that the graph computes would be a new one at every call, for a GPU to be
-    # waited for until it is known what the table holds.
-    return _cached_table(_patterns[key], height, width, device, pad_index)
 
 
 def _checked_int(name: str, value: int) -> int:
