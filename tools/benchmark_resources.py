@@ -106,10 +106,10 @@ def _scans(states: Sequence[int]) -> Iterator[Job]:
         yield job("forward", "segment", config, forward | dict(HAS_STARTS=True))
         window = dict(WINDOW=True, RESET=True, SAVE=False, HAS_D=False)
         yield job("forward", "window", config, forward | window)
-        for adjoint in (False, True):
-            constants = dict(ADJOINT=adjoint, X_BY_STEP=False)
-            yield job("segment ends", "adjoint" if adjoint else "", replace(config, U=4), constants)
+        ends = dict(ADJOINT=False, X_BY_STEP=False)
+        yield job("segment ends", "", replace(config, U=4), ends)
         config = backward_config(n, c, 4096, 132)
+        yield job("segment ends", "adjoint", replace(config, U=4), ends | dict(ADJOINT=True))
         yield job("backward", "", config, backward)
         yield job("backward", "atomic", config, backward | dict(ATOMIC=True))
         yield job("backward", "segment", config, backward | dict(HAS_ADJOINTS=True))

@@ -78,14 +78,15 @@ def forward_config(n: int, c: int, chains: int, multiprocessors: int) -> Config:
 
 @functools.cache
 def backward_config(n: int, c: int, chains: int, multiprocessors: int) -> Config:
-    """As :func:`forward_config`."""
+    """As :func:`forward_config`; with more than 16 states, half as many a thread."""
     N, block, warps = _tile(n, c, chains, multiprocessors)
+    block = block // 2 if N > 16 else block
     return Config(N, block, 4 if N <= 8 and block < 128 else 2, warps)
 
 
 def backward_window_config(config: Config) -> Config:
     """Where LBMamba's local scan follows: it adds to what it has to load, which takes registers."""
-    return replace(config, BLOCK_C=config.BLOCK_C // 2) if config.N > 4 else config
+    return replace(config, BLOCK_C=config.BLOCK_C // 2) if 4 < config.N <= 16 else config
 
 
 def _tile(n: int, c: int, chains: int, multiprocessors: int) -> tuple[int, int, int]:
