@@ -245,7 +245,7 @@ def test_orders_out_of_range() -> None:
     tensors = SMALL.tensors(torch.float32)
     for bad in (7, -1):
         tensors["orders"] = torch.tensor([[0, 1], [bad, 2]])
-        given = {name: x.to(DEVICE) for name, x in tensors.items()}
+        given = {name: None if x is None else x.to(DEVICE) for name, x in tensors.items()}
         with pytest.raises(ValueError, match=rf"orders: found token {bad}, expected 0\.\.6"):
             selective_scan(**given, backend="triton")
 

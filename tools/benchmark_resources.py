@@ -1,4 +1,4 @@
-"""Compiles every Triton configuration that a scan, convolution or projection may choose, without a GPU.
+"""Compiles every Triton configuration that a scan or convolution may choose, without a GPU.
 
     python tools/benchmark_resources.py [--targets sm_80 sm_90 gfx942] [--states 1 16] [--csv FILE]
 
@@ -22,12 +22,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from backbones.ops.triton import depthwise, projection
+from backbones.ops.triton import depthwise
 from backbones.ops.triton.common import carry_kernel, segment_ends_kernel, sum_orders_kernel
 from backbones.ops.triton.kernels_backward import backward_kernel
 from backbones.ops.triton.kernels_forward import forward_kernel
@@ -42,9 +41,6 @@ KERNELS = {
     "sum over orders": sum_orders_kernel,
     "convolution": depthwise.gather_kernel,
     "convolution weight": depthwise.weight_kernel,
-    "projection": projection.project_kernel,
-    "projection back": projection.project_back_kernel,
-    "projection weight": projection.weight_gradient_kernel,
 }
 COLUMNS = (
     "kernel", "mode", "dtype", "configuration", "target", "registers", "shared", "spilled", "barriers",
@@ -80,7 +76,6 @@ def jobs(states: Sequence[int]) -> Iterator[Job]:
     for dtype in ("bf16", "fp32"):
         yield Job("sum over orders", "", dtype, dict(ROWS=16, BLOCK_C=128), 4)
         yield from _convolutions(dtype)
-        yield from _projections(dtype)
 
 
 def _scans(states: Sequence[int]) -> Iterator[Job]:
@@ -129,14 +124,6 @@ def _convolutions(dtype: str) -> Iterator[Job]:
         rows, channels = depthwise.tile(10**4, c, depthwise.SUMMED)
         shape = dict(J=taps, BLOCK_M=rows, BLOCK_C=channels, TAPS=min(taps, depthwise.TAPS), WIDE=False)
         yield Job("convolution weight", "", dtype, shape, 4, float32=("g",))
-
-
-def _projections(dtype: str) -> Iterator[Job]:
-    for rank in (6, 24, 64):
-        R, rows, channels = projection.tile(rank, 192, torch.float32 if dtype == "fp32" else torch.bfloat16)
-        shape = dict(R=R, BLOCK_M=rows, BLOCK_C=channels, UPCAST=False)
-        for kernel in ("projection", "projection back", "projection weight"):
-            yield Job(kernel, "", dtype, shape, 4, unaligned=("x",))
 
 
 def gpu_target(name: str) -> GPUTarget:
