@@ -157,7 +157,7 @@ def test_coco_annotations_are_exact(make_digits: ModuleType, coco: Path, split: 
     content = json.loads((coco / "annotations" / f"instances_{split}.json").read_text())
     assert [category["name"] for category in content["categories"]] == [str(digit) for digit in range(10)]
     assert len({annotation["id"] for annotation in content["annotations"]}) == len(content["annotations"])
-    scenes = list(make_digits.scenes(split, SCENES[split], SCENES["size"], SCENES["seed"]))
+    scenes = list(make_digits.scenes(split, SCENES[split], SCENES["size"], SCENES["seed"], make_digits.DETECTION))
     of_image: dict[int, list[dict]] = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
         of_image[annotation["image_id"]].append(annotation)
@@ -180,7 +180,7 @@ def test_coco_annotations_are_exact(make_digits: ModuleType, coco: Path, split: 
 
 
 def test_some_scenes_are_empty_and_all_digits_occur(make_digits: ModuleType) -> None:
-    labels = [scene.labels for scene in make_digits.scenes("train", 200, 64, 0)]
+    labels = [scene.labels for scene in make_digits.scenes("train", 200, 64, 0, make_digits.DETECTION)]
     assert 0 < sum(not found for found in labels) < 30
     assert {label for found in labels for label in found} == set(range(10))
 
@@ -189,7 +189,7 @@ def test_some_scenes_are_empty_and_all_digits_occur(make_digits: ModuleType) -> 
 def test_label_maps_are_those_of_the_scenes(make_digits: ModuleType, ade: Path, split: str, folder: str) -> None:
     files = sorted((ade / "annotations" / folder).iterdir())
     assert [path.stem for path in files] == sorted(path.stem for path in (ade / "images" / folder).iterdir())
-    scenes = make_digits.scenes(split, SCENES[split], SCENES["size"], SCENES["seed"])
+    scenes = make_digits.scenes(split, SCENES[split], SCENES["size"], SCENES["seed"], make_digits.SEGMENTATION)
     for path, scene in zip(files, scenes, strict=True):
         labels = load(path)
         assert labels.dtype == np.uint8
@@ -219,7 +219,7 @@ def test_splits_share_neither_digits_nor_photographs(make_digits: ModuleType, mo
         with monkeypatch.context() as patch:
             patch.setattr(make_digits, "_compose", compose)
             patch.setattr(make_digits, "_crop", crop)
-            list(make_digits.scenes(split, 300, 64, 0))
+            list(make_digits.scenes(split, 300, 64, 0, make_digits.DETECTION))
     assert np.concatenate(pixels["train"]).max() < np.concatenate(pixels["val"]).min()
     digits = load_digits().images / 16
     held_out = [path.parts[0] == "val" for path in make_digits.image_paths(load_digits().target)]

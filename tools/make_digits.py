@@ -15,8 +15,9 @@ detection: COCO's layout, OUT/{train,val}/NNNNNN.jpg and OUT/annotations/instanc
 scaled and turned, lie side by side on a crop of one of scikit-learn's two photographs; some crops stay empty. Boxes
 are tight, and polygons give exactly the pasted pixels.
 
-segmentation: ADE20K's layout, OUT/images/{training,validation}/NNNNNN.jpg and OUT/annotations/.../NNNNNN.png of the
-same scenes. Label 0 is unlabelled (the rim where digit and photograph mix), 1 the photograph, 2 to 11 the digits.
+segmentation: ADE20K's layout, OUT/images/{training,validation}/NNNNNN.jpg and OUT/annotations/.../NNNNNN.png of scenes
+with up to four light digits of much the same size. Label 0 is unlabelled (the rim where digit and photograph mix), 1
+the photograph, 2 to 11 the digits.
 """
 
 from __future__ import annotations
@@ -39,16 +40,29 @@ RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling.B
 NATIVE_SIZE = 8
 MARKER = "digits.json"
 SPLITS = ("train", "val")
+DEFAULT_SIZES = {"classification": 32, "detection": 96, "segmentation": 64}
 ADE_SPLITS = {"train": "training", "val": "validation"}
 
 # Crops for training come from the left of a photograph, those for validation from the right.
 SPLIT_COLUMN = 448
 CROPS = (96, 192)
 EMPTY_SHARE = 0.05
-MAX_DIGITS = 5
-SCALES = (0.28, 0.55)  # height of a framed scan over the height of the image
-MAX_TURN = 30  # degrees; a 6 stays a 6
 EDGE_GAIN = 3  # sharpens the edges of enlarged scans
+
+
+class Style(NamedTuple):
+    """How digits look in a scene."""
+
+    max_digits: int
+    scales: tuple[float, float]  # height of a framed scan over the height of the image
+    max_turn: float  # degrees; a 6 stays a 6
+    gain: tuple[float, float]  # brightness of the photograph
+    light: bool  # light digits only, else dark ones on light ground
+
+
+DETECTION = Style(5, (0.28, 0.55), 30, (0.7, 1.2), light=False)
+# A segmentor must tell digits apart pixel by pixel: digits alike in size and ink train within minutes on a CPU.
+SEGMENTATION = Style(4, (0.5, 0.6), 8, (0.2, 0.5), light=True)
 
 
 class Scene(NamedTuple):
@@ -71,7 +85,7 @@ def image_paths(labels: np.ndarray) -> list[Path]:
     return paths
 
 
-def scenes(split: str, count: int, size: int, seed: int) -> Iterator[Scene]:
+def scenes(split: str, count: int, size: int, seed: int, style: Style) -> Iterator[Scene]:
     """``count`` scenes of ``size`` x ``size`` pixels from the digits and the photographs' parts of ``split``."""
     digits = load_digits()
     own = [i for i, path in enumerate(image_paths(digits.target)) if path.parts[0] == split]
@@ -79,10 +93,10 @@ def scenes(split: str, count: int, size: int, seed: int) -> Iterator[Scene]:
     photographs = [photograph[:, columns] for photograph in load_sample_images().images]
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     for _ in range(count):
-        number = 0 if rng.random() < EMPTY_SHARE else rng.integers(1, MAX_DIGITS + 1)
+        number = 0 if rng.random() < EMPTY_SHARE else rng.integers(1, style.max_digits + 1)
         chosen = rng.choice(own, number)
-        background = _crop(photographs[rng.integers(len(photographs))], size, rng)
-        yield _compose(background, digits.images[chosen] / 16, digits.target[chosen].tolist(), rng)
+        background = _crop(photographs[rng.integers(len(photographs))], size, rng, style)
+        yield _compose(background, digits.images[chosen] / 16, digits.target[chosen].tolist(), rng, style)
 
 
 def outline(mask: np.ndarray) -> list[list[float]]:
@@ -114,7 +128,7 @@ def write_detection(folder: Path, settings: dict[str, Any]) -> None:
     for split in SPLITS:
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
-        for index, scene in enumerate(scenes(split, settings[split], size, settings["seed"])):
+        for index, scene in enumerate(scenes(split, settings[split], size, settings["seed"], DETECTION)):
             name = f"{index:06d}.jpg"
             _save(Image.fromarray(scene.image), folder / split / name)
             images.append({"id": index, "file_name": name, "width": size, "height": size})
@@ -138,7 +152,7 @@ def write_detection(folder: Path, settings: dict[str, Any]) -> None:
 def write_segmentation(folder: Path, settings: dict[str, Any]) -> None:
     """Write scenes in ADE20K's layout."""
     for split, name in ADE_SPLITS.items():
-        for index, scene in enumerate(scenes(split, settings[split], settings["size"], settings["seed"])):
+        for index, scene in enumerate(scenes(split, settings[split], settings["size"], settings["seed"], SEGMENTATION)):
             labels = np.ones(scene.rim.shape, np.uint8)
             for label, mask in zip(scene.labels, scene.masks, strict=True):
                 labels[mask] = 2 + label
@@ -206,25 +220,27 @@ def write_digits(out: Path, task: str, settings: dict[str, Any]) -> bool:
     return True
 
 
-def _crop(photograph: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+def _crop(photograph: np.ndarray, size: int, rng: np.random.Generator, style: Style) -> np.ndarray:
     side = int(rng.integers(CROPS[0], CROPS[1] + 1))
     top, left = (int(rng.integers(extent - side + 1)) for extent in photograph.shape[:2])
     crop = Image.fromarray(photograph[top : top + side, left : left + side])
     image = np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
     image = image[:, ::-1] if rng.random() < 0.5 else image
-    return image * rng.uniform(0.7, 1.2)
+    return image * rng.uniform(*style.gain)
 
 
-def _compose(image: np.ndarray, scans: np.ndarray, labels: Sequence[int], rng: np.random.Generator) -> Scene:
+def _compose(
+    image: np.ndarray, scans: np.ndarray, labels: Sequence[int], rng: np.random.Generator, style: Style
+) -> Scene:
     """Blend ``scans`` (n, 8, 8) in 0..1 side by side into ``image`` (h, w, 3); what finds no place stays out."""
     size = len(image)
     image = image.copy()
     pasted, masks, ink = [], [], np.zeros((size, size), np.float32)
     for scan, label in zip(scans, labels, strict=True):
-        height = round(size * rng.uniform(*SCALES))
+        height = round(size * rng.uniform(*style.scales))
         framed = Image.fromarray(np.pad(scan, 1).astype(np.float32))  # scans reach their border
         enlarged = framed.resize((height, height), Image.Resampling.BICUBIC)
-        turned = enlarged.rotate(rng.uniform(-MAX_TURN, MAX_TURN), Image.Resampling.BICUBIC, expand=True)
+        turned = enlarged.rotate(rng.uniform(-style.max_turn, style.max_turn), Image.Resampling.BICUBIC, expand=True)
         opacity = np.clip((np.asarray(turned) - 0.5) * EDGE_GAIN + 0.5, 0, 1)
         rows, columns = (np.flatnonzero((opacity > 0).any(axis)) for axis in (1, 0))
         opacity = opacity[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -235,8 +251,9 @@ def _compose(image: np.ndarray, scans: np.ndarray, labels: Sequence[int], rng: n
                 break
         else:
             continue
-        # Dark on light or light on dark, in any hue.
-        color = rng.uniform(0, 70, 3) if image[window].mean() > 110 else rng.uniform(185, 255, 3)
+        # In any hue.
+        dark = not style.light and image[window].mean() > 110
+        color = rng.uniform(0, 70, 3) if dark else rng.uniform(185, 255, 3)
         image[window] += opacity[..., None] * (color - image[window])
         ink[window] = opacity
         mask = np.zeros((size, size), bool)
@@ -258,20 +275,26 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=sorted(WRITERS), default="classification", help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="folder to write (default: data/digits, digits_coco or digits_ade)")
-    parser.add_argument("--size", type=int, help="height and width in pixels (default: 32; scenes: 96)")
+    parser.add_argument(
+        "--size", type=int, help="height and width in pixels (default: 32; detection: 96, segmentation: 64)"
+    )
     parser.add_argument("--resample", choices=sorted(RESAMPLING), help="of single digits (default: bicubic)")
-    parser.add_argument("--train", type=int, metavar="N", help="training scenes (default: 1500)")
+    parser.add_argument("--train", type=int, metavar="N", help="training scenes (default: 1500; segmentation: 2500)")
     parser.add_argument("--val", type=int, metavar="N", help="validation scenes (default: 200)")
     parser.add_argument("--seed", type=int, help="of the scenes (default: 0)")
     args = parser.parse_args(argv)
 
     single = args.task == "classification"
-    defaults = {"resample": "bicubic"} if single else {"train": 1500, "val": 200, "seed": 0}
+    defaults = (
+        {"resample": "bicubic"}
+        if single
+        else {"train": 2500 if args.task == "segmentation" else 1500, "val": 200, "seed": 0}
+    )
     for name in {"resample", "train", "val", "seed"} - defaults.keys():
         if getattr(args, name) is not None:
             parser.error(f"--{name} has no meaning for --task {args.task}")
     given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
-    size = args.size if args.size is not None else 32 if single else 96
+    size = args.size if args.size is not None else DEFAULT_SIZES[args.task]
     smallest = NATIVE_SIZE if single else 64
     if size < smallest:
         parser.error(f"--size is {size}, expected at least {smallest}")

@@ -1,7 +1,7 @@
 # EfficientVMamba-T itself with narrow heads, for two CPU cores; from random weights.
 _base_ = ["../_base_/models/upernet.py", "../_base_/mmseg_runtime.py"]
 
-size = (96, 96)
+size = (64, 64)
 norm_cfg = dict(type="BN", requires_grad=True)
 widths = [48, 96, 192, 384]
 # Nine of ten pixels are photograph.
@@ -25,7 +25,7 @@ train_pipeline = [
 ]
 test_pipeline = train_pipeline
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=16,
     num_workers=0,
     sampler=dict(type="InfiniteSampler", shuffle=True),
     worker_init_fn=dict(type="keep_worker_seed"),
@@ -56,17 +56,17 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=1500, val_interval=500)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=550, val_interval=275)
 val_cfg = dict()
 test_cfg = dict()
 optim_wrapper = dict(
     type="OptimWrapper",
     constructor="TimmOptimWrapperConstructor",
-    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, by_epoch=False, end=60),
-    dict(type="PolyLR", by_epoch=False, begin=60, end=1500, power=1.0, eta_min=1e-5),
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, end=20),
+    dict(type="CosineAnnealingLR", by_epoch=False, begin=20, end=550, eta_min=4e-5),
 ]
-default_hooks = dict(checkpoint=dict(interval=500))
+default_hooks = dict(checkpoint=dict(interval=275))

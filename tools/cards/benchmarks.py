@@ -92,16 +92,17 @@ def gpu_scan_table(files: Iterable[Results]) -> str:
 
 
 def gpu_model_table(results: Results, originals: Results) -> str:
-    """Images a second of whole models, and of the originals where they were measured."""
-    columns = ("inference_img_s", "training_img_s", "training_peak_mib")
-    results.need("model", *columns)
-    originals.need("model", *columns)
+    """Images a second of whole models, launched from Python and as a CUDA graph, and of the originals."""
+    speeds = ("inference_img_s", "training_img_s")
+    results.need("model", *speeds, *(f"graph_{name}" for name in speeds), "training_peak_mib")
+    originals.need("model", *speeds, "training_peak_mib")
     official = {row["model"]: row for row in originals.rows}
     rows = []
     for row in results.rows:
         other = official.get(row["model"], {})
-        cells = [x for name in columns for x in (row[name], other.get(name))]
-        rows.append([f"`{row['model']}`", *cells])
-    header = ["model", "inference, images/s", "original", "training, images/s", "original"]
-    header += ["peak of training, MiB", "original"]
-    return table(header, rows)
+        cells = [x for name in speeds for x in (row[name], row[f"graph_{name}"], other.get(name))]
+        rows.append([f"`{row['model']}`", *cells, row["training_peak_mib"], other.get("training_peak_mib")])
+    header = ["model"]
+    for what in ("inference", "training"):
+        header += [f"{what}, images/s", "as a graph", "original"]
+    return table([*header, "peak of training, MiB", "original"], rows)
