@@ -1,5 +1,8 @@
 """Fixtures that several test files share."""
 
+import sys
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -9,6 +12,21 @@ from backbones import ops
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_run_remembered() -> Iterator[None]:
+    """mmengine keeps loggers and scopes of earlier runs by name; they would reach the next test of this process."""
+    yield
+    if "mmengine" in sys.modules:
+        from mmengine.logging import MessageHub, MMLogger
+        from mmengine.registry import DefaultScope
+
+        for logger in MMLogger._instance_dict.values():
+            for handler in logger.handlers:
+                handler.close()
+        for remembered in (MMLogger, MessageHub, DefaultScope):
+            remembered._instance_dict.clear()
 
 
 def available_backends() -> list[str]:
