@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -17,16 +16,14 @@ from PIL import Image
 pytest.importorskip("mmengine")
 
 from backbones.mm.cli import run_tool
+from tests.scripts import load_tool
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tool_analyze_logs", ROOT / "tools" / "analyze_logs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("analyze_logs")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 import backbones
 from backbones import checkpoints, conversion
+from tests.scripts import load_tool
 
 ROOT = Path(__file__).parents[1]
 # One of every generation of every family; files of the larger ones take long to write.
@@ -34,10 +34,7 @@ Tool = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "tools" / "convert_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("convert_checkpoint")
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
 """The depthwise convolution in Triton against float64: on a GPU, else in Triton's interpreter in another process."""
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -10,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import backbones.ops.triton as backend
+from tests.scripts import run_in_the_interpreter
 from tests.tolerances import OPERATOR
 
 pytest.importorskip("triton")
@@ -22,13 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 
 @pytest.mark.skipif(RUNS, reason="the kernels run in this process")
 def test_in_the_interpreter() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", __file__],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+    run_in_the_interpreter(__file__)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata as metadata
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from packaging.requirements import Requirement
 from backbones import doctor, ops
 from backbones.doctor import Finding
 from backbones.ops import cpu
+from tests.scripts import load_tool
 
 needs_kernel = pytest.mark.skipif(ops.backends()["cpu"] is not None, reason="no compiled kernel")
 
@@ -150,9 +150,7 @@ def test_kernel_slower_than_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_library_that_does_not_import(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location("doctor_tool", Path(__file__).parents[1] / "tools" / "doctor.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool("doctor")
     monkeypatch.setitem(sys.modules, "backbones.doctor", None)
     monkeypatch.delattr("backbones.doctor")
     assert tool.main() == 1

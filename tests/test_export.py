@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +21,7 @@ from backbones.checkpoints import to_official
 from backbones.export import export_onnx, export_program, to_onnx
 from backbones.ops import selective_scan
 from backbones.scan_patterns import CROSS, MULTI_SCALE
+from tests.scripts import load_tool
 
 # torch.export.load reads tensors from a buffer of the archive.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
@@ -151,10 +151,7 @@ def test_models_that_cannot_be_exported_are_refused(change, message: str, tmp_pa
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tool_export", ROOT / "tools" / "export.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("export")
 
 
 def call(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

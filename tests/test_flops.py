@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from torch import nn
 
 from backbones.flops import Cost, count, count_model
 from backbones.layers import SelectiveSSM
+from tests.scripts import load_tool
 
 # GFLOPs at 224 x 224 that the authors' own counters gave, a multiply-add being one operation. VMamba's and MSVMamba's:
 # convolutions, products, norms, and 9 b l d n + b d l for a scan. Spatial-Mamba's likewise, with 7 b l d n, as its scan
@@ -180,10 +179,7 @@ def test_scans_are_linear_in_the_tokens(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def main() -> Callable[[list[str]], int]:
-    spec = importlib.util.spec_from_file_location("flops", Path(__file__).parents[1] / "tools" / "flops.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_tool("flops").main
 
 
 def test_table(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:

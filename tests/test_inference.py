@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from mmengine.config import Config
 
 from backbones.mm.cli import load_config, run_tool
 from backbones.mm.inference import build_model, load_predictor, task_of
+from tests.scripts import load_tool
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {
@@ -64,9 +64,7 @@ def images(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs tools/inference.py in this process, as its command line would."""
-    spec = importlib.util.spec_from_file_location("tool_inference", ROOT / "tools" / "inference.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("inference")
 
     def call(*arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", ["inference.py", *map(str, arguments)])

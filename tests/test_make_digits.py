@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -13,15 +12,14 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from tests.scripts import load_tool
+
 SCRIPT = Path(__file__).parents[1] / "tools" / "make_digits.py"
 
 
 @pytest.fixture(scope="module")
 def make_digits() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_digits", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("make_digits")
 
 
 @pytest.fixture(scope="module")

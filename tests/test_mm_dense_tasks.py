@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,7 @@ from backbones.mm.annotations import check_annotations
 from backbones.mm.cli import run_tool
 from backbones.mm.console import brief, print_average_precisions
 from backbones.mm.errors import UserError
+from tests.scripts import load_tool
 
 # mmengine names a run after its config and the second; runs of one process within a second share a name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*instance named of:UserWarning")
@@ -67,18 +66,11 @@ test_dataloader = val_dataloader
 METRIC = {"detection": r"box AP .*mask AP50 ", "segmentation": r"mIoU [\d.]+"}
 
 
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data sets ``detection`` and ``segmentation`` and configs ``detection.py`` and ``segmentation.py``."""
     path = tmp_path_factory.mktemp("dense")
-    make_digits = load_script("make_digits")
+    make_digits = load_tool("make_digits")
     for task, text in SMALL.items():
         make_digits.write_digits(path / task, task, {"size": 64, "train": 8, "val": 4, "seed": 0})
         values = {"configs": ROOT / "configs" / "digits", "data": path / task}
@@ -98,7 +90,7 @@ def tool(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def call(name: str, *arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        run_tool(load_script(name).main)
+        run_tool(load_tool(name).main)
 
     monkeypatch.chdir(folder)
     return call

@@ -1,9 +1,5 @@
 """The fused LayerNorm against PyTorch's in float64: on a GPU, else in Triton's interpreter in another process."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +7,7 @@ import torch.nn.functional as F
 import backbones.ops.triton as backend
 from backbones.layers.norm import LayerNorm
 from backbones.ops.norm import layer_norm
+from tests.scripts import run_in_the_interpreter
 from tests.tolerances import OPERATOR
 
 pytest.importorskip("triton")
@@ -23,13 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 
 @pytest.mark.skipif(RUNS, reason="the kernels run in this process")
 def test_in_the_interpreter() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", __file__],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+    run_in_the_interpreter(__file__)
 
 
 def error(x: torch.Tensor, expected: torch.Tensor) -> float:

@@ -20,6 +20,7 @@ import backbones.ops.triton as backend
 from backbones.ops import naive, selective_scan
 from backbones.ops.triton import tables
 from tests.operator_cases import CASES, Case
+from tests.scripts import run_in_the_interpreter
 from tests.tolerances import OPERATOR
 
 pytest.importorskip("triton")
@@ -50,26 +51,15 @@ SLOW = {
 }
 
 
-def run_in_the_interpreter(markers: str) -> None:
-    """This file's tests in a process with TRITON_INTERPRET=1."""
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-m", markers, __file__],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
-
-
 @pytest.mark.skipif(RUNS, reason="the kernels run in this process")
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter("not slow")
+    run_in_the_interpreter(__file__)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(RUNS, reason="the kernels run in this process")
 def test_in_the_interpreter_at_length() -> None:
-    run_in_the_interpreter("slow")
+    run_in_the_interpreter(__file__, "slow")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import signal
@@ -19,6 +18,7 @@ from PIL import Image
 pytest.importorskip("mmengine")
 
 from backbones.mm.cli import run_tool
+from tests.scripts import load_tool
 
 # mmengine names a run after its config and the second; runs of one process within a second share a name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*instance named of:UserWarning")
@@ -73,9 +73,7 @@ def tool(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs ``tools/NAME.py`` in this process, as its command line would."""
 
     def call(name: str, *arguments: object) -> None:
-        spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = load_tool(name)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         run_tool(module.main)
 

@@ -85,8 +85,8 @@ def _draw(ax: Axes, sample: Any, config: Config, classes: Any, colors: Colormap)
     truth = sample["data_samples"]
     ax.set_title(f"{Path(truth.img_path).name}  {size}", fontsize=9)
     if "gt_sem_seg" in truth:
-        return pictures._draw_labels(ax, truth.gt_sem_seg, colors)
-    pictures._draw_instances(ax, truth.gt_instances, classes, colors)
+        return pictures.draw_labels(ax, truth.gt_sem_seg, colors)
+    pictures.draw_instances(ax, truth.gt_instances, classes, colors)
     return set()
 
 

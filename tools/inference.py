@@ -49,11 +49,11 @@ def show(predictor: Predictor, path: Path, args: argparse.Namespace) -> tuple[st
     if predictor.task == "detection":
         found = result.pred_instances
         found = found[found.scores >= args.score]
-        pictures._draw_instances(ax, found, predictor.classes, colors)
+        pictures.draw_instances(ax, found, predictor.classes, colors)
         counts = Counter(predictor.classes[label] for label in found.labels.tolist())
         return ", ".join(f"{count} x {name}" for name, count in counts.items()) or "nothing", figure
     labels = result.pred_sem_seg.data.squeeze().cpu().numpy()
-    pictures._draw_labels(ax, result.pred_sem_seg, colors)
+    pictures.draw_labels(ax, result.pred_sem_seg, colors)
     shares = sorted(zip(*np.unique(labels, return_counts=True), strict=True), key=lambda x: -x[1])
     handles = [Patch(color=colors(label), label=predictor.classes[label]) for label, _ in shares]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, default_collate
 from .errors import UserError
 
 # What Pillow raises for damaged files besides OSError (which covers UnidentifiedImageError).
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @DATASETS.register_module()
@@ -71,7 +71,7 @@ class ImageFolder(Dataset):
         try:
             with file:
                 image = Image.open(file).convert(self.image_mode)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             message = f"cannot read image {self.reader.filename(index, absolute=True)}: {error}"
             if not self.skip_unreadable:
                 raise UserError(f"{message}; skip_unreadable=True leaves such images out") from error

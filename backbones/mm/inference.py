@@ -18,7 +18,7 @@ from timm.data import create_transform
 from torch import nn
 
 from .checkpoints import load_weights, read_checkpoint, select_state_dict
-from .datasets import _UNREADABLE
+from .datasets import UNREADABLE
 from .errors import UserError
 
 TASKS = {"mmdet": "detection", "mmseg": "segmentation"}
@@ -126,7 +126,7 @@ def read_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         raise UserError(f"image {path} {reason}") from error
 

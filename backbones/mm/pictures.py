@@ -42,20 +42,20 @@ def draw_predictions(path: Path, samples: Sequence[Any], classes: Sequence[str],
             ax.imshow(pixels)
             ax.set_title(title, fontsize=9)
         if "gt_sem_seg" in sample:
-            shown |= _draw_labels(truth, sample.gt_sem_seg, colors) | _draw_labels(
+            shown |= draw_labels(truth, sample.gt_sem_seg, colors) | draw_labels(
                 prediction, sample.pred_sem_seg, colors
             )
         else:
             found = sample.pred_instances
-            _draw_instances(truth, sample.gt_instances, classes, colors)
-            _draw_instances(prediction, found[found.scores >= score], classes, colors)
+            draw_instances(truth, sample.gt_instances, classes, colors)
+            draw_instances(prediction, found[found.scores >= score], classes, colors)
     if shown:
         handles = [Patch(color=colors(label), label=classes[label]) for label in sorted(shown)]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 12), frameon=False)
     figure.savefig(path, dpi=110)
 
 
-def _draw_instances(axes: Axes, instances: Any, classes: Sequence[str], colors: Colormap) -> None:
+def draw_instances(axes: Axes, instances: Any, classes: Sequence[str], colors: Colormap) -> None:
     boxes = _array(getattr(instances.bboxes, "tensor", instances.bboxes))
     masks = _array(instances.masks) if "masks" in instances else [None] * len(boxes)
     scores = _array(instances.scores) if "scores" in instances else [None] * len(boxes)
@@ -72,7 +72,7 @@ def _draw_instances(axes: Axes, instances: Any, classes: Sequence[str], colors: 
         )  # fmt: skip
 
 
-def _draw_labels(axes: Axes, labels: Any, colors: Colormap) -> set[int]:
+def draw_labels(axes: Axes, labels: Any, colors: Colormap) -> set[int]:
     """Returns the labels that occur; others than classes, such as 255, stay clear."""
     array = _array(labels.data).squeeze()
     known = array < colors.N

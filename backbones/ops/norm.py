@@ -10,7 +10,12 @@ from backbones.ops import triton
 
 def runs_on(x: Tensor) -> bool:
     """Whether the kernel runs on this tensor, and nobody compiles: Inductor fuses PyTorch's own with what is around."""
-    return x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling() and _available()
+    return (
+        x.is_cuda
+        and x.dtype != torch.float64
+        and not torch.compiler.is_compiling()
+        and triton.unavailable_reason() is None
+    )
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
@@ -50,7 +55,3 @@ class _LayerNorm(torch.autograd.Function):
             return dx, None, None, None, None
         dweight, dbias = sums.to(weight.dtype)
         return dx, dweight, dbias, None, None
-
-
-def _available() -> bool:
-    return triton.unavailable_reason() is None

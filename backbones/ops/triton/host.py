@@ -13,8 +13,6 @@ from torch import Tensor
 
 from backbones.ops.triton.common import step_size
 
-INTERPRETED = not isinstance(step_size, triton.runtime.JITFunction)
-
 
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
@@ -44,7 +42,7 @@ def contiguous_rows(x: Tensor) -> Tensor:
 
 def check_device(name: str, x: Tensor) -> None:
     """Raises ``ValueError`` unless kernels can read x."""
-    if not x.is_cuda and not INTERPRETED:
+    if not x.is_cuda and isinstance(step_size, triton.runtime.JITFunction):
         raise ValueError(
             f"{name}: got a tensor on {x.device}, expected a GPU for backend 'triton' (or TRITON_INTERPRET=1)"
         )
