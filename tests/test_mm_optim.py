@@ -132,6 +132,7 @@ def test_rates_grow_along_a_hierarchical_backbone() -> None:
     found = [blocks[key].pop() for key in sorted(blocks)]
     assert found == [pytest.approx(1e-3 * 0.9 ** (10 - i)) for i in range(10)]
     assert rates["model.stem.proj.weight"] == pytest.approx(1e-3 * 0.9**11)
+    assert rates["model.downsamples.1.reduction.weight"] == found[4]  # as the first block that it leads to
     assert rates["out_norms.0.weight"] == 1e-3
 
 

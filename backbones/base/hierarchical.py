@@ -101,14 +101,17 @@ class HierarchicalBackbone(Backbone):
         return self.head.global_pool.pool_type
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters by depth; a downsampling counts to the stage it leads to."""
-        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)"
+        """Patterns that sort parameters by depth: a block each, or a stage each where ``coarse``.
+
+        A downsampling counts to the first block behind it, a norm to the last block before it.
+        """
+        first = () if coarse else (0,)
         return {
             "stem": r"^stem",
             "blocks": [
-                (r"^downsamples\.(\d+)", (0,)),
-                (blocks, None),
-                (r"^stages\.(\d+)\.norm", (0,)),
+                *((rf"^downsamples\.{i}\b", (i + 1, *first)) for i in range(len(self.downsamples))),
+                (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)\.norm", (99999,)),
                 (r"^norm", (99999,)),
             ],
         }

@@ -259,7 +259,10 @@ def fetch_weights(checkpoint: str, arch: str) -> str:
 
 
 def _of_backbone(weights: checkpoints.StateDict) -> checkpoints.StateDict:
-    """The part of a detector's or segmentor's weights that is the backbone's; other files as they are."""
+    """The part of a detector's or segmentor's weights that is the backbone's; other files as they are.
+
+    Names beside our ``model.`` stay, so that the check names those that no backbone has.
+    """
     part = {x.removeprefix("backbone."): value for x, value in weights.items() if x.startswith("backbone.")}
     weights = part or weights
     return {x.removeprefix("model."): value for x, value in weights.items()}
