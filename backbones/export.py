@@ -81,7 +81,7 @@ def _translations() -> dict[Callable, Callable]:
 
     def selective_scan(  # type: ignore[no-untyped-def]
         u, delta, A, B, C, D, orders, delta_bias, dt_weight,
-        delta_softplus: bool, out: str, local_window: int, save: bool, backend: str,
+        delta_softplus: bool, out: str, local_window: int, save: bool, visits, backend: str,
     ):  # fmt: skip
         length, (k, c, n) = delta.shape[1], A.shape
         t = length if orders is None else orders.shape[1]

@@ -138,7 +138,8 @@ class MultiScaleSS2D(nn.Module):
         """Normalises every step, and adds those of one cell by gathering: scattering is not deterministic."""
         height, width = x.shape[1:3]
         order = self.pattern.orders(height, width, x.device)
-        y = self.ssm_low(x.flatten(1, 2), order, out="per_step", local_window=self.local_window)
+        visits = self.pattern.visits(height, width)
+        y = self.ssm_low(x.flatten(1, 2), order, "per_step", self.local_window, visits)
         y = self.out_norm(y.squeeze(2)).unflatten(1, (self.walks, height * width))
         steps = order.view(self.walks, height * width).argsort(1)
         y = reduce(torch.add, (y[:, walk].index_select(1, steps[walk]) for walk in range(self.walks)))

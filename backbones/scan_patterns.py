@@ -22,9 +22,15 @@ from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import _disable_current_modes
+
+from backbones.ops.visits import Visits
 
 OrderFn = Callable[[Tensor], Tensor]
+
+has_static_value = getattr(symbolic_shapes, "has_static_value", lambda x: False)  # older versions of PyTorch lack it
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,25 @@ class ScanPattern:
             return _filled(_table(self, height, width, probe.device), pad_index)
         return _cached_table(self, height, width, probe.device, pad_index)
 
+    def visits(self, height: int, width: int) -> Visits | None:
+        """What ``selective_scan`` asks of ``orders(height, width, pad_index=height * width)``; None: not known yet.
+
+        The tokens are the cells and, on a grid that is `padded`, the zero token behind them. Found on the CPU once for
+        each grid, also where a compiled program makes the orders at every call. None where a side is dynamic.
+
+        Raises:
+            ValueError: as `orders` does.
+        """
+        sides = _checked_int("height", height), _checked_int("width", width)
+        # Where `torch.jit` traces, sides are tensors.
+        if torch.jit.is_tracing() or not all(has_static_value(side) for side in sides):  # type: ignore[attr-defined]
+            return None
+        return Visits(*self._visits(*sides))
+
+    @torch.compiler.assume_constant_result
+    def _visits(self, height: int, width: int) -> tuple[bool, ...]:
+        return _cached_visits(self, height, width)
+
     def padded(self, height: int, width: int) -> bool:
         """Whether `orders` may hold padded slots on this grid (with dynamic sides: on some grid)."""
         sides = _checked_int("height", height), _checked_int("width", width)
@@ -120,14 +145,26 @@ def _filled(table: Tensor, pad_index: int | None) -> Tensor:
 def _cached_table(pattern: ScanPattern, height: int, width: int, device: torch.device, pad_index: int | None) -> Tensor:
     # A tensor made under inference_mode could not be saved for the backward pass of a later training step.
     with torch.inference_mode(False):
-        table = _table(pattern, height, width, torch.device("cpu"))
-        first, last = (-1 if pattern.padded(height, width) else 0), height * width - 1
-        if int(table.min()) < first or int(table.max()) > last:
-            raise ValueError(
-                f"order_fn of pattern {pattern.name!r} (pad_to={pattern.pad_to}) must name cells "
-                f"{first}..{last} of a {height} x {width} grid, got {int(table.min())}..{int(table.max())}"
-            )
-        return _filled(table, pad_index).to(device)
+        return _checked_table(pattern, height, width, pad_index).to(device)
+
+
+@lru_cache(maxsize=1024)
+def _cached_visits(pattern: ScanPattern, height: int, width: int) -> tuple[bool, ...]:
+    cells = height * width
+    with _disable_current_modes(), torch._C._DisableFuncTorch():  # a tracer's tensors hold no numbers
+        table = _checked_table(pattern, height, width, cells)
+        return tuple(Visits.of(table, cells + pattern.padded(height, width)))
+
+
+def _checked_table(pattern: ScanPattern, height: int, width: int, pad_index: int | None) -> Tensor:
+    table = _table(pattern, height, width, torch.device("cpu"))
+    first, last = (-1 if pattern.padded(height, width) else 0), height * width - 1
+    if int(table.min()) < first or int(table.max()) > last:
+        raise ValueError(
+            f"order_fn of pattern {pattern.name!r} (pad_to={pattern.pad_to}) must name cells "
+            f"{first}..{last} of a {height} x {width} grid, got {int(table.min())}..{int(table.max())}"
+        )
+    return _filled(table, pad_index)
 
 
 def raster(grid: Tensor) -> Tensor:

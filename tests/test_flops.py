@@ -55,11 +55,11 @@ LBVIM = {
     "lbvim_small": (4.523, 0.701),
     "lbvim_528": (8.565, 0.964),
 }
-# Products and convolutions; scans 9 b l d n + b d l; width and blocks of the two stages that scan. No norms.
+# Products and convolutions; scans 9 b l d n + b d l. No norms.
 EFFICIENTVMAMBA = {
-    "efficientvmamba_tiny": (0.657, 0.131, (48, 96), (2, 2)),
-    "efficientvmamba_small": (1.143, 0.175, (64, 128), (2, 2)),
-    "efficientvmamba_base": (3.690, 0.262, (96, 192), (2, 2)),
+    "efficientvmamba_tiny": (0.657, 0.131),
+    "efficientvmamba_small": (1.143, 0.175),
+    "efficientvmamba_base": (3.690, 0.262),
 }
 
 
@@ -91,18 +91,10 @@ def test_lbvim(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", slow_if_large(EFFICIENTVMAMBA))
-def test_efficientvmamba_projects_every_token_for_every_order(name: str) -> None:
-    """Its original projects a token for the one order that visits it; here all four read their projections by index.
-
-    That is 6.6 to 13.7 % more operations than the authors report.
-    """
-    macs, scan, dims, depths = EFFICIENTVMAMBA[name]
-    more = 0
-    for dim, depth, cells in zip(dims, depths, (56 * 56, 28 * 28), strict=True):
-        rank = -(-dim // 16)
-        more += depth * 3 * cells * 2 * dim * (2 * rank + 2 * 16)  # x_proj and dt_proj, three times too often
+def test_efficientvmamba_projects_a_token_for_its_order_alone(name: str) -> None:
+    macs, scan = EFFICIENTVMAMBA[name]
     total = count(name).total
-    assert (total.macs - more) / 1e9 == pytest.approx(macs, rel=2e-3)
+    assert total.macs / 1e9 == pytest.approx(macs, rel=2e-3)
     assert total.scan / 1e9 == pytest.approx(scan, rel=5e-3)
 
 

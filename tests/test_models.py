@@ -1,6 +1,7 @@
 """timm's model contract, over every model that this package registers."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import backbones
-from backbones.layers import SelectiveSSM
-from backbones.scan_patterns import HILBERT, REVERSE, SNAKE, ScanPattern
+from backbones.layers import SelectiveSSM, scan_grid
+from backbones.scan_patterns import ATROUS, HILBERT, REVERSE, SNAKE, ScanPattern
 from tests.tolerances import AUTOCAST, SAME_FUNCTION
 
 NAMES = sorted(name for module in backbones.__all__ for name in timm.list_models(module=module))
@@ -154,6 +155,41 @@ def test_parameters_are_grouped_by_depth(model: nn.Module) -> None:
     skipped = model.no_weight_decay()
     assert skipped <= ids.keys()
     assert any(key.endswith("A_log") for key in skipped)
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("group", [timm.models.group_parameters, timm.models.group_modules])
+@pytest.mark.parametrize("hierarchy", [x for x in SMALLEST if not is_plain(x)])
+def test_groups_of_a_hierarchy_follow_its_depth(hierarchy: str, group: Callable[..., dict], coarse: bool) -> None:
+    """As in timm: what leads to a block belongs to it, a norm belongs to the block or stage before it."""
+    model = create(hierarchy, device="meta")
+    depths = [1 if coarse else len(stage.blocks) for stage in model.stages]
+    first = [1 + sum(depths[:i]) for i in range(4)]  # the stem is 0
+    expected: dict[str, int] = {"stem": 0, "norm": sum(depths), "head": sum(depths) + 1}
+    for i, stage in enumerate(model.stages):
+        expected |= {f"stages.{i}.blocks.{j}": first[i] + j * (not coarse) for j in range(len(stage.blocks))}
+        expected |= {f"stages.{i}.norm": first[i] + depths[i] - 1, f"downsamples.{i}": first[min(i + 1, 3)]}
+    found = group(model, model.group_matcher(coarse), reverse=True)
+    parts = {name: [part for part in expected if f"{name}.".startswith(f"{part}.")] for name in found}
+    assert found == {name: expected[part] for name, (part,) in parts.items()}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (4, 6), (5, 6), (4, 7), (5, 3)])
+def test_each_order_may_project_only_what_it_visits(size: tuple[int, int]) -> None:
+    """The atrous orders share the cells; projecting every cell for every order gives the same, gradients too."""
+    torch.manual_seed(0)
+    ssm = SelectiveSSM(3, d_state=2, dt_rank=1, num_orders=4, dtype=torch.float64)
+    x = torch.randn(2, *size, 3, dtype=torch.float64, requires_grad=True)
+    whole = nn.functional.pad(x.flatten(1, 2), (0, 0, 0, 1))
+    cells = size[0] * size[1]
+    results = []
+    for y in (
+        scan_grid(ssm, x, ATROUS).flatten(1, 2),
+        ssm(whole, ATROUS.orders(*size).masked_fill(ATROUS.orders(*size) < 0, cells))[:, :cells],
+    ):
+        grads = torch.autograd.grad((y * torch.arange(y.numel()).view_as(y)).sum(), [x, *ssm.parameters()])
+        results.append([y, *grads])
+    torch.testing.assert_close(*results)
 
 
 def test_every_parameter_gets_a_gradient(name: str) -> None:

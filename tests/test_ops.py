@@ -146,7 +146,8 @@ def test_opcheck(name: str, backend: str) -> None:
     t = case.tensors(torch.float32)
     orders = None if t["orders"] is None else t["orders"].int()
     args = (t["u"], t["delta"], t["A"], t["B"], t["C"], t["D"], orders, t["delta_bias"], t["dt_weight"])
-    torch.library.opcheck(dispatch.scan_op, (*args, case.softplus, case.out, case.window, True, backend))
+    visits = None if orders is None else [True, False, False, False]
+    torch.library.opcheck(dispatch.scan_op, (*args, case.softplus, case.out, case.window, True, visits, backend))
 
 
 @pytest.mark.parametrize("name", ["shared u", "repeats and skips", "window, sixteen states", "projected"])
@@ -178,6 +179,17 @@ def test_flops_are_counted(name: str) -> None:
         scan(case, tensors, "naive")
     steps = case.b * case.length * case.k * case.c
     assert counter.get_total_flops() == 9 * steps * case.n + steps + 2 * steps * case.rank
+
+
+def test_backends_that_look_at_orders_need_no_visits(backend: str) -> None:
+    case = CASES["repeats and skips"]
+    tensors = case.tensors(torch.float32)
+    expected = scan(case, tensors, backend)
+    wrong = ops.Visits(repeats=False, complete=True, disjoint=True, covers=True)
+    found = selective_scan(**tensors, **case.options(), visits=wrong, backend=backend)
+    assert torch.equal(found, expected)
+    for x, y in zip(gradients(found, tensors).values(), gradients(expected, tensors).values(), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_strides_do_not_matter(backend: str) -> None:
@@ -256,6 +268,7 @@ def test_bad_tensors_are_named(name: str, value: Tensor, message: str, backend: 
     [
         ({"out": "mean"}, "out: got 'mean', expected one of sum, per_order, per_step"),
         ({"local_window": -1}, "local_window: got -1"),
+        ({"visits": (False, True)}, "visits: got tuple, expected backbones.ops.Visits"),
         ({"backend": "cuda"}, "backend: got 'cuda', expected one of naive, cpu, triton, or None"),
     ],
 )

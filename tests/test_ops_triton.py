@@ -17,8 +17,10 @@ import pytest
 import torch
 
 import backbones.ops.triton as backend
-from backbones.ops import naive, selective_scan
+from backbones.layers import SS2D, MambaMixer
+from backbones.ops import Visits, naive, selective_scan
 from backbones.ops.triton import tables
+from backbones.scan_patterns import ATROUS, BIDIRECTIONAL, CROSS, ScanPattern
 from tests.operator_cases import CASES, Case
 from tests.scripts import run_in_the_interpreter
 from tests.tolerances import OPERATOR
@@ -31,6 +33,7 @@ needs_kernels = pytest.mark.usefixtures("poisoned")
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 OUTPUTS = ("sum", "per_order", "per_step")
+QUARTERS = ScanPattern("quarters", 4, ATROUS.order_fn, pad_to=2)  # a table of its own, which that of ATROUS may not be
 
 SMALL = Case(b=1, length=7, k=2, c=5, n=3)
 QUICK = {
@@ -172,6 +175,65 @@ def test_tables_without_repeats(table: list, out: str, shared: bool) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("out", OUTPUTS)
+@pytest.mark.parametrize("table", [*TABLES.values(), [[3, 3, 5], [0, 5, 4]]], ids=[*TABLES, "repeats"])
+def test_given_visits_are_those_that_it_would_find(
+    table: list, out: str, launch: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if DEVICE == "cpu" and out == "per_order":
+        pytest.skip("on a GPU only, to save time: writes as the sum of tables that are not disjoint")
+    monkeypatch.setattr(launch, "order_facts", look_up)
+    orders = torch.tensor(table)
+    case = Case(b=1, length=6, k=2, c=2, n=1, shared_u=True, out=out)
+    check({**case.tensors(torch.float32), "orders": orders}, {**case.options(), "visits": Visits.of(orders, 6)})
+
+
+def look_up(orders: torch.Tensor | None, length: int, k: int) -> Visits:
+    """Stands for the look that waits for the device."""
+    assert orders is None, "looked at orders whose visits are known"
+    return tables.order_facts(None, length, k)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("pattern", "size"),
+    [(CROSS, (3, 2)), (QUARTERS, (3, 2)), (QUARTERS, (2, 4)), (ATROUS, (3, 2))],
+    ids=["permutations", "padded", "disjoint", "atrous"],
+)
+def test_a_compiled_map_scan_never_looks_at_its_orders(
+    pattern: ScanPattern, size: tuple[int, int], launch: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixer = SS2D(3, pattern, d_state=1, ssm_ratio=1, gated=False).to(DEVICE)
+    check_compiled(mixer, (torch.randn(1, *size, 3, device=DEVICE),), launch, monkeypatch)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("pattern", "tokens"), [(BIDIRECTIONAL, 7), (CROSS, 7), (CROSS, 6)])
+def test_a_compiled_token_scan_never_looks_at_its_orders(
+    pattern: ScanPattern, tokens: int, launch: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixer = MambaMixer(2, pattern, d_state=1, expand=1).to(DEVICE)
+    check_compiled(mixer, (torch.randn(1, tokens, 2, device=DEVICE), (3, 2)), launch, monkeypatch)
+
+
+def check_compiled(
+    mixer: SS2D | MambaMixer, inputs: tuple, launch: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output and gradients against ``naive``, while the kernels may not look at a table."""
+    torch._dynamo.reset()
+    mixer.ssm.backend = "naive"
+    expected = mixer(*inputs)
+    parameters = list(mixer.parameters())
+    expected_grads = torch.autograd.grad(expected.square().sum(), parameters)
+    monkeypatch.setattr(launch, "order_facts", look_up)
+    mixer.ssm.backend = "triton"
+    y = torch.compile(mixer, fullgraph=True, backend="aot_eager")(*inputs)
+    grads = torch.autograd.grad(y.square().sum(), parameters)
+    for found, want in zip((y, *grads), (expected, *expected_grads), strict=True):
+        assert relative_error(found, want.detach().cpu().double()) <= 1e-4  # of float32 sums in another order
+
+
+@needs_kernels
 @pytest.mark.parametrize("out", ["sum", pytest.param("per_step", marks=pytest.mark.slow)])
 def test_segments(out: str, segmented: None) -> None:
     case = Case(b=1, length=130, k=1, c=2, n=1, out=out)
@@ -243,10 +305,10 @@ def test_orders_out_of_range() -> None:
 def test_facts_of_a_table_are_found_once_and_again_when_it_changes() -> None:
     orders = torch.arange(6, dtype=torch.int32, device=DEVICE).view(2, 3)
     facts = tables.order_facts(orders, 6, 2)
-    assert facts == tables.OrderFacts(repeats=False, complete=False, disjoint=True, covers=True)
+    assert facts == Visits(repeats=False, complete=False, disjoint=True, covers=True)
     assert tables.order_facts(orders[:], 6, 2) is facts
     orders[0, 0] = 1
-    assert tables.order_facts(orders, 6, 2) == tables.OrderFacts(True, False, False, False)
+    assert tables.order_facts(orders, 6, 2) == Visits(True, False, False, False)
 
 
 def test_memory_is_as_the_traffic_model_says(

@@ -6,6 +6,7 @@ import copy
 import gzip
 import json
 import pickle
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -328,6 +329,63 @@ def test_lookup() -> None:
         get_pattern("hilber")
     with pytest.raises(ValueError, match=r"unknown scan pattern 'xyz'; known: forward, .*local_windows_7"):
         get_pattern("xyz")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 1), (2, 4), (5, 7), (7, 14)], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=pattern_id)
+def test_visits(pattern: ScanPattern, size: tuple[int, int]) -> None:
+    cells = size[0] * size[1]
+    tokens = range(cells + pattern.padded(*size))
+    counts = [Counter(order) for order in pattern.orders(*size, pad_index=cells).tolist()]
+    together = sum(counts, Counter())
+    found = pattern.visits(*size)
+    assert found is not None
+    assert found.repeats is any(count[p] > 1 for count in counts for p in tokens)
+    assert found.complete is all(count[p] == 1 for count in counts for p in tokens)
+    assert found.disjoint is all(together[p] <= 1 for p in tokens)
+    assert found.covers is all(together[p] >= 1 for p in tokens)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
+def test_visits_are_found_while_others_trace() -> None:
+    expected = ATROUS.visits(5, 7)
+    with torch.inference_mode(), FakeTensorMode():
+        assert ScanPattern("again", 4, ATROUS.order_fn, pad_to=2).visits(5, 7) == expected
+    shown = []
+
+    def function(x: Tensor) -> Tensor:
+        shown.append(ScanPattern("once more", 4, ATROUS.order_fn, pad_to=2).visits(5, 7))
+        return x.sum()
+
+    torch.func.vmap(torch.func.grad(function))(torch.ones(2, 3))
+    torch.jit.trace(function, torch.ones(3))
+    assert shown[0] == expected
+    assert shown[1] is None
+
+
+class Known(nn.Module):
+    """Adds 1 where the visits are known, by what is known."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        visits = ATROUS.visits(*x.shape)
+        return x if visits is None else x + 1 + visits.repeats
+
+
+def test_compiled_visits_are_constants() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(Known(), fullgraph=True, backend="aot_eager", dynamic=False)
+    assert compiled(torch.zeros(4, 6)).unique().tolist() == [1]
+    assert compiled(torch.zeros(5, 7)).unique().tolist() == [2]
+    torch._dynamo.reset()
+    compiled = torch.compile(Known(), fullgraph=True, backend="aot_eager", dynamic=True)
+    assert compiled(torch.zeros(5, 7)).unique().tolist() == [0]
+    sides = {"x": {0: torch.export.Dim("height", min=2, max=64), 1: torch.export.Dim("width", min=2, max=64)}}
+    for strict in (False, True):
+        assert (
+            torch.export.export(Known(), (torch.zeros(5, 7),), strict=strict).module()(torch.zeros(5, 7)) == 2
+        ).all()
+        program = torch.export.export(Known(), (torch.zeros(5, 7),), dynamic_shapes=sides, strict=strict)
+        assert (program.module()(torch.zeros(4, 7)) == 0).all()
 
 
 class Gather(nn.Module):

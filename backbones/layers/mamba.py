@@ -71,7 +71,9 @@ class MambaMixer(nn.Module):
         orders, *taps = make(self.pattern, *grid, x.shape[1], self.d_conv, x.device)
         u = depthwise_conv(x, self.conv_weight, self.conv_bias, *taps, silu=True, backend=self.ssm.backend)
         window = self.local_window(x.shape[1]) if callable(self.local_window) else self.local_window
-        y = self.ssm(u, orders, local_window=window) * F.silu(z)
+        # A class token is one more that every order of the grid visits once: the facts stay the same.
+        walked = (1, x.shape[1]) if self.pattern in _SEQUENCE_PATTERNS else grid
+        y = self.ssm(u, orders, local_window=window, visits=self.pattern.visits(*walked)) * F.silu(z)
         return self.out_proj(y / self.pattern.num_orders)
 
 

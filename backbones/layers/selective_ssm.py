@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.ops import selective_scan
+from backbones.ops import Visits, selective_scan
 from backbones.ops.dispatch import choose_backend
 from backbones.ops.projection import joint_linear, per_order_linear
 
@@ -95,7 +95,14 @@ class SelectiveSSM(nn.Module):
         # A meta tensor is only counted, and a product counts as one where it is visible.
         return fused and u.device.type == "cpu" and choose_backend(self.backend, "cpu", u.dtype) == "cpu"
 
-    def forward(self, u: Tensor, orders: Tensor | None = None, out: str = "sum", local_window: int = 0) -> Tensor:
+    def forward(
+        self,
+        u: Tensor,
+        orders: Tensor | None = None,
+        out: str = "sum",
+        local_window: int = 0,
+        visits: Visits | None = None,
+    ) -> Tensor:
         """Scans u (b, l, c), or (b, l, k, c) where orders read different inputs; see ``selective_scan``."""
         delta, dt_weight, B, C = self.project(u)
         return selective_scan(
@@ -110,5 +117,6 @@ class SelectiveSSM(nn.Module):
             dt_weight=dt_weight,
             out=out,
             local_window=local_window,
+            visits=visits,
             backend=self.backend,
         )

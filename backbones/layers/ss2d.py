@@ -8,9 +8,10 @@ from backbones.layers.norm import LayerNorm
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.ops import depthwise_conv
 from backbones.ops.dispatch import has_kernel
-from backbones.scan_patterns import CROSS, ScanPattern
+from backbones.scan_patterns import ATROUS, CROSS, ScanPattern
 from backbones.taps import window_outputs, window_taps
 
+_PARTITIONS = {ATROUS}  # their orders share the cells among them
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # older versions of PyTorch lack it
 
 
@@ -59,7 +60,7 @@ def scan_grid(ssm: SelectiveSSM, x: Tensor, pattern: ScanPattern, local_window: 
     """Scans a map along the orders of ``pattern``, and adds their outputs unless ``out`` is "per_order".
 
     Padded slots of an order read one zero token behind the map: it adds nothing to the state, but the state
-    decays there.
+    decays there. Where the orders share the cells among them, each projects only those that it visits, but on a GPU.
 
     Args:
         ssm: what scans.
@@ -69,14 +70,20 @@ def scan_grid(ssm: SelectiveSSM, x: Tensor, pattern: ScanPattern, local_window: 
         out: "sum" gives (b, h, w, c), "per_order" (b, h, w, k, c).
     """
     height, width = x.shape[1:3]
-    cells = height * width
+    cells, padded = height * width, pattern.padded(height, width)
     tokens = x.flatten(1, 2)
-    if not pattern.padded(height, width):
-        orders = pattern.orders(height, width, x.device)
-        return ssm(tokens, orders, out, local_window).unflatten(1, (height, width))
+    if padded:
+        tokens = F.pad(tokens, (0, 0) * (tokens.dim() - 2) + (0, 1))
     orders = pattern.orders(height, width, x.device, pad_index=cells)
-    tokens = F.pad(tokens, (0, 0) * (tokens.dim() - 2) + (0, 1))
-    return ssm(tokens, orders, out, local_window)[:, :cells].unflatten(1, (height, width))
+    # A GPU gains nothing: what matters there is the number of launches, of which gathering makes more.
+    if pattern in _PARTITIONS and not x.is_cuda and x.dim() == 4 and out == "sum":
+        visited = orders.t().flatten().long()  # step by step, order by order
+        steps = tokens.index_select(1, visited).unflatten(1, (-1, pattern.num_orders))
+        steps = ssm(steps, None, "per_step", local_window).flatten(1, 2)
+        y = steps.new_empty(tokens.shape).index_copy_(1, visited, steps)
+    else:
+        y = ssm(tokens, orders, out, local_window, pattern.visits(height, width))
+    return (y[:, :cells] if padded else y).unflatten(1, (height, width))
 
 
 class SS2D(nn.Module):

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from backbones.ops.depthwise import depthwise_conv
 from backbones.ops.dispatch import BACKENDS, choose_backend, scan_op
+from backbones.ops.visits import Visits
 
-__all__ = ["backends", "depthwise_conv", "selective_scan"]
+__all__ = ["Visits", "backends", "depthwise_conv", "selective_scan"]
 
 _OUTPUTS = ("sum", "per_order", "per_step")
 
@@ -37,6 +38,7 @@ def selective_scan(
     delta_softplus: bool = True,
     out: str = "sum",
     local_window: int = 0,
+    visits: Visits | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Runs k linear recurrences over the same l tokens, each visiting them in its own order (Mamba, algorithm 2).
@@ -66,6 +68,8 @@ def selective_scan(
         local_window: w > 1 makes the scan locally bi-directional (LBMamba): within windows of w steps,
             counted from the first step, a state also receives the later inputs of its window, decayed back to
             it. 0 and 1 are the plain scan.
+        visits: what is known of ``orders``, such as :meth:`backbones.scan_patterns.ScanPattern.visits`; None looks,
+            which on a GPU waits for the device once per table. Not checked: wrong ones give wrong results.
         backend: "naive", "cpu" or "triton"; None takes the fastest that runs on the tensors' device.
 
     Returns:
@@ -82,6 +86,8 @@ def selective_scan(
         raise ValueError(f"out: got {out!r}, expected one of {', '.join(_OUTPUTS)}")
     if local_window < 0:
         raise ValueError(f"local_window: got {local_window}, expected a number of steps >= 0")
+    if visits is not None and not isinstance(visits, Visits):
+        raise ValueError(f"visits: got {type(visits).__name__}, expected backbones.ops.Visits")
 
     backend = choose_backend(backend, u.device.type, u.dtype)
     state_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
@@ -103,6 +109,7 @@ def selective_scan(
         out,
         local_window,
         save,
+        list(visits) if visits is not None and backend == "triton" else None,  # the others look, at no cost
         backend,
     )
     return _as(y, u.dtype)

@@ -159,6 +159,7 @@ def _call(
 def forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
     delta_bias: Tensor | None, dt_weight: Tensor | None, delta_softplus: bool, out: str, local_window: int, save: bool,
+    visits: list[bool] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and, when `save`, the states for `backward`. Raises ValueError for an order outside 0..l-1."""
     u, delta, B, C = _rows(u), _rows(delta), _rows(B), _rows(C)
@@ -193,7 +194,7 @@ def forward(
 def backward(
     grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
     delta_bias: Tensor | None, dt_weight: Tensor | None, states: Tensor, delta_softplus: bool, out: str,
-    local_window: int,
+    local_window: int, visits: list[bool] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of u, delta, A, B, C, D, delta_bias and dt_weight, contiguous; (0,)-shaped for absent arguments."""
     grad, u, delta, B, C = _rows(grad), _rows(u), _rows(delta), _rows(B), _rows(C)

@@ -11,9 +11,10 @@ A backend is a module with four functions, called with checked and normalised te
     None where it runs, else one line that says why it does not.
 ``states_shape(b, t, k, c, n)``
     Shape of the float32 states that its forward keeps for its backward.
-``forward(u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, local_window, save)``
+``forward(u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, local_window, save, visits)``
     (y, states); ``states`` has no elements unless ``save`` is set.
-``backward(grad, u, delta, A, B, C, D, orders, delta_bias, dt_weight, states, delta_softplus, out, local_window)``
+``backward(grad, u, delta, A, B, C, D, orders, delta_bias, dt_weight, states, delta_softplus, out, local_window,
+visits)``
     Gradients of u, delta, A, B, C, D, delta_bias, dt_weight; the last three have no elements where the argument
     is None.
 """
@@ -91,11 +92,11 @@ _OPTIONS = "bool delta_softplus, str out, int local_window"
 # `torch.library.custom_op` would do the same, but looks for aliases in every call: 10 microseconds, forward alone.
 _library = torch.library.Library("backbones", "FRAGMENT")
 _library.define(
-    f"selective_scan({_TENSORS}, {_OPTIONS}, bool save, str backend) -> (Tensor, Tensor)",
+    f"selective_scan({_TENSORS}, {_OPTIONS}, bool save, bool[]? visits, str backend) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
-    f"selective_scan_backward(Tensor grad, {_TENSORS}, Tensor states, {_OPTIONS}, str backend)"
+    f"selective_scan_backward(Tensor grad, {_TENSORS}, Tensor states, {_OPTIONS}, bool[]? visits, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -114,7 +115,7 @@ def _(*args):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake(scan_op, lib=_library)
-def _(u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, local_window, save, backend):  # type: ignore
+def _(u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, local_window, save, visits, backend):  # type: ignore
     b, length = delta.shape[:2]
     k, c, n = A.shape
     t = length if orders is None else orders.shape[1]
@@ -131,25 +132,41 @@ def _(grad, u, delta, A, B, C, D, orders, delta_bias, dt_weight, states, *option
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.delta_softplus, ctx.out, ctx.local_window, _, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)
+class _Scan(torch.autograd.Function):
+    # `register_autograd` would do the same, but its time grows with the square of the number of arguments.
+
+    @staticmethod
+    def forward(ctx: Any, keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        y, states = _below_autograd(keys, *args)
+        *tensors, ctx.delta_softplus, ctx.out, ctx.local_window, _, ctx.visits, ctx.backend = args
+        ctx.save_for_backward(*tensors, states)
+        ctx.set_materialize_grads(False)
+        return y, states
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 16
+        tensors = ctx.saved_tensors
+        args = (grad, *tensors, ctx.delta_softplus, ctx.out, ctx.local_window, ctx.visits)
+        # The gradient of plain PyTorch is autograd's own, which does not run inside of an operator.
+        grads = naive.backward(*args) if ctx.backend == "naive" else scan_backward_op(*args, ctx.backend)
+        given = (*tensors[:6], *tensors[7:9])
+        *before, ddelta_bias, ddt_weight = (None if x is None else y for x, y in zip(given, grads, strict=True))
+        return None, *before, None, ddelta_bias, ddt_weight, *(None,) * 6
 
 
-def _autograd(ctx: Any, grad: Tensor | None, _grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 14
-    tensors = ctx.saved_tensors
-    args = (grad, *tensors, ctx.delta_softplus, ctx.out, ctx.local_window)
-    # The gradient of plain PyTorch is autograd's own, which does not run inside of an operator.
-    grads = naive.backward(*args) if ctx.backend == "naive" else scan_backward_op(*args, ctx.backend)
-    given = (*tensors[:6], *tensors[7:9])
-    *before, ddelta_bias, ddt_weight = (None if x is None else y for x, y in zip(given, grads, strict=True))
-    return *before, None, ddelta_bias, ddt_weight, *(None,) * 5
+def _below_autograd(keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return scan_op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
-torch.library.register_autograd(scan_op, _autograd, setup_context=_setup_context, lib=_library)
+def _with_autograd(keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    differentiable = torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in args])
+    return _Scan.apply(keys, *args) if differentiable else _below_autograd(keys, *args)
+
+
+_library.impl("selective_scan", _with_autograd, "Autograd", with_keyset=True)
 
 
 def _forward_flops(u, delta, A, B, C, D, orders, delta_bias, dt_weight, *args, **kwargs) -> int:  # type: ignore

@@ -94,6 +94,7 @@ def states_shape(b: int, t: int, k: int, c: int, n: int) -> tuple[int, ...]:
 def forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
     delta_bias: Tensor | None, dt_weight: Tensor | None, delta_softplus: bool, out: str, local_window: int, save: bool,
+    visits: list[bool] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :mod:`backbones.ops.dispatch`."""
     if orders is not None:
@@ -109,7 +110,7 @@ def forward(
 def backward(
     grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
     delta_bias: Tensor | None, dt_weight: Tensor | None, states: Tensor, delta_softplus: bool, out: str,
-    local_window: int,
+    local_window: int, visits: list[bool] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """See :mod:`backbones.ops.dispatch`."""
     tensors = (u, delta, A, B, C, D, delta_bias, dt_weight)

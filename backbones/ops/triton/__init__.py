@@ -37,25 +37,26 @@ def states_shape(b: int, t: int, k: int, c: int, n: int) -> tuple[int, ...]:
 def forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
     delta_bias: Tensor | None, dt_weight: Tensor | None, delta_softplus: bool, out: str, local_window: int, save: bool,
+    visits: list[bool] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :mod:`backbones.ops.dispatch`."""
     from backbones.ops.triton import launch
 
     delta = delta if dt_weight is None else per_order_linear(delta, dt_weight)
-    return launch.forward(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, save)
+    return launch.forward(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, save, visits)
 
 
 def backward(
     grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
     delta_bias: Tensor | None, dt_weight: Tensor | None, states: Tensor, delta_softplus: bool, out: str,
-    local_window: int,
+    local_window: int, visits: list[bool] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """See :mod:`backbones.ops.dispatch`."""
     from backbones.ops.triton import launch
 
     low, delta = delta, delta if dt_weight is None else per_order_linear(delta, dt_weight)
     du, ddelta, *others = launch.backward(
-        grad, u, delta, A, B, C, D, orders, delta_bias, states, delta_softplus, out, local_window
+        grad, u, delta, A, B, C, D, orders, delta_bias, states, delta_softplus, out, local_window, visits
     )
     if dt_weight is None:
         return du, ddelta, *others, A.new_empty(0)

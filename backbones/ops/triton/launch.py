@@ -50,7 +50,8 @@ from backbones.ops.triton.host import (
 )
 from backbones.ops.triton.kernels_backward import backward_kernel
 from backbones.ops.triton.kernels_forward import forward_kernel
-from backbones.ops.triton.tables import OrderFacts, order_facts, visits_of
+from backbones.ops.triton.tables import order_facts, visits_of
+from backbones.ops.visits import Visits
 
 _SCRATCH_BYTES = 64 * 2**20  # of backward, whatever the problem
 _SEGMENT_U = 4
@@ -107,7 +108,7 @@ class _Scan:
 
     def __init__(
         self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
-        bias: Tensor | None, softplus: bool, out: str, window: int,
+        bias: Tensor | None, softplus: bool, out: str, window: int, visits: list[bool] | None,
     ) -> None:  # fmt: skip
         self.b, self.length, self.k, self.c = delta.shape
         self.n = A.shape[2]
@@ -118,7 +119,10 @@ class _Scan:
         self.D, self.bias, self.orders = D, bias, orders
         self.softplus, self.out = softplus, out
         self.window = min(window, self.steps)
-        self.facts: OrderFacts = order_facts(orders, self.length, self.k)
+        if orders is None or visits is None:
+            self.facts = order_facts(orders, self.length, self.k)
+        else:
+            self.facts = Visits(*visits)
         self.dtype, self.device = u.dtype, u.device
         self.multiprocessors = multiprocessors(u.device)
         shape = self.n, self.c, self.b * self.k, self.multiprocessors
@@ -235,11 +239,12 @@ class _Scan:
 def forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
     delta_bias: Tensor | None, delta_softplus: bool, out: str, local_window: int, save: bool,
+    visits: list[bool] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :mod:`backbones.ops.dispatch`."""
     check_device("u", u)
     with device_of(u):
-        scan = _Scan(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window)
+        scan = _Scan(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, visits)
         config = scan.forward_config
         slots = (scan.steps - 1) // CHUNK
         states = empty((scan.b, scan.k, slots, scan.n, scan.c), torch.float32, u.device) if save else None
@@ -258,10 +263,11 @@ def forward(
 def backward(
     grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
     delta_bias: Tensor | None, states: Tensor, delta_softplus: bool, out: str, local_window: int,
+    visits: list[bool] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """See :mod:`backbones.ops.dispatch`."""
     with device_of(u):
-        scan = _Scan(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window)
+        scan = _Scan(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, visits)
         config = scan.backward_config
         if scan.window > 1:
             config = backward_window_config(config)
