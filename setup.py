@@ -20,8 +20,8 @@ from setuptools.errors import BaseError, CCompilerError
 
 ROOT = Path(__file__).parent
 CSRC = "backbones/ops/csrc"
-DISPATCH = [f"{CSRC}/dispatch.cpp", f"{CSRC}/depthwise.cpp"]
-KERNELS = [f"{CSRC}/scan_kernels.cpp", f"{CSRC}/depthwise_kernels.cpp"]  # compiled for every instruction set
+DISPATCH = [f"{CSRC}/{name}.cpp" for name in ("dispatch", "depthwise", "pointwise")]
+KERNELS = [f"{CSRC}/{name}_kernels.cpp" for name in ("scan", "depthwise", "pointwise")]  # compiled for every instruction set
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")  # as backbones/ops/cpu.py expects it
 
 # Never -ffast-math: exp2 relies on the rounding that IEEE prescribes.

@@ -35,6 +35,7 @@ from backbones.layers import (
     channels_last,
     scan_grid,
 )
+from backbones.ops.pointwise import silu_gate
 from backbones.scan_patterns import CROSS, ScanPattern, checked_pattern
 from backbones.zoo import default_cfgs as zoo_cfgs
 
@@ -111,7 +112,7 @@ class GroupMambaLayer(nn.Module):
         u = self.conv2d(u.flatten(-2)).unflatten(-1, (self.groups, -1))
         y = scan_grid(self.ssm, u, self.pattern, self.local_window, out="per_order")
         tokens = y.flatten(0, 2).flatten(1)  # (b h w, dim), where GroupNorm is a LayerNorm of each group
-        y = self.out_proj(self.out_norm(tokens).view_as(y) * F.silu(z)).flatten(-2)
+        y = self.out_proj(silu_gate(self.out_norm(tokens).view_as(y), z, backend=self.ssm.backend)).flatten(-2)
         return self.proj(self.norm(y * self.skip_scale * x * weight))
 
 

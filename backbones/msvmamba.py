@@ -49,6 +49,7 @@ from backbones.layers.key_rules import (
 )
 from backbones.layers.resolution import channels_first, channels_last
 from backbones.layers.vss_block import VSSBlock
+from backbones.ops.pointwise import silu_gate
 from backbones.scan_patterns import MULTI_SCALE, ScanPattern, checked_pattern
 from backbones.zoo import default_cfgs as zoo_cfgs
 
@@ -132,7 +133,7 @@ class MultiScaleSS2D(nn.Module):
             low = scan_grid(self.ssm_low, low, self.pattern, self.local_window)
             y = self.out_norm(full + self._upsample(low, full))
         y = self.se(y)
-        return self.out_proj(y if z is None else y * F.silu(z))
+        return self.out_proj(y if z is None else silu_gate(y, z, backend=self.ssm_full.backend))
 
     def _scan_and_norm(self, x: Tensor) -> Tensor:
         """Normalises every step, and adds those of one cell by gathering: scattering is not deterministic."""

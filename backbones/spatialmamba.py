@@ -26,6 +26,7 @@ from backbones.builder import build_model
 from backbones.checkpoints import ONE_ORDER, KeyRule
 from backbones.layers import DepthwiseConv2d, LayerNorm, SelectiveSSM, channels_first, channels_last, scan_grid
 from backbones.ops import Visits, selective_scan
+from backbones.ops.pointwise import silu_gate
 from backbones.scan_patterns import FORWARD, ScanPattern, checked_pattern
 from backbones.zoo import default_cfgs as zoo_cfgs
 
@@ -203,7 +204,7 @@ class StructureAwareSSM(nn.Module):
         C = F.linear(x, self.ssm.x_proj_weight[0, -1:])
         y = states * C + x * self.ssm.D
         y = self.out_norm(y.to(self.out_norm.weight.dtype))  # float32 under autocast, as the states
-        return self.out_proj(y * F.silu(z))
+        return self.out_proj(silu_gate(y, z, backend=self.ssm.backend))
 
 
 class Block(nn.Module):

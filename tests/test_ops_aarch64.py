@@ -108,7 +108,7 @@ def memory_sizes(words: list[int]) -> dict[int, int]:
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("aarch64") / "driver"
-    sources = [ROOT / "backbones/ops/csrc" / name for name in ("dispatch.cpp", "scan_kernels.cpp")]
+    sources = sorted((ROOT / "backbones/ops/csrc").glob("*.cpp"))
     command = [COMPILER, *build_flags(), "-Wall", "-Werror", "-fopenmp", "-DSCAN_ISA=baseline", *map(str, sources)]
     subprocess.run([*command, str(ROOT / "tests/emulated_driver.cpp"), "-o", str(path)], check=True)
     return path

@@ -1,6 +1,6 @@
 """What every backbone shares: timm's model contract, for plain models and for hierarchical ones of four stages."""
 
-from backbones.base.contract import Backbone, Constructor, rms_norm
+from backbones.base.contract import Backbone, Constructor
 from backbones.base.hierarchical import HierarchicalBackbone, Stage
 from backbones.base.plain import PlainBackbone
 
@@ -10,5 +10,4 @@ __all__ = [
     "HierarchicalBackbone",
     "PlainBackbone",
     "Stage",
-    "rms_norm",
 ]

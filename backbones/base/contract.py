@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from backbones.checkpoints import WEIGHT_KEYS, KeyRule, StateDict
 
 Constructor = Callable[..., nn.Module]
-rms_norm = partial(nn.RMSNorm, eps=1e-5)
 
 # Parameters of a state-space layer that its authors exempt from weight decay, and biases that are stacked
 # over orders.

@@ -12,9 +12,10 @@ from timm.layers import DropPath, lecun_normal_, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from backbones.base.contract import Backbone, Constructor, rms_norm
+from backbones.base.contract import Backbone, Constructor
 from backbones.checkpoints import StateDict
 from backbones.layers.mamba import MambaBlock
+from backbones.layers.norm import RMSNorm
 from backbones.layers.patch_embed import PatchEmbed
 
 _logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class PlainBackbone(Backbone):
         class_token: bool = True,
         dynamic_img_size: bool = False,
         dynamic_img_pad: bool = False,
-        norm_layer: Constructor = rms_norm,
+        norm_layer: Constructor = RMSNorm,
         attn_pool: Constructor | None = None,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.ops import depthwise_conv
+from backbones.ops.pointwise import silu_gate
 from backbones.scan_patterns import BIDIRECTIONAL, FORWARD, REVERSE, ScanPattern, is_traced
 from backbones.taps import causal_taps
 
@@ -73,8 +74,8 @@ class MambaMixer(nn.Module):
         window = self.local_window(x.shape[1]) if callable(self.local_window) else self.local_window
         # A class token is one more that every order of the grid visits once: the facts stay the same.
         walked = (1, x.shape[1]) if self.pattern in _SEQUENCE_PATTERNS else grid
-        y = self.ssm(u, orders, local_window=window, visits=self.pattern.visits(*walked)) * F.silu(z)
-        return self.out_proj(y / self.pattern.num_orders)
+        y = self.ssm(u, orders, local_window=window, visits=self.pattern.visits(*walked))
+        return self.out_proj(silu_gate(y, z, 1 / self.pattern.num_orders, self.ssm.backend))
 
 
 def _tables(

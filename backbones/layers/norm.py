@@ -1,9 +1,10 @@
-"""LayerNorm that is fast on the narrow rows of channels-last maps."""
+"""Norms that are fast on the narrow rows of channels-last maps and tokens."""
 
 import torch
 from torch import Tensor, nn
 
 from backbones.ops.norm import layer_norm, runs_on
+from backbones.ops.pointwise import rms_norm
 
 
 class LayerNorm(nn.LayerNorm):
@@ -36,3 +37,26 @@ class LayerNorm(nn.LayerNorm):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type) if self.autocast_out else torch.float32
         return layer_norm(x, self.weight, self.bias, self.eps, dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's RMSNorm over the last axis, on a CPU in one pass through memory.
+
+    Args:
+        dim: length of the last axis.
+        eps: added to the mean of squares.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, eps, device=device, dtype=dtype)
+        self.epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) to (..., dim)."""
+        return rms_norm(x, self.weight, self.epsilon)

@@ -8,6 +8,7 @@ from backbones.layers.norm import LayerNorm
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.ops import depthwise_conv
 from backbones.ops.dispatch import has_kernel
+from backbones.ops.pointwise import silu_gate
 from backbones.scan_patterns import ATROUS, CROSS, ScanPattern
 from backbones.taps import window_outputs, window_taps
 
@@ -129,4 +130,4 @@ class SS2D(nn.Module):
         """(b, h, w, dim) to (b, h, w, dim)."""
         x, z = self.in_proj(x).chunk(2, dim=-1) if self.gated else (self.in_proj(x), None)
         y = self.out_norm(scan_grid(self.ssm, self.conv2d(x), self.pattern, self.local_window))
-        return self.out_proj(y if z is None else y * F.silu(z))
+        return self.out_proj(y if z is None else silu_gate(y, z, backend=self.ssm.backend))

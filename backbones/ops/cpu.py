@@ -26,6 +26,8 @@ LIBRARY = Path(__file__).with_name("_scan_cpu" + {"win32": ".dll", "darwin": ".d
 _OUT = {"sum": 0, "per_order": 1, "per_step": 2}
 _CALL = struct.Struct("=47q")  # `Call` in csrc/scan.h
 CONV_CALL = struct.Struct("=24q")  # `ConvCall` in csrc/depthwise.h
+GATE_CALL = struct.Struct("=13qd")  # `GateCall` and `NormCall` in csrc/pointwise.h
+NORM_CALL = struct.Struct("=11qd")
 _ORDER_OUT_OF_RANGE, _NO_MEMORY = 1, 2
 
 
@@ -42,7 +44,7 @@ def _library() -> ctypes.CDLL | str:
     except OSError as error:
         return f"the compiled kernel {LIBRARY.name} does not load ({error}); reinstall ssm-backbones on this machine"
     another = f"the compiled kernel {LIBRARY.name} belongs to another version; reinstall ssm-backbones"
-    for operator, call in (("scan", _CALL), ("depthwise", CONV_CALL)):
+    for operator, call in (("scan", _CALL), ("depthwise", CONV_CALL), ("gate", GATE_CALL), ("rms_norm", NORM_CALL)):
         try:
             forward, backward, call_size = (
                 getattr(lib, f"backbones_{operator}_{name}") for name in ("forward", "backward", "call_size")

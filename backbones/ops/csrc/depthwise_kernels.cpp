@@ -13,12 +13,6 @@ constexpr int B = kConvBlock;
 constexpr int64_t kAhead = 2 * B;          // outputs from the prefetch of a row to its use
 constexpr int kSigmoids = W == 8 ? 2 : 4;  // vectors whose long dependency chains are interleaved
 
-template <int U>
-SCAN_INLINE Pack<U> sigmoid(Pack<U> x) {
-  Pack<U> e = exp_negative(max(-88.0f, minus_abs(x)));
-  return one_if_positive(x, e) * reciprocal(1.0f + e);
-}
-
 // Replaces a by body(a, b), a few vectors at a time.
 template <class F>
 SCAN_INLINE void in_pieces(Pack<B>* a, const Pack<B>* b, F body) {

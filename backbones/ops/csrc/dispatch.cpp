@@ -5,6 +5,7 @@
 
 #include "depthwise.h"
 #include "parallel.h"
+#include "pointwise.h"
 #include "scan.h"
 
 namespace scan {
@@ -16,6 +17,7 @@ struct Isa {
   const char* name;
   const Kernels* kernels;
   const ConvKernels* conv_kernels;
+  const PointwiseKernels* pointwise_kernels;
   bool supported;
 };
 
@@ -26,11 +28,11 @@ const std::vector<Isa>& isas() {  // the fastest first
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   static const std::vector<Isa> all{
-      {"avx512", &kernels_avx512, &conv_kernels_avx512, avx512},
-      {"avx2", &kernels_avx2, &conv_kernels_avx2, avx2},
-      {"baseline", &kernels_baseline, &conv_kernels_baseline, true}};
+      {"avx512", &kernels_avx512, &conv_kernels_avx512, &pointwise_kernels_avx512, avx512},
+      {"avx2", &kernels_avx2, &conv_kernels_avx2, &pointwise_kernels_avx2, avx2},
+      {"baseline", &kernels_baseline, &conv_kernels_baseline, &pointwise_kernels_baseline, true}};
 #else
-  static const std::vector<Isa> all{{"baseline", &kernels_baseline, &conv_kernels_baseline, true}};
+  static const std::vector<Isa> all{{"baseline", &kernels_baseline, &conv_kernels_baseline, &pointwise_kernels_baseline, true}};
 #endif
   return all;
 }
@@ -213,6 +215,7 @@ int64_t backward(const Call& call) {
 }  // namespace
 
 const ConvKernels& conv_kernels() { return *current().conv_kernels; }
+const PointwiseKernels& pointwise_kernels() { return *current().pointwise_kernels; }
 
 }  // namespace scan
 

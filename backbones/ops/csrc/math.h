@@ -1,4 +1,4 @@
-// softplus and its slope, on top of what the instruction set does best.
+// softplus, its slope and the sigmoid, on top of what the instruction set does best.
 #pragma once
 
 #include "pack.h"
@@ -28,6 +28,12 @@ SCAN_INLINE Pack<U> softplus_and_slope(Pack<U> x, Pack<U>* slope) {  // slope: t
   Pack<U> e = exp_negative(minus_abs(x));
   *slope = one_if_positive(x, e) * reciprocal(1.0f + e);
   return log1p_unit(e) + max(0.0f, x);
+}
+
+template <int U>
+SCAN_INLINE Pack<U> sigmoid(Pack<U> x) {
+  Pack<U> e = exp_negative(max(-88.0f, minus_abs(x)));
+  return one_if_positive(x, e) * reciprocal(1.0f + e);
 }
 
 }  // namespace

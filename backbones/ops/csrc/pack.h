@@ -178,5 +178,22 @@ SCAN_INLINE void store_pack(E* p, Pack<U> x, int64_t lanes = U * W) {
   for (int i = 0; i < U; i++) store(p + i * W, x.v[i], lanes - i * W);
 }
 
+constexpr int kInterleaved = W == 8 ? 2 : 4;  // vectors whose long dependency chains are interleaved
+
+// Calls body(v, lanes, Size<U>) over a row of channels: several vectors at a time, then fewer, the last one with fewer
+// lanes.
+template <int U>
+struct Size {
+  static constexpr int value = U;
+};
+template <int kUnroll = kInterleaved, class F>
+SCAN_INLINE void for_row(int64_t channels, F body) {
+  int64_t v = 0;
+  for (; v + kUnroll * W <= channels; v += kUnroll * W) body(v, kUnroll * W, Size<kUnroll>());
+  for (; v + 2 * W <= channels; v += 2 * W) body(v, 2 * W, Size<2>());
+  for (; v + W <= channels; v += W) body(v, W, Size<1>());
+  if (v < channels) body(v, channels - v, Size<1>());
+}
+
 }  // namespace
 }  // namespace scan

@@ -6,7 +6,6 @@
 namespace scan {
 namespace {
 
-constexpr int kInterleaved = W == 8 ? 2 : 4;  // vectors whose long dependency chains are interleaved
 constexpr int64_t kAhead = 5;                 // steps from the prefetch of a row to its use
 constexpr int64_t kTile = 64;                 // channels whose steps are worked on together, in L1
 
@@ -40,21 +39,6 @@ SCAN_INLINE void emit(const Target& to, int64_t row, int64_t channel, Pack<U> x,
     emit((float*)to.base + row * to.row + channel, x, lanes, first);
   else
     emit((E*)to.base + row * to.row + channel, x, lanes, first);
-}
-
-// Calls body(v, lanes, Size<U>) over a row of channels: several vectors at a time, then fewer, the last one with fewer
-// lanes.
-template <int U>
-struct Size {
-  static constexpr int value = U;
-};
-template <int kUnroll = kInterleaved, class F>
-SCAN_INLINE void for_row(int64_t channels, F body) {
-  int64_t v = 0;
-  for (; v + kUnroll * W <= channels; v += kUnroll * W) body(v, kUnroll * W, Size<kUnroll>());
-  for (; v + 2 * W <= channels; v += 2 * W) body(v, 2 * W, Size<2>());
-  for (; v + W <= channels; v += W) body(v, W, Size<1>());
-  if (v < channels) body(v, channels - v, Size<1>());
 }
 
 template <class E>
