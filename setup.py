@@ -21,7 +21,8 @@ from setuptools.errors import BaseError, CCompilerError
 ROOT = Path(__file__).parent
 CSRC = "backbones/ops/csrc"
 DISPATCH = [f"{CSRC}/{name}.cpp" for name in ("dispatch", "depthwise", "pointwise")]
-KERNELS = [f"{CSRC}/{name}_kernels.cpp" for name in ("scan", "depthwise", "pointwise")]  # compiled for every instruction set
+# Compiled for every instruction set:
+KERNELS = [f"{CSRC}/{name}_kernels.cpp" for name in ("scan", "depthwise", "pointwise")]
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")  # as backbones/ops/cpu.py expects it
 
 # Never -ffast-math: exp2 relies on the rounding that IEEE prescribes.

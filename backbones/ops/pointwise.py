@@ -49,7 +49,7 @@ def _kernel_runs(x: Tensor, other: Tensor, backend: str | None) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.numel() > 0
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and choose_backend(backend, "cpu", x.dtype) == "cpu"
     )
 
