@@ -79,6 +79,14 @@ class ScanPattern:
             pad_index = _checked_int("pad_index", pad_index) if self.padded(height, width) else None
         probe = torch.empty(0, device="cpu" if device is None else device)
         if is_traced(probe):
+            # Opaque to compilers, which neither have to index along the orders' arithmetic nor do it at every call.
+            if (
+                torch.compiler.is_compiling()
+                and not _is_exporting()
+                and self._is_catalogued()
+                and _static(height, width)
+            ):
+                return torch.ops.backbones.scan_orders(probe, self.name, height, width, pad_index)
             return _filled(_table(self, height, width, probe.device), pad_index)
         return _cached_table(self, height, width, probe.device, pad_index)
 
@@ -93,7 +101,7 @@ class ScanPattern:
         """
         sides = _checked_int("height", height), _checked_int("width", width)
         # Where `torch.jit` traces, sides are tensors.
-        if torch.jit.is_tracing() or not all(has_static_value(side) for side in sides):  # type: ignore[attr-defined]
+        if torch.jit.is_tracing() or not _static(*sides):  # type: ignore[attr-defined]
             return None
         return Visits(*self._visits(*sides))
 
@@ -101,10 +109,23 @@ class ScanPattern:
     def _visits(self, height: int, width: int) -> tuple[bool, ...]:
         return _cached_visits(self, height, width)
 
+    @torch.compiler.assume_constant_result
+    def _is_catalogued(self) -> bool:
+        return PATTERNS.get(self.name) is self
+
     def padded(self, height: int, width: int) -> bool:
         """Whether `orders` may hold padded slots on this grid (with dynamic sides: on some grid)."""
         sides = _checked_int("height", height), _checked_int("width", width)
         return not all(statically_known_true(side % self.pad_to == 0) for side in sides)
+
+
+@torch.compiler.assume_constant_result  # traced, PyTorch's own is True whether one exports or not
+def _is_exporting() -> bool:
+    return getattr(torch.compiler, "is_exporting", lambda: True)()  # older versions of PyTorch cannot tell
+
+
+def _static(*sides: int) -> bool:
+    return all(has_static_value(side) for side in sides)
 
 
 def _checked_int(name: str, value: int) -> int:
@@ -149,6 +170,12 @@ def _cached_table(pattern: ScanPattern, height: int, width: int, device: torch.d
 
 
 @lru_cache(maxsize=1024)
+def _cached_shape(pattern: ScanPattern, height: int, width: int) -> torch.Size:
+    with _disable_current_modes(), torch._C._DisableFuncTorch():
+        return _checked_table(pattern, height, width, None).shape
+
+
+@lru_cache(maxsize=1024)
 def _cached_visits(pattern: ScanPattern, height: int, width: int) -> tuple[bool, ...]:
     cells = height * width
     with _disable_current_modes(), torch._C._DisableFuncTorch():  # a tracer's tensors hold no numbers
@@ -165,6 +192,24 @@ def _checked_table(pattern: ScanPattern, height: int, width: int, pad_index: int
             f"{first}..{last} of a {height} x {width} grid, got {int(table.min())}..{int(table.max())}"
         )
     return _filled(table, pad_index)
+
+
+_library = torch.library.Library("backbones", "FRAGMENT")
+_library.define(
+    "scan_orders(Tensor like, str pattern, int height, int width, int? pad_index) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl(_library, "scan_orders", "CompositeExplicitAutograd")
+def _(like: Tensor, pattern: str, height: int, width: int, pad_index: int | None) -> Tensor:
+    # A copy, because compilers may write into what an operator gave them.
+    return _cached_table(PATTERNS[pattern], height, width, like.device, pad_index).clone()
+
+
+@torch.library.register_fake("backbones::scan_orders", lib=_library)
+def _(like: Tensor, pattern: str, height: int, width: int, pad_index: int | None) -> Tensor:
+    return like.new_empty(_cached_shape(PATTERNS[pattern], height, width), dtype=torch.int32)
 
 
 def raster(grid: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import gzip
 import json
 import pickle
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -456,3 +456,25 @@ def test_jit_trace() -> None:
     # Tools that count operations trace models this way; sizes are tensors there.
     traced = torch.jit.trace(Gather(ATROUS), (feature_map(5, 6),))
     assert torch.equal(traced(feature_map(5, 6)), Gather(ATROUS)(feature_map(5, 6)))
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_compiled_programs_take_the_table_as_it_is(name: str) -> None:
+    pattern, calls = PATTERNS[name], []
+
+    def compiler(module: torch.fx.GraphModule, _inputs: object) -> Callable:
+        calls.extend(str(node.target) for node in module.graph.nodes if node.op == "call_function")
+        return module.forward
+
+    def table(grid: Tensor) -> Tensor:
+        return pattern.orders(*grid.shape, pad_index=grid.numel()) + 0
+
+    torch.compiler.reset()
+    grid = torch.zeros(5, 7)
+    assert torch.equal(torch.compile(table, fullgraph=True, dynamic=False, backend=compiler)(grid), table(grid))
+    assert any("scan_orders" in call for call in calls) and not any("arange" in call for call in calls)
+
+
+@pytest.mark.parametrize("name", ["cross", "atrous"])
+def test_registration(name: str) -> None:
+    torch.library.opcheck(torch.ops.backbones.scan_orders.default, (torch.empty(0), name, 5, 7, 35))

@@ -13,7 +13,6 @@ from backbones.scan_patterns import ATROUS, CROSS, ScanPattern
 from backbones.taps import window_outputs, window_taps
 
 _PARTITIONS = {ATROUS}  # their orders share the cells among them
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # older versions of PyTorch lack it
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -45,10 +44,9 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) to (b, ceil(h / stride), ceil(w / stride), c)."""
         (height, width), size, stride = x.shape[1:3], self.kernel_size[0], self.stride[0]
-        # PyTorch's own convolution is faster than the naive operator, and what other runtimes know; a program for any
-        # size would make the tables at every call.
-        sized = isinstance(height, int) and isinstance(width, int)
-        if is_exporting() or not sized or not has_kernel(x.device.type, x.dtype):
+        # PyTorch's own convolution is faster than the naive operator, and what compilers fuse and other runtimes know.
+        traced = torch.compiler.is_compiling() or not isinstance(height, int)
+        if traced or not has_kernel(x.device.type, x.dtype):
             y = super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             return F.silu(y) if self.silu else y
         taps, inverse_taps = window_taps(height, width, size, stride, device=x.device)
