@@ -167,6 +167,10 @@ def test_the_readme_s_words_about_speed_hold() -> None:
     assert float(rows["vmamba_tiny_s1l8"]["inference_img_s"]) < float(rows["convnext_tiny"]["inference_img_s"])
     slow = [graphs[name] for name in ("msvmamba_tiny", "groupmamba_tiny", "spatialmamba_tiny")]
     assert max(slow) < graphs["swin_tiny_patch4_window7_224"]
+    rows = benchmarks.read(model_cards.RESULTS / "models_compiled_h200.csv").rows
+    compiled = {row["model"]: float(row["inference_img_s"]) for row in rows if row["mode"] == "graphs"}
+    assert compiled["convnext_tiny"] > compiled["vim_tiny"] > compiled["swin_tiny_patch4_window7_224"]
+    assert compiled["swin_tiny_patch4_window7_224"] > compiled["vmamba_tiny_s1l8"]
     long = benchmarks.read(model_cards.RESULTS / "long_sequence_h200.csv").rows
     times = {row["model"] + row["attention"]: float(row["graph_inference_ms"]) for row in long if row["batch"] == "8"}
     assert times["deit_tiny_patch16_224scaled_dot_product_attention"] < times["vim_tiny"] < times["vim_tiny (original)"]

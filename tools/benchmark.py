@@ -34,13 +34,21 @@ console = Console()
 
 
 def show(rows: list[dict[str, object]], facts: dict[str, object]) -> None:
-    """The rows as a table, under their conditions."""
-    table = Table(title="; ".join(f"{key} {value}" for key, value in facts.items()), title_style="dim")
-    for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+    """The rows as tables under their conditions, one for each shape of the operator."""
+    console.print("; ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
+    groups: dict[str, list[dict[str, object]]] = {}
     for row in rows:
-        table.add_row(*(_text(value) for value in row.values()))
-    console.print(table)
+        groups.setdefault(f"{row['shape']}: {row['of']}" if "shape" in row else "", []).append(row)
+    for title, group in groups.items():
+        # A column without a value here, and what the title says, only take room.
+        columns = [x for x in group[0] if x not in ("shape", "of") and any(row[x] is not None for row in group)]
+        table = Table(title=title or None, title_justify="left")
+        for column in columns:
+            text = isinstance(group[0][column], str)
+            table.add_column(column, justify="left" if text else "right", no_wrap=text)
+        for row in group:
+            table.add_row(*(_text(row[column]) for column in columns))
+        console.print(table)
 
 
 def _text(value: object) -> str:

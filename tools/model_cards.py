@@ -41,13 +41,18 @@ def pictures() -> dict[Path, bytes]:
 
 def _speed(prefix: str) -> dict[str, str]:
     cpu = benchmarks.read(RESULTS / "selective_scan_cpu.csv")
+    cpu_models, cpu_long = (benchmarks.read(RESULTS / f"{name}.csv") for name in ("models_cpu", "models_cpu_1248"))
     scans = [benchmarks.read(path) for path in sorted(RESULTS.glob("selective_scan_h200*.csv"))]
     models = benchmarks.read(RESULTS / "models_h200.csv")
+    compiled = benchmarks.read(RESULTS / "models_compiled_h200.csv")
     originals = benchmarks.read(RESULTS / "originals_h200.csv")
     tables = {
         "cpu": (benchmarks.cpu_table(cpu), [cpu]),
+        "cpu-models": (benchmarks.cpu_model_table(cpu_models), [cpu_models]),
+        "cpu-long": (benchmarks.cpu_model_table(cpu_long), [cpu_long]),
         "gpu-scan": (benchmarks.gpu_scan_table(scans), scans),
         "gpu-models": (benchmarks.gpu_model_table(models, originals), [models, originals]),
+        "gpu-compiled": (benchmarks.gpu_compiled_table(compiled, originals), [compiled]),
     }
     return {name: f"{text}\n\n{benchmarks.conditions(files, ROOT, prefix)}" for name, (text, files) in tables.items()}
 

@@ -106,3 +106,37 @@ def gpu_model_table(results: Results, originals: Results) -> str:
     for what in ("inference", "training"):
         header += [f"{what}, images/s", "as a graph", "original"]
     return table([*header, "peak of training, MiB", "original"], rows)
+
+
+def gpu_compiled_table(results: Results, originals: Results) -> str:
+    """Images a second of models under ``torch.compile``, and how many times as many as the originals'."""
+    speeds = ("inference_img_s", "training_img_s")
+    results.need("model", "mode", *speeds, "batch1_ms")
+    official = {row["model"]: row for row in originals.rows}
+    rows = []
+    for row in results.rows:
+        if row["mode"] == "graphs":
+            other = official.get(row["model"])
+            cells = [
+                (f"{float(row[x]):.0f}", f"{float(row[x]) / float(other[x]):.2g}x" if other else "") for x in speeds
+            ]
+            rows.append([f"`{row['model']}`", *cells[0], *cells[1], f"{float(row['batch1_ms']):.2g}"])
+    header = ["model", "inference, images/s", "over the original", "training, images/s", "over the original"]
+    return table([*header, "one image, ms"], rows)
+
+
+def cpu_model_table(results: Results) -> str:
+    """Images a second of whole models on a CPU, and how many times as many as models of timm."""
+    results.need("model", "inference img/s", "training img/s")
+    row = results.rows[0]
+    others = [name.removeprefix("inference over ") for name in row if name.startswith("inference over ")]
+    kinds = ("inference", "training")
+    header = ["model", *(x for kind in kinds for x in (f"{kind}, images/s", *(f"over {other}" for other in others)))]
+    rows = [
+        [
+            f"`{row['model']}`",
+            *(row[x] for kind in kinds for x in (f"{kind} img/s", *(f"{kind} over {o}" for o in others))),
+        ]
+        for row in results.rows
+    ]
+    return table(header, rows)
