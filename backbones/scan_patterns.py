@@ -30,7 +30,10 @@ from backbones.ops.visits import Visits
 
 OrderFn = Callable[[Tensor], Tensor]
 
-has_static_value = getattr(symbolic_shapes, "has_static_value", lambda x: False)  # older versions of PyTorch lack it
+# Older versions of PyTorch lack it, and cannot tell while they compile.
+has_static_value = getattr(
+    symbolic_shapes, "has_static_value", lambda side: isinstance(side, int) and not torch.compiler.is_compiling()
+)
 
 
 @dataclass(frozen=True)

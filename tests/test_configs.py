@@ -179,7 +179,7 @@ def backward(config: Config, data: dict[str, Any]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in STEPS])
+@pytest.mark.parametrize("name", STEPS)
 def test_one_step(name: str) -> None:
     """Every parameter gets a finite gradient; one of the two images has no ground truth."""
     size = 64

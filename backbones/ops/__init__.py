@@ -135,7 +135,7 @@ def _token_dtype(backend: str, u: Tensor, delta: Tensor, B: Tensor, C: Tensor) -
 
 
 def _check_tensors(**tensors: Any) -> None:
-    device = getattr(tensors["u"], "device", None)
+    device = tensors["u"].device if isinstance(tensors["u"], Tensor) else None
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             if x is None and name in ("D", "orders", "delta_bias", "dt_weight"):

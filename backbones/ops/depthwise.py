@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from backbones.ops import depthwise_naive
 from backbones.ops.dispatch import choose_backend
@@ -159,14 +159,17 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 conv_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.backbones.depthwise_conv)
 def _forward_flops(x, weight, bias, taps, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
     """A multiplication and an addition a tap."""
     (b, _, c), (k, j, m) = x, taps
     return 2 * b * k * j * m * c
 
 
-@register_flop_formula(torch.ops.backbones.depthwise_conv_backward)
 def _backward_flops(grad, x, weight, bias, taps, inverse_taps, silu, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
     """As much for the gradient of x and for that of the weights, and for SiLU's argument, computed again."""
     return (3 if silu else 2) * _forward_flops(x, weight, bias, taps)
+
+
+# `register_flop_formula` of torch 2.4 files a formula where its counter does not look.
+flop_registry[torch.ops.backbones.depthwise_conv] = shape_wrapper(_forward_flops)
+flop_registry[torch.ops.backbones.depthwise_conv_backward] = shape_wrapper(_backward_flops)
