@@ -15,7 +15,8 @@ An order is written as a function of the grid, the ``(H, W)`` tensor of raster i
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache, partial
@@ -169,32 +170,29 @@ def _filled(table: Tensor, pad_index: int | None) -> Tensor:
 def _cached_table(pattern: ScanPattern, height: int, width: int, device: torch.device, pad_index: int | None) -> Tensor:
     # A tensor made under inference_mode could not be saved for the backward pass of a later training step.
     with torch.inference_mode(False):
-        return _checked_table(pattern, height, width, pad_index).to(device)
+        table = _table(pattern, height, width, torch.device("cpu"))
+        first, last = (-1 if pattern.padded(height, width) else 0), height * width - 1
+        if int(table.min()) < first or int(table.max()) > last:
+            raise ValueError(
+                f"order_fn of pattern {pattern.name!r} (pad_to={pattern.pad_to}) must name cells "
+                f"{first}..{last} of a {height} x {width} grid, got {int(table.min())}..{int(table.max())}"
+            )
+        return _filled(table, pad_index).to(device)
 
 
-@lru_cache(maxsize=1024)
-def _cached_shape(pattern: ScanPattern, height: int, width: int) -> torch.Size:
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Tensors made within hold numbers, which those of a tracer do not."""
     with _disable_current_modes(), torch._C._DisableFuncTorch():
-        return _checked_table(pattern, height, width, None).shape
+        yield
 
 
 @lru_cache(maxsize=1024)
 def _cached_visits(pattern: ScanPattern, height: int, width: int) -> tuple[bool, ...]:
-    cells = height * width
-    with _disable_current_modes(), torch._C._DisableFuncTorch():  # a tracer's tensors hold no numbers
-        table = _checked_table(pattern, height, width, cells)
-        return tuple(Visits.of(table, cells + pattern.padded(height, width)))
-
-
-def _checked_table(pattern: ScanPattern, height: int, width: int, pad_index: int | None) -> Tensor:
-    table = _table(pattern, height, width, torch.device("cpu"))
-    first, last = (-1 if pattern.padded(height, width) else 0), height * width - 1
-    if int(table.min()) < first or int(table.max()) > last:
-        raise ValueError(
-            f"order_fn of pattern {pattern.name!r} (pad_to={pattern.pad_to}) must name cells "
-            f"{first}..{last} of a {height} x {width} grid, got {int(table.min())}..{int(table.max())}"
-        )
-    return _filled(table, pad_index)
+    cells, padded = height * width, pattern.padded(height, width)
+    with _untraced():
+        table = _cached_table(pattern, height, width, torch.device("cpu"), cells if padded else None)
+        return tuple(Visits.of(table, cells + padded))
 
 
 _library = torch.library.Library("backbones", "FRAGMENT")
@@ -212,7 +210,9 @@ def _(like: Tensor, pattern: str, height: int, width: int, pad_index: int | None
 
 @torch.library.register_fake("backbones::scan_orders", lib=_library)
 def _(like: Tensor, pattern: str, height: int, width: int, pad_index: int | None) -> Tensor:
-    return like.new_empty(_cached_shape(PATTERNS[pattern], height, width), dtype=torch.int32)
+    with _untraced():
+        shape = _cached_table(PATTERNS[pattern], height, width, torch.device("cpu"), pad_index).shape
+    return like.new_empty(shape, dtype=torch.int32)
 
 
 def raster(grid: Tensor) -> Tensor:

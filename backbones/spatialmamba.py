@@ -25,7 +25,6 @@ from backbones.base import Constructor, HierarchicalBackbone
 from backbones.builder import build_model
 from backbones.checkpoints import ONE_ORDER, KeyRule
 from backbones.layers import DepthwiseConv2d, LayerNorm, SelectiveSSM, channels_first, channels_last, scan_grid
-from backbones.ops import Visits, selective_scan
 from backbones.ops.pointwise import silu_gate
 from backbones.scan_patterns import FORWARD, ScanPattern, checked_pattern
 from backbones.zoo import default_cfgs as zoo_cfgs
@@ -80,35 +79,14 @@ class Downsample(nn.Module):
 
 
 class StateScan(SelectiveSSM):
-    """A selective state-space layer that gives its states, one a channel; C and D are left to the caller."""
+    """A selective state-space layer that gives its states, one a channel; C and D are left to the caller.
 
-    def forward(
-        self,
-        u: Tensor,
-        orders: Tensor | None = None,
-        out: str = "sum",
-        local_window: int = 0,
-        visits: Visits | None = None,
-    ) -> Tensor:
-        """u (b, l, c) to states (b, l, c), in float32 at least.
+    With n = 1, C = 1 and no D the scan's output is its state: u (b, l, c) to states (b, l, c), in float32 at least.
+    """
 
-        With n = 1, C = 1 and no D the scan's output is its state.
-        """
+    def operands(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
         delta, dt_weight, B, _ = self.project(u)
-        return selective_scan(
-            u.to(torch.promote_types(u.dtype, torch.float32)),
-            delta,
-            self.A,
-            B,
-            torch.ones_like(B),
-            orders=orders,
-            delta_bias=self.dt_proj_bias,
-            dt_weight=dt_weight,
-            out=out,
-            local_window=local_window,
-            visits=visits,
-            backend=self.backend,
-        )
+        return u.to(torch.promote_types(u.dtype, torch.float32)), delta, dt_weight, B, torch.ones_like(B), None
 
 
 class StateFusion(nn.Module):

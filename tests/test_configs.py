@@ -61,10 +61,7 @@ STEPS = [
     "ade20k/upernet_vim-tiny_60k_ade20k-512x512.py",
     "ade20k/upernet_vmamba-tiny-s1l8_160k_ade20k-512x512.py",
 ]
-FAST = [
-    "coco/mask-rcnn_efficientvmamba-tiny_fpn_1x_coco.py",
-    "ade20k/upernet_lbvim-tiny_160k_ade20k-512x512.py",
-]
+EFFICIENTVMAMBA = "coco/mask-rcnn_efficientvmamba-tiny_fpn_1x_coco.py"
 
 
 def load(name: str) -> Config:
@@ -273,7 +270,7 @@ def test_repeated_augmentation() -> None:
 
 def test_a_detector_starts_from_published_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``init_weights`` fetches them, building does not; the heads keep mmdet's initialisation."""
-    config = small(load(FAST[0]), 64)
+    config = small(load(EFFICIENTVMAMBA), 64)
     config.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": "published"}
     source = timm.create_model("efficientvmamba_tiny")
     torch.save({"state_dict": source.state_dict()}, tmp_path / "weights.pth")
@@ -306,7 +303,7 @@ def test_layer_norms_start_from_rms_norms(tmp_path: Path) -> None:
 
 
 def test_an_unknown_architecture_is_named_with_its_neighbours() -> None:
-    config = load(FAST[0])
+    config = load(EFFICIENTVMAMBA)
     config.model.backbone.arch = "efficientvmamba_tinny"
     with pytest.raises(UserError, match="no model of EfficientVMamba; near names are efficientvmamba_tiny"):
         build(MODELS, config, config.model)

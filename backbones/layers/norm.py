@@ -47,6 +47,8 @@ class RMSNorm(nn.RMSNorm):
         eps: added to the mean of squares.
     """
 
+    eps: float
+
     def __init__(
         self,
         dim: int,
@@ -55,8 +57,7 @@ class RMSNorm(nn.RMSNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, eps, device=device, dtype=dtype)
-        self.epsilon = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
-        return rms_norm(x, self.weight, self.epsilon)
+        return rms_norm(x, self.weight, self.eps)

@@ -95,6 +95,10 @@ class SelectiveSSM(nn.Module):
         # A meta tensor is only counted, and a product counts as one where it is visible.
         return fused and u.device.type == "cpu" and choose_backend(self.backend, "cpu", u.dtype) == "cpu"
 
+    def operands(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+        """What is scanned: u, what `project` makes of it, and D."""
+        return u, *self.project(u), self.D
+
     def forward(
         self,
         u: Tensor,
@@ -104,14 +108,14 @@ class SelectiveSSM(nn.Module):
         visits: Visits | None = None,
     ) -> Tensor:
         """Scans u (b, l, c), or (b, l, k, c) where orders read different inputs; see ``selective_scan``."""
-        delta, dt_weight, B, C = self.project(u)
+        u, delta, dt_weight, B, C, D = self.operands(u)
         return selective_scan(
             u,
             delta,
             self.A,
             B,
             C,
-            self.D,
+            D,
             orders=orders,
             delta_bias=self.dt_proj_bias,
             dt_weight=dt_weight,

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbones.ops.cpu import _NO_MEMORY, GATE_CALL, NORM_CALL, _loaded
+from backbones.ops.cpu import _NO_MEMORY, GATE_CALL, NORM_CALL, _loaded, _rows
 
 
-def _rows(x: Tensor) -> Tensor:
+def _matrix(x: Tensor) -> Tensor:
     """(..., c) as (rows, c) with contiguous channels, a view where that is possible."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return _rows(x.reshape(-1, x.shape[-1]))
 
 
 def _check(status: int, name: str) -> None:
@@ -40,7 +39,7 @@ def _gate(
 def gate(x: Tensor, z: Tensor, scale: float) -> Tensor:
     """x SiLU(z) scale, contiguous."""
     y = x.new_empty(x.shape)
-    _gate(_loaded().backbones_gate_forward, _rows(x), _rows(z), None, (y.data_ptr(), 0, 0), scale)
+    _gate(_loaded().backbones_gate_forward, _matrix(x), _matrix(z), None, (y.data_ptr(), 0, 0), scale)
     return y
 
 
@@ -48,7 +47,7 @@ def gate_backward(grad: Tensor, x: Tensor, z: Tensor, scale: float) -> tuple[Ten
     """Gradients of x and z, contiguous."""
     dx, dz = x.new_empty(x.shape), x.new_empty(x.shape)
     results = (0, dx.data_ptr(), dz.data_ptr())
-    _gate(_loaded().backbones_gate_backward, _rows(x), _rows(z), _rows(grad), results, scale)
+    _gate(_loaded().backbones_gate_backward, _matrix(x), _matrix(z), _matrix(grad), results, scale)
     return dx, dz
 
 
@@ -69,7 +68,7 @@ def _norm(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) weight, contiguous."""
     y = x.new_empty(x.shape)
-    _norm(_loaded().backbones_rms_norm_forward, _rows(x), weight, None, (y.data_ptr(), 0, 0), eps)
+    _norm(_loaded().backbones_rms_norm_forward, _matrix(x), weight, None, (y.data_ptr(), 0, 0), eps)
     return y
 
 
@@ -77,5 +76,5 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tu
     """Gradients of x and weight, contiguous."""
     dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
     results = (0, dx.data_ptr(), dweight.data_ptr())
-    _norm(_loaded().backbones_rms_norm_backward, _rows(x), weight, _rows(grad), results, eps)
+    _norm(_loaded().backbones_rms_norm_backward, _matrix(x), weight, _matrix(grad), results, eps)
     return dx, dweight

@@ -32,7 +32,8 @@ const std::vector<Isa>& isas() {  // the fastest first
       {"avx2", &kernels_avx2, &conv_kernels_avx2, &pointwise_kernels_avx2, avx2},
       {"baseline", &kernels_baseline, &conv_kernels_baseline, &pointwise_kernels_baseline, true}};
 #else
-  static const std::vector<Isa> all{{"baseline", &kernels_baseline, &conv_kernels_baseline, &pointwise_kernels_baseline, true}};
+  static const std::vector<Isa> all{
+      {"baseline", &kernels_baseline, &conv_kernels_baseline, &pointwise_kernels_baseline, true}};
 #endif
   return all;
 }

@@ -9,20 +9,25 @@ namespace {
 // A piece of rows large enough to be worth a thread, and the same for any number of threads.
 int64_t rows_of_a_piece(int64_t rows, int64_t c) { return std::max(divide_up(16384, c), divide_up(rows, 256)); }
 
-template <class Call, class Kernel>
+template <class Call, class Kernel>  // kernel(row, end, piece)
 int64_t in_pieces(const Call& call, Kernel kernel) {
   const int64_t rows = rows_of_a_piece(call.rows, call.c);
   parallel(call.threads, divide_up(call.rows, rows), [&](int64_t, int64_t i) {
-    kernel(call, i * rows, std::min((i + 1) * rows, call.rows), i);
+    kernel(i * rows, std::min((i + 1) * rows, call.rows), i);
   });
   return kOk;
+}
+
+template <class Call>
+int64_t run(const Call& call, void (*kernel)(const Call&, int64_t, int64_t)) {
+  return guarded([&] { return in_pieces(call, [&](int64_t row, int64_t end, int64_t) { kernel(call, row, end); }); });
 }
 
 int64_t rms_norm_backward(const NormCall& call) {
   const int64_t pieces = divide_up(call.rows, rows_of_a_piece(call.rows, call.c));
   std::vector<float> sums(pieces * call.c, 0.0f);
-  in_pieces(call, [&](const NormCall& norm, int64_t row, int64_t end, int64_t piece) {
-    pointwise_kernels().rms_norm_backward(norm, row, end, sums.data() + piece * norm.c);
+  in_pieces(call, [&](int64_t row, int64_t end, int64_t piece) {
+    pointwise_kernels().rms_norm_backward(call, row, end, sums.data() + piece * call.c);
   });
   for (int64_t ch = 0; ch < call.c; ch++) {
     float total = 0;
@@ -36,26 +41,17 @@ int64_t rms_norm_backward(const NormCall& call) {
 }  // namespace scan
 
 SCAN_EXPORT int64_t backbones_gate_forward(const scan::GateCall* call) {
-  const auto kernel = scan::pointwise_kernels().gate;
-  return scan::guarded([&] {
-    return scan::in_pieces(*call, [&](auto& gate, int64_t row, int64_t end, int64_t) { kernel(gate, row, end); });
-  });
+  return scan::run(*call, scan::pointwise_kernels().gate);
 }
 
 SCAN_EXPORT int64_t backbones_gate_backward(const scan::GateCall* call) {
-  const auto kernel = scan::pointwise_kernels().gate_backward;
-  return scan::guarded([&] {
-    return scan::in_pieces(*call, [&](auto& gate, int64_t row, int64_t end, int64_t) { kernel(gate, row, end); });
-  });
+  return scan::run(*call, scan::pointwise_kernels().gate_backward);
 }
 
 SCAN_EXPORT int64_t backbones_gate_call_size() { return sizeof(scan::GateCall); }
 
 SCAN_EXPORT int64_t backbones_rms_norm_forward(const scan::NormCall* call) {
-  const auto kernel = scan::pointwise_kernels().rms_norm;
-  return scan::guarded([&] {
-    return scan::in_pieces(*call, [&](auto& norm, int64_t row, int64_t end, int64_t) { kernel(norm, row, end); });
-  });
+  return scan::run(*call, scan::pointwise_kernels().rms_norm);
 }
 
 SCAN_EXPORT int64_t backbones_rms_norm_backward(const scan::NormCall* call) {
