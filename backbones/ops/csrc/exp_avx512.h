@@ -8,11 +8,9 @@
 namespace scan {
 namespace {
 
-alignas(64) const float kPowers[32] = {  // 2^(j/32)
-    0x1p0f, 0x1.059b0ep0f, 0x1.0b5586p0f, 0x1.11301ep0f, 0x1.172b84p0f, 0x1.1d4874p0f, 0x1.2387a6p0f, 0x1.29e9ep0f,
-    0x1.306fep0f, 0x1.371a74p0f, 0x1.3dea64p0f, 0x1.44e086p0f, 0x1.4bfdaep0f, 0x1.5342b6p0f, 0x1.5ab07ep0f, 0x1.6247ecp0f,
-    0x1.6a09e6p0f, 0x1.71f75ep0f, 0x1.7a1148p0f, 0x1.82589ap0f, 0x1.8ace54p0f, 0x1.93737cp0f, 0x1.9c4918p0f, 0x1.a5503cp0f,
-    0x1.ae89fap0f, 0x1.b7f77p0f, 0x1.c199bep0f, 0x1.cb720ep0f, 0x1.d5818ep0f, 0x1.dfc974p0f, 0x1.ea4afap0f, 0x1.f50766p0f};
+alignas(64) const float kPowers[16] = {  // 2^(j/16)
+    0x1p0f, 0x1.0b5586p0f, 0x1.172b84p0f, 0x1.2387a6p0f, 0x1.306fep0f, 0x1.3dea64p0f, 0x1.4bfdaep0f, 0x1.5ab07ep0f,
+    0x1.6a09e6p0f, 0x1.7a1148p0f, 0x1.8ace54p0f, 0x1.9c4918p0f, 0x1.ae89fap0f, 0x1.c199bep0f, 0x1.d5818ep0f, 0x1.ea4afap0f};
 alignas(64) const float kInverse[16] = {  // 1 / (1 + j/15)
     0x1p0f, 0x1.ep-1f, 0x1.c3c3c4p-1f, 0x1.aaaaaap-1f, 0x1.9435e6p-1f, 0x1.8p-1f, 0x1.6db6dcp-1f, 0x1.5d1746p-1f,
     0x1.4de9bep-1f, 0x1.4p-1f, 0x1.333334p-1f, 0x1.276276p-1f, 0x1.1c71c8p-1f, 0x1.124924p-1f, 0x1.08d3dcp-1f, 0x1p-1f};
@@ -20,9 +18,6 @@ alignas(64) const float kLog[16] = {  // minus the logarithms of these
     0.0f, 0x1.08598cp-4f, 0x1.005588p-3f, 0x1.756504p-3f, 0x1.e41fc8p-3f, 0x1.269622p-2f, 0x1.588c2cp-2f, 0x1.882f1ep-2f,
     0x1.b5b3ep-2f, 0x1.e148a2p-2f, 0x1.058aeep-1f, 0x1.199facp-1f, 0x1.2cf25ep-1f, 0x1.3f9128p-1f, 0x1.5188a6p-1f, 0x1.62e43p-1f};
 
-SCAN_INLINE vf power_of(vf index) {  // by the low 5 bits
-  return (vf)_mm512_permutex2var_ps(_mm512_load_ps(kPowers), (__m512i)index, _mm512_load_ps(kPowers + 16));
-}
 SCAN_INLINE vf look_up(const float* table, vf index) {  // by the low 4 bits
   return (vf)_mm512_maskz_permutexvar_ps(-1, (__m512i)index, _mm512_load_ps(table));
 }
@@ -31,24 +26,25 @@ SCAN_INLINE Pack<U> scale(Pack<U> x, Pack<U> n) {  // x 2^floor(n)
   SCAN_FOR_ALL((vf)_mm512_maskz_scalef_ps(-1, (__m512)x.v[i], (__m512)n.v[i]));
 }
 
-// 2^x = 2^n 2^(j/32) 2^r, |r| <= 1/64. Adding 1.5 2^18 leaves 32 n + j in the low bits; one instruction gives r, and the
+// 2^x = 2^n 2^(j/16) 2^r, |r| <= 1/32. Adding 1.5 2^19 leaves 16 n + j in the low bits; one instruction gives r, and the
 // last one takes n = floor(x - r) by itself, 0 and inf included. Near x = 0 the table holds an exact 1, and the polynomial
-// (relative error 6e-10) is a degree longer than float32 asks for: a bias of part of an ulp piles up in long recurrences.
+// (relative error 2e-9) is a degree longer than float32 asks for: a bias of part of an ulp piles up in long recurrences.
+// A permutation of one register runs beside the multipliers on Zen 4, one of two registers (32 entries) takes their place.
 template <int U>
 SCAN_INLINE Pack<U> exp2(Pack<U> x) {
-  Pack<U> shifted = x + 393216.0f, r, s;
-  for (int i = 0; i < U; i++) r.v[i] = (vf)_mm512_maskz_reduce_ps(-1, (__m512)x.v[i], 5 << 4);  // 5 bits, to nearest
-  for (int i = 0; i < U; i++) s.v[i] = power_of(shifted.v[i]);
-  return scale(s * r * ((0x1.c6b08ep-5f * r + 0x1.ebfbdep-3f) * r + 0x1.62e43p-1f) + s, x - r);
+  Pack<U> shifted = x + 786432.0f, r, s;
+  for (int i = 0; i < U; i++) r.v[i] = (vf)_mm512_maskz_reduce_ps(-1, (__m512)x.v[i], 4 << 4);  // 4 bits, to nearest
+  for (int i = 0; i < U; i++) s.v[i] = look_up(kPowers, shifted.v[i]);
+  return scale(s * r * ((0x1.c6b08ep-5f * r + 0x1.ebfff4p-3f) * r + 0x1.62e43p-1f) + s, x - r);
 }
 
-// e^x for x <= 0 with r = x - n log(2), |r| <= log(2)/64, accurate however small: the rounding of x log2(e) does not
+// e^x for x <= 0 with r = x - n log(2), |r| <= log(2)/32, accurate however small: the rounding of x log2(e) does not
 // enter.
 template <int U>
 SCAN_INLINE Pack<U> exp_negative(Pack<U> x) {
-  Pack<U> shifted = x * kLog2e + 393216.0f, n = shifted - 393216.0f, r = x - n * kLn2, s;
-  for (int i = 0; i < U; i++) s.v[i] = power_of(shifted.v[i]);
-  return scale(s * r * ((0x1.555556p-3f * r + 0.5f) * r + 1.0f) + s, n);
+  Pack<U> shifted = x * kLog2e + 786432.0f, n = shifted - 786432.0f, r = x - n * kLn2, s;
+  for (int i = 0; i < U; i++) s.v[i] = look_up(kPowers, shifted.v[i]);
+  return scale(s * r * ((0x1.555556p-3f * r + 0x1.00021ep-1f) * r + 1.0f) + s, n);
 }
 
 // log(1 + e) for e in [0, 1] = log(1 + r) - log(c) with c = 1 / (1 + j/15), r = c (1 + e) - 1. In the first of the 16
