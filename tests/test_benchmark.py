@@ -126,3 +126,16 @@ def test_peak_memory_counts_the_output() -> None:
     shape = SHAPES["a"]
     output = shape.b * shape.length * shape.c * 4 / 2**20
     assert 0.8 * output <= measure.peak_memory("a", "float32", "cpu", backward=False) < 2 * output
+
+
+def test_tables_of_models_fit_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [name.split("_")[0] for name in models.COMPANIONS]
+    row: dict[str, object] = {"model": "swin_tiny_patch4_window7_224"}
+    for kind in models.KINDS:
+        row |= {f"{kind} img/s": 12.5, **{f"{kind} over {other}": 0.125 for other in others}}
+    monkeypatch.setattr(benchmark, "console", benchmark.Console(width=80))
+    benchmark.show([row], {"threads": 2})
+    printed = capsys.readouterr().out
+    assert printed.count("swin_tiny_patch4_window7_224") == len(models.KINDS)
+    for text in ("inference", "training", *others):
+        assert text in printed, printed

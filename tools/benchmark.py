@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tools are no
 
 from backbones import ops
 from tools.bench.measure import ParityError, conditions
-from tools.bench.models import COMPANIONS, bench_model
+from tools.bench.models import COMPANIONS, KINDS, bench_model
 from tools.bench.operator import bench_limits, bench_op
 from tools.bench.shapes import SHAPES
 
@@ -34,21 +34,36 @@ console = Console()
 
 
 def show(rows: list[dict[str, object]], facts: dict[str, object]) -> None:
-    """The rows as tables under their conditions, one for each shape of the operator."""
+    """The rows as tables under their conditions."""
     console.print("; ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
-    groups: dict[str, list[dict[str, object]]] = {}
-    for row in rows:
-        groups.setdefault(f"{row['shape']}: {row['of']}" if "shape" in row else "", []).append(row)
-    for title, group in groups.items():
-        # A column without a value here, and what the title says, only take room.
-        columns = [x for x in group[0] if x not in ("shape", "of") and any(row[x] is not None for row in group)]
+    for title, group in _tables(rows).items():
+        columns = [x for x in group[0] if any(row[x] is not None for row in group)]  # an empty column takes room
         table = Table(title=title or None, title_justify="left")
         for column in columns:
             text = isinstance(group[0][column], str)
-            table.add_column(column, justify="left" if text else "right", no_wrap=text)
+            words = max(len(word) for word in column.split())
+            table.add_column(column, justify="left" if text else "right", no_wrap=text, min_width=words)
         for row in group:
             table.add_row(*(_text(row[column]) for column in columns))
         console.print(table)
+
+
+def _tables(rows: list[dict[str, object]]) -> dict[str, list[dict[str, object]]]:
+    """Rows by title, without what it says: a table for each shape of the operator, and for inference and training of
+    models, narrow enough for a terminal.
+    """
+    tables: dict[str, list[dict[str, object]]] = {}
+    for row in rows:
+        if "shape" in row:
+            rest = {column: value for column, value in row.items() if column not in ("shape", "of")}
+            tables.setdefault(f"{row['shape']}: {row['of']}", []).append(rest)
+        elif "model" in row:
+            for kind in KINDS:
+                of_kind = {x.removeprefix(f"{kind} "): value for x, value in row.items() if x.startswith(f"{kind} ")}
+                tables.setdefault(kind, []).append({"model": row["model"], **of_kind})
+        else:
+            tables.setdefault("", []).append(row)
+    return tables
 
 
 def _text(value: object) -> str:

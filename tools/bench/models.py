@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tools.bench.measure import check_parity, medians
 
 COMPANIONS = ("deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_tiny", "mambaout_tiny")
+KINDS = ("inference", "training")
 LOGITS = 1e-3  # relative RMS between backends, through all layers
 # Models whose position embeddings or windows are made for one size.
 _SIZED = ("vim", "lbvim", "deit", "swin")
@@ -45,7 +46,7 @@ def bench_model(args: argparse.Namespace, progress: Progress) -> list[dict[str, 
     rows = []
     for name in names:
         row: dict[str, object] = {"model": name}
-        for kind, seconds in (("inference", inference), ("training", training)):
+        for kind, seconds in zip(KINDS, (inference, training), strict=True):
             row[f"{kind} img/s"] = args.batch / seconds[name]
             row |= {f"{kind} over {other.split('_')[0]}": seconds[other] / seconds[name] for other in args.against}
         rows.append(row)
