@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -38,11 +39,10 @@ def show(rows: list[dict[str, object]], facts: dict[str, object]) -> None:
     console.print("; ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
     for title, group in _tables(rows).items():
         columns = [x for x in group[0] if any(row[x] is not None for row in group)]  # an empty column takes room
-        table = Table(title=title or None, title_justify="left")
+        table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False)
         for column in columns:
             text = isinstance(group[0][column], str)
-            words = max(len(word) for word in column.split())
-            table.add_column(column, justify="left" if text else "right", no_wrap=text, min_width=words)
+            table.add_column(column, justify="left" if text else "right", no_wrap=text)
         for row in group:
             table.add_row(*(_text(row[column]) for column in columns))
         console.print(table)
