@@ -3,7 +3,7 @@
 Importing this package registers its models in timm: ``timm.create_model("vim_tiny")``.
 """
 
-from backbones import efficientvmamba, groupmamba, lbmamba, msvmamba, spatialmamba, vim, vmamba
+from backbones import models
 
 __version__ = "0.1.0"
-__all__ = ["efficientvmamba", "groupmamba", "lbmamba", "msvmamba", "spatialmamba", "vim", "vmamba"]
+__all__ = models.__all__

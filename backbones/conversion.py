@@ -17,9 +17,7 @@ import timm
 from torch import Tensor, nn
 
 import backbones
-from backbones import checkpoints
-from backbones.builder import absent_head, as_tuple
-from backbones.checkpoints import CheckpointError, StateDict
+from backbones.weights import CheckpointError, StateDict, loading, rules
 
 # Around the backbone of a detector: OpenMMLab's name for it, then our DenseBackbone, or the pyramid of detectron2.
 _OF_BACKBONE = ("backbone.", "model.", "net.")
@@ -43,7 +41,7 @@ def model_names() -> list[str]:
 
 
 def identify(weights: Mapping[str, Tensor]) -> str:
-    """The registered model that ``weights`` (see :func:`backbones.checkpoints.read`) belong to.
+    """The registered model that ``weights`` (see :func:`backbones.weights.files.read`) belong to.
 
     Raises:
         CheckpointError: they resemble no model, or several alike.
@@ -52,7 +50,7 @@ def identify(weights: Mapping[str, Tensor]) -> str:
     distances: dict[str, int] = {}
     for name in model_names():
         try:
-            given = _shapes(checkpoints.convert(weights, _on_meta(name).key_rules)[0])
+            given = _shapes(rules.convert(weights, _on_meta(name).key_rules)[0])
         except CheckpointError:  # tensors that stand for another layout's
             continue
         expected = _expected(name)
@@ -68,7 +66,7 @@ def identify(weights: Mapping[str, Tensor]) -> str:
 
 
 def convert(weights: Mapping[str, Tensor], model: str | None = None) -> Converted:
-    """``weights`` (see :func:`backbones.checkpoints.read`) in our layout, held against the architecture in full.
+    """``weights`` (see :func:`backbones.weights.files.read`) in our layout, held against the architecture in full.
 
     Another number of classes or channels, another image size of a plain model, a missing class token, classifier or
     second classifier become arguments of the model. Of a detector the backbone stays; the norm of its last output is
@@ -83,13 +81,13 @@ def convert(weights: Mapping[str, Tensor], model: str | None = None) -> Converte
     """
     name = model or identify(weights)
     inside, reference = _of_backbone(weights), _on_meta(name)
-    ours, by_rule = checkpoints.convert({own: weights[whole] for own, whole in inside.items()}, reference.key_rules)
+    ours, by_rule = rules.convert({own: weights[whole] for own, whole in inside.items()}, reference.key_rules)
     ours, norms = _without_output_norms(ours, reference)
     arguments = _arguments(ours, reference)
     built = timm.create_model(name, device="meta", **{k: v for k, v in arguments.items() if k != "features_only"})
     try:
-        checkpoints.check(
-            ours, built, absent_head(ours, reference.pretrained_cfg) if "features_only" in arguments else ()
+        loading.check(
+            ours, built, loading.absent_head(ours, reference.pretrained_cfg) if "features_only" in arguments else ()
         )
     except CheckpointError as error:
         raise CheckpointError(f"held against {name}, {error}") from None
@@ -145,16 +143,16 @@ def _arguments(weights: StateDict, model: Any) -> dict[str, Any]:
     """What a model that takes these weights has to be told."""
     cfg, own = model.pretrained_cfg, model.state_dict()
     arguments: dict[str, Any] = {}
-    first, *more = as_tuple(cfg["classifier"])
+    first, *more = loading.as_tuple(cfg["classifier"])
     classifier = f"{first}.weight"
     if classifier not in weights:
-        lacking = {*absent_head(weights, cfg)} - {*absent_head(own, cfg), first, *more}
+        lacking = {*loading.absent_head(weights, cfg)} - {*loading.absent_head(own, cfg), first, *more}
         arguments |= {"features_only": True} if lacking else {"num_classes": 0}
     elif weights[classifier].dim() == 2 and len(weights[classifier]) != len(own[classifier]):
         arguments["num_classes"] = len(weights[classifier])
     if classifier in weights and more and f"{more[0]}.weight" not in weights:
         arguments["distillation"] = False
-    stem = f"{as_tuple(cfg['first_conv'])[0]}.weight"
+    stem = f"{loading.as_tuple(cfg['first_conv'])[0]}.weight"
     if stem in weights and weights[stem].dim() == 4 and weights[stem].shape[1] != own[stem].shape[1]:
         arguments["in_chans"] = weights[stem].shape[1]
     if "cls_token" in own and "cls_token" not in weights:

@@ -28,8 +28,9 @@ from torch import Tensor
 
 import backbones
 from backbones import ops
-from backbones.ops import cpu, selective_scan
-from backbones.scan_patterns import CROSS
+from backbones.ops import selective_scan
+from backbones.ops.scan import cpu
+from backbones.patterns import CROSS
 
 PIP = f"{sys.executable} -m pip install"
 TOLERANCE = 1e-5  # RMS error over RMS value in float32: some 50 roundings

@@ -15,7 +15,7 @@ from PIL import Image
 
 pytest.importorskip("mmengine")
 
-from backbones.mm.cli import run_tool
+from backbones.mm.app.cli import run_tool
 from tests.scripts import load_tool
 
 ROOT = Path(__file__).parents[1]

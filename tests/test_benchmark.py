@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from backbones.ops import cpu
+from backbones.ops.scan import cpu
 from tools import benchmark
 from tools.bench import measure, models, operator
 from tools.bench.shapes import SHAPES, Shape

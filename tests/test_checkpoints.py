@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from backbones import checkpoints
-from backbones.checkpoints import CheckpointError, KeyRule
+from backbones.weights import CheckpointError, KeyRule, files
+from backbones.weights import rules as key_rules
 from tests import recordings
 from tests.test_parity import MODELS
 
@@ -38,11 +38,11 @@ def save(folder: Path, content: object, name: str = "weights.pth") -> Path:
 def test_key_rules_work_both_ways(name: str) -> None:
     official = recordings.load(name).weights()
     rules = timm.create_model(MODELS[name], device="meta").key_rules
-    ours = checkpoints.to_ours(official, rules)
-    back = checkpoints.to_official(ours, rules)
+    ours = key_rules.to_ours(official, rules)
+    back = key_rules.to_official(ours, rules)
     assert back.keys() == official.keys()
     assert all(torch.equal(back[key], official[key]) for key in official)
-    assert checkpoints.to_ours(ours, rules).keys() == ours.keys()
+    assert key_rules.to_ours(ours, rules).keys() == ours.keys()
 
 
 def test_our_own_files_load_too(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_failed_downloads_are_called_that(content: str, what: str, suffix: str, 
     path = tmp_path / f"weights{suffix}"
     path.write_text(content)
     with pytest.raises(CheckpointError, match=rf"weights\{suffix}: {what}, not weights; download it again"):
-        checkpoints.load(path)
+        files.load(path)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
@@ -149,7 +149,7 @@ def test_damaged_files_are_named_whatever_breaks(zipped: bool, tmp_path: Path) -
         damaged[rng.integers(min(len(whole), 1200), size=4)] = rng.integers(256, size=4)
         path.write_bytes(damaged.tobytes())
         try:
-            checkpoints.read(path)
+            files.read(path)
         except CheckpointError as error:
             messages.append(str(error))
     assert len(messages) > 100
@@ -263,8 +263,8 @@ def test_misshapen_groups_are_named(official: dict[str, Tensor], tmp_path: Path)
 
 def test_rules_unbind_and_report_duplicates() -> None:
     rules = (KeyRule("both.{}", ("first.{}", "second.{}")),)
-    ours = checkpoints.to_ours({"both.x": torch.arange(6.0).view(2, 3)}, rules)
+    ours = key_rules.to_ours({"both.x": torch.arange(6.0).view(2, 3)}, rules)
     assert torch.equal(ours["second.x"], torch.tensor([3.0, 4.0, 5.0]))
-    assert torch.equal(checkpoints.to_official(ours, rules)["both.x"], torch.arange(6.0).view(2, 3))
+    assert torch.equal(key_rules.to_official(ours, rules)["both.x"], torch.arange(6.0).view(2, 3))
     with pytest.raises(CheckpointError, match=r"hold these in two layouts: first\.x"):
-        checkpoints.to_ours({"both.x": torch.zeros(2, 3), "first.x": torch.zeros(3)}, rules)
+        key_rules.to_ours({"both.x": torch.zeros(2, 3), "first.x": torch.zeros(3)}, rules)

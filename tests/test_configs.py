@@ -276,7 +276,7 @@ def test_a_detector_starts_from_published_weights(tmp_path: Path, monkeypatch: p
     torch.save({"state_dict": source.state_dict()}, tmp_path / "weights.pth")
     asked = []
     monkeypatch.setattr(
-        "backbones.mm.backbones.hf_hub_download", lambda *names: asked.append(names) or str(tmp_path / "weights.pth")
+        "backbones.mm.models.dense.hf_hub_download", lambda *names: asked.append(names) or str(tmp_path / "weights.pth")
     )
     model = build(MODELS, config, config.model)
     assert not asked

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import backbones
-from backbones import checkpoints, conversion
+from backbones import conversion
+from backbones.weights import files, rules
 from tests.scripts import load_tool
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +61,7 @@ def loaded_as_printed(printed: str) -> nn.Module:
 
 
 def official(model: nn.Module) -> dict[str, Tensor]:
-    return checkpoints.to_official(model.state_dict(), model.key_rules)
+    return rules.to_official(model.state_dict(), model.key_rules)
 
 
 def same(model: nn.Module, weights: dict[str, Tensor]) -> bool:
@@ -117,7 +118,7 @@ def test_checksum_and_metadata(tool: Tool, tmp_path: Path, tiny: nn.Module) -> N
 
 
 def load(path: Path) -> dict[str, Tensor]:
-    return checkpoints.read(path)
+    return files.read(path)
 
 
 def test_check_without_a_target_writes_nothing(tool: Tool, tmp_path: Path, tiny: nn.Module) -> None:
@@ -160,7 +161,7 @@ def test_backbone_of_an_official_detector(name: str) -> None:
     kept = {
         key: x for key, x in own.items() if not key.startswith(("head.", "norm.")) or (group and "head.norm" in key)
     }
-    backbone = checkpoints.to_official(kept, model.key_rules)
+    backbone = rules.to_official(kept, model.key_rules)
     widths = {} if group else {i: stage["num_chs"] for i, stage in enumerate(model.feature_info[-4:])}
     separator = "_" if plain else ""
     norms = {
@@ -184,7 +185,7 @@ def test_backbone_of_an_official_detector(name: str) -> None:
 def test_converted_backbone_of_a_detector_loads(name: str, tool: Tool) -> None:
     model = timm.create_model(name)
     headless = {key: x for key, x in model.state_dict().items() if not key.startswith(("head.", "norm."))}
-    backbone = checkpoints.to_official(headless, model.key_rules)
+    backbone = rules.to_official(headless, model.key_rules)
     backbone |= {"outnorm3.weight": torch.full((384,), 2.0), "outnorm3.bias": torch.full((384,), 3.0)}
     if name != "msvmamba_nano":
         del backbone["outnorm3.weight"], backbone["outnorm3.bias"]
@@ -202,7 +203,7 @@ def test_converted_backbone_of_a_detector_loads(name: str, tool: Tool) -> None:
 
 
 def test_backbone_of_our_own_segmentor(tool: Tool) -> None:
-    mm = pytest.importorskip("backbones.mm.backbones")
+    mm = pytest.importorskip("backbones.mm.models.dense")
     dense = mm.EfficientVMamba("efficientvmamba_tiny")
     weights = {f"module.backbone.{key}": x for key, x in dense.state_dict().items()}
     torch.save({"state_dict": weights | {"module.decode_head.conv_seg.bias": torch.zeros(1)}}, "seg.pth")

@@ -10,8 +10,9 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import backbones.mm  # noqa: F401  (registers the backbones)
-from backbones.checkpoints import CheckpointError, to_ours
 from backbones.mm import UserError
+from backbones.weights import CheckpointError
+from backbones.weights.rules import to_ours
 from tests import recordings
 from tests.test_parity import official_file, relative
 from tests.tolerances import GROUPMAMBA_INPUT_GRADIENT, GROUPMAMBA_LOGITS, INPUT_GRADIENT, LOGITS

@@ -7,9 +7,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones.layers import DepthwiseConv2d, MambaMixer
-from backbones.ops import depthwise, depthwise_conv, dispatch
-from backbones.scan_patterns import BIDIRECTIONAL, CROSS
-from backbones.taps import causal_taps, window_taps
+from backbones.ops import depthwise_conv
+from backbones.ops.depthwise import operator as depthwise
+from backbones.ops.scan import operator as dispatch
+from backbones.patterns import BIDIRECTIONAL, CROSS
+from backbones.patterns.taps import causal_taps, window_taps
 from tests.conftest import available_backends
 from tests.test_ops_cpu import ISAS, instruction_set, threads
 

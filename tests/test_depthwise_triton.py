@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import backbones.ops.triton as backend
+import backbones.ops.scan.triton as backend
 from tests.scripts import run_in_the_interpreter
 from tests.tolerances import OPERATOR
 
@@ -76,7 +76,7 @@ def test_output_and_gradients(case: Case, dtype: torch.dtype, monkeypatch: pytes
 
 
 def check(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, strided: bool = False) -> None:
-    from backbones.ops.triton import depthwise
+    from backbones.ops.depthwise import triton as depthwise
 
     def poisoned(shape, dtype, device):
         return torch.full(shape, float("nan"), dtype=dtype, device=device)
@@ -127,7 +127,7 @@ def test_strides_of_any_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_kernels
 def test_offsets_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    from backbones.ops.triton import depthwise
+    from backbones.ops.depthwise import triton as depthwise
 
     monkeypatch.setattr(depthwise, "_is_wide", lambda x: True)
     check(Case(length=5, outputs=5), torch.float32, monkeypatch)
@@ -136,7 +136,7 @@ def test_offsets_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_kernels
 def test_a_token_that_no_tap_reads_stays_unread() -> None:
     """NaN in it does not reach an output, and its gradient is zero."""
-    from backbones.ops.triton import depthwise
+    from backbones.ops.depthwise import triton as depthwise
 
     x = torch.ones(1, 3, 2, device=DEVICE)
     x[0, 2] = float("nan")

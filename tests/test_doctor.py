@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from backbones import doctor, ops
 from backbones.doctor import Finding
-from backbones.ops import cpu
+from backbones.ops.scan import cpu
 from tests.scripts import load_tool
 
 needs_kernel = pytest.mark.skipif(ops.backends()["cpu"] is not None, reason="no compiled kernel")

@@ -17,10 +17,10 @@ pytest.importorskip("onnxscript")
 import onnx
 import onnxruntime
 
-from backbones.checkpoints import to_official
 from backbones.export import export_onnx, export_program, to_onnx
 from backbones.ops import selective_scan
-from backbones.scan_patterns import CROSS, MULTI_SCALE
+from backbones.patterns import CROSS, MULTI_SCALE
+from backbones.weights.rules import to_official
 from tests.scripts import load_tool
 
 # torch.export.load reads tensors from a buffer of the archive.

@@ -1,4 +1,4 @@
-"""backbones.flops and tools/flops.py against counts by hand and against those of the original repositories."""
+"""backbones.analysis.flops and tools/flops.py against counts by hand and against those of the original repositories."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from backbones.flops import Cost, count, count_model
+from backbones.analysis.flops import Cost, count, count_model
 from backbones.layers import SelectiveSSM
 from tests.scripts import load_tool
 

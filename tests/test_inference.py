@@ -17,8 +17,8 @@ pytest.importorskip("mmengine")
 
 from mmengine.config import Config
 
-from backbones.mm.cli import load_config, run_tool
-from backbones.mm.inference import build_model, load_predictor, task_of
+from backbones.mm.app.cli import load_config, run_tool
+from backbones.mm.app.inference import build_model, load_predictor, task_of
 from tests.scripts import load_tool
 
 ROOT = Path(__file__).parents[1]

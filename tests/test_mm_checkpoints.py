@@ -1,4 +1,4 @@
-"""backbones.mm.checkpoints: whole files, safe reading, complete loading."""
+"""backbones.mm.engine.checkpoints: whole files, safe reading, complete loading."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ pytest.importorskip("mmengine")
 from mmengine.fileio import get_file_backend
 from mmengine.logging import HistoryBuffer
 
-from backbones.checkpoints import CheckpointError
-from backbones.mm import checkpoints
+from backbones.mm.engine import checkpoints
+from backbones.weights import CheckpointError
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def test_zeroed_bytes_never_raise_anything_else(root: Path) -> None:
 
 def test_skipped_images_are_logged_and_left_out(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[str] = []
-    monkeypatch.setattr("backbones.mm.datasets.print_log", lambda message, logger, level: logged.append(message))
+    monkeypatch.setattr("backbones.mm.data.datasets.print_log", lambda message, logger, level: logged.append(message))
     (root / "val" / "9" / "b.png").write_bytes(b"not an image")
     dataset = ImageFolder(str(root), "val", TRANSFORM, skip_unreadable=True)
     samples = [dataset[i] for i in range(len(dataset))]

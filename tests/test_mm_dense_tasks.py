@@ -21,9 +21,9 @@ pytest.importorskip("mmseg")
 
 from mmengine.config import Config
 
-from backbones.mm.annotations import check_annotations
-from backbones.mm.cli import run_tool
-from backbones.mm.console import brief, print_average_precisions
+from backbones.mm.app.cli import run_tool
+from backbones.mm.app.console import brief, print_average_precisions
+from backbones.mm.data.annotations import check_annotations
 from backbones.mm.errors import UserError
 from tests.scripts import load_tool
 

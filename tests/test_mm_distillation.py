@@ -16,10 +16,10 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import Tensor
 
-from backbones.checkpoints import CheckpointError
 from backbones.mm import HardDistillation, ImageClassifier, UserError
-from backbones.mm.backbones import fetch_weights
-from backbones.mm.classifier import create_network
+from backbones.mm.models.classifier import create_network
+from backbones.mm.models.dense import fetch_weights
+from backbones.weights import CheckpointError
 
 TEACHER = {"name": "test_efficientnet", "num_classes": 5}
 STUDENT = {"name": "groupmamba_tiny", "num_classes": 5, "depths": (1, 1, 1, 1), "dims": (16, 16, 16, 32), "stem_dim": 8}
@@ -188,8 +188,8 @@ def test_a_classifier_starts_from_a_file(tmp_path: Path) -> None:
 
 
 def test_published_weights_are_fetched_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backbones.mm.backbones.hf_hub_download", lambda repo, file: f"{repo}/{file}")
-    monkeypatch.setattr("backbones.mm.backbones.download_cached_file", lambda url: url.rsplit("/", 1)[-1])
+    monkeypatch.setattr("backbones.mm.models.dense.hf_hub_download", lambda repo, file: f"{repo}/{file}")
+    monkeypatch.setattr("backbones.mm.models.dense.download_cached_file", lambda url: url.rsplit("/", 1)[-1])
     assert fetch_weights("published:vim_tiny", "vim_tiny_stride8").endswith("vim_t_midclstok_76p1acc.pth")
     assert fetch_weights("published", "vmamba_tiny_s1l8") == "vssm1_tiny_0230s_ckpt_epoch_264.pth"
     assert fetch_weights("https://example.org/x.pth", "vim_tiny") == "x.pth"

@@ -18,11 +18,11 @@ pytest.importorskip("mmengine")
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
-from backbones.checkpoints import CheckpointError
 from backbones.mm import Runner, UserError
-from backbones.mm.checkpoints import find_latest, read_checkpoint
-from backbones.mm.hooks import VALIDATED
-from backbones.mm.report import draw_report, find_best, read_confusion
+from backbones.mm.engine.checkpoints import find_latest, read_checkpoint
+from backbones.mm.engine.hooks import VALIDATED
+from backbones.mm.engine.report import draw_report, find_best, read_confusion
+from backbones.weights import CheckpointError
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits" / "vim-tiny_digits.py"
 CLASSES, EPOCHS = 4, 3

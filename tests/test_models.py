@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import backbones
 from backbones.layers import SelectiveSSM, scan_grid
-from backbones.scan_patterns import ATROUS, HILBERT, REVERSE, SNAKE, ScanPattern
+from backbones.patterns import ATROUS, HILBERT, REVERSE, SNAKE, ScanPattern
 from tests.tolerances import AUTOCAST, SAME_FUNCTION
 
 NAMES = sorted(name for module in backbones.__all__ for name in timm.list_models(module=module))

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import backbones.ops.triton as backend
+import backbones.ops.scan.triton as backend
 from backbones.layers.norm import LayerNorm
-from backbones.ops.norm import layer_norm
+from backbones.ops.fused.layer_norm import layer_norm
 from tests.scripts import run_in_the_interpreter
 from tests.tolerances import OPERATOR
 

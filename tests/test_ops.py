@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import ops
-from backbones.ops import dispatch, selective_scan
-from backbones.ops.naive import selective_scan_naive
+from backbones.ops import selective_scan
+from backbones.ops.scan import operator as dispatch
+from backbones.ops.scan.naive import selective_scan_naive
 from tests.operator_cases import CASES, PLAIN, Case
 from tests.recordings import load_arrays
 from tests.tolerances import OPERATOR

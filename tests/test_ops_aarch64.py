@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from backbones.ops import cpu
+from backbones.ops.scan import cpu
 from tests.test_ops_cpu import F32, check, make, make_orders
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from backbones.ops import cpu, naive, selective_scan
+from backbones.ops import selective_scan
+from backbones.ops.scan import cpu, naive
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
 
@@ -248,7 +249,7 @@ def test_order_out_of_range(token):
 def test_unknown_instruction_set():
     with pytest.raises(ValueError, match="BACKBONES_CPU_ISA='sse9' is not one of avx512, avx2, baseline"):
         cpu._select(cpu._loaded(), "sse9")
-    code = "from backbones.ops import cpu; print(cpu.instruction_set())"
+    code = "from backbones.ops.scan import cpu; print(cpu.instruction_set())"
     env = {**os.environ, "BACKBONES_CPU_ISA": "baseline"}
     assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == "baseline"
 

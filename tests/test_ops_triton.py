@@ -16,11 +16,12 @@ from types import ModuleType
 import pytest
 import torch
 
-import backbones.ops.triton as backend
+import backbones.ops.scan.triton as backend
 from backbones.layers import SS2D, MambaMixer
-from backbones.ops import Visits, naive, selective_scan
-from backbones.ops.triton import tables
-from backbones.scan_patterns import ATROUS, BIDIRECTIONAL, CROSS, ScanPattern
+from backbones.ops import Visits, selective_scan
+from backbones.ops.scan import naive
+from backbones.ops.scan.triton import tables
+from backbones.patterns import ATROUS, BIDIRECTIONAL, CROSS, ScanPattern
 from tests.operator_cases import CASES, Case
 from tests.scripts import run_in_the_interpreter
 from tests.tolerances import OPERATOR
@@ -70,7 +71,7 @@ def launch() -> ModuleType:
     """The module with the launches."""
     if not RUNS:
         pytest.skip("needs a GPU or TRITON_INTERPRET=1: see test_in_the_interpreter")
-    from backbones.ops.triton import launch
+    from backbones.ops.scan.triton import launch
 
     return launch
 
@@ -342,13 +343,13 @@ def test_memory_is_as_the_traffic_model_says(
 
 
 def test_import_is_light() -> None:
-    code = "import sys, backbones.ops; print(any(m.startswith('backbones.ops.triton.') for m in sys.modules))"
+    code = "import sys, backbones.ops; print(any(m.startswith('backbones.ops.scan.triton.') for m in sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
 
 
 def test_reason_says_how_to_run_without_a_gpu() -> None:
-    code = "import backbones.ops.triton as triton; print(triton.unavailable_reason())"
+    code = "import backbones.ops.scan.triton as triton; print(triton.unavailable_reason())"
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-c", code]

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from backbones import ops
 from backbones.layers.norm import RMSNorm
-from backbones.ops import pointwise
-from backbones.ops.pointwise import rms_norm, silu_gate
+from backbones.ops.fused import pointwise
+from backbones.ops.fused.pointwise import rms_norm, silu_gate
 from tests.test_ops_cpu import ISAS, instruction_set, threads
 from tests.tolerances import OPERATOR
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from backbones import scan_patterns
-from backbones.scan_patterns import (
+from backbones.patterns import (
     ATROUS,
     BIDIRECTIONAL,
     CROSS,

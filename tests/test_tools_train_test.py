@@ -17,7 +17,7 @@ from PIL import Image
 
 pytest.importorskip("mmengine")
 
-from backbones.mm.cli import run_tool
+from backbones.mm.app.cli import run_tool
 from tests.scripts import load_tool
 
 # mmengine names a run after its config and the second; runs of one process within a second share a name.

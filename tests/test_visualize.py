@@ -16,9 +16,9 @@ from matplotlib.quiver import Quiver
 from PIL import Image
 from torch import Tensor, nn
 
-from backbones.hidden_attention import Scan, hidden_attention, recorded_scans
+from backbones.analysis.hidden_attention import Scan, hidden_attention, recorded_scans
 from backbones.ops import selective_scan
-from backbones.scan_patterns import PATTERNS, get_pattern
+from backbones.patterns import PATTERNS, get_pattern
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

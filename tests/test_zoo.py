@@ -8,7 +8,8 @@ import timm
 import torch
 
 import backbones
-from backbones import flops, zoo
+from backbones import zoo
+from backbones.analysis import flops
 from tests import tolerances
 from tests.test_dense import RECORDED
 from tests.test_parity import MODELS

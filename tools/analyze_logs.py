@@ -17,7 +17,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from backbones.mm.cli import run_tool
+from backbones.mm.app.cli import run_tool
 from backbones.mm.errors import UserError
 
 Curve = list[tuple[int, float]]  # iterations, counted from 1, and values

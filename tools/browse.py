@@ -26,9 +26,9 @@ from matplotlib.patches import Patch
 from mmengine.config import Config, DictAction
 from mmengine.registry import DATASETS, init_default_scope
 
-from backbones.mm import pictures
-from backbones.mm.cli import load_config, run_tool
-from backbones.mm.console import hidden_prints
+from backbones.mm.app import pictures
+from backbones.mm.app.cli import load_config, run_tool
+from backbones.mm.app.console import hidden_prints
 from backbones.mm.errors import UserError
 
 

@@ -2,7 +2,7 @@
 
 Parity: the recordings in tests/data are replayed through timm's route or as an OpenMMLab backbone, with weights in
 the official layout; errors are against what the original computed. Compute: operations of one image, counted as the
-papers count them by backbones.flops.
+papers count them by backbones.analysis.flops.
 
     python tools/certify.py [--out FILE]
 """
@@ -26,8 +26,10 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 
 import backbones
-from backbones import flops, zoo
-from backbones.ops import cpu, dispatch
+from backbones import zoo
+from backbones.analysis import flops
+from backbones.ops.scan import cpu
+from backbones.ops.scan import operator as dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the recordings belong to the tests, which are not installed
@@ -39,7 +41,7 @@ HEADER = "# Written by tools/certify.py: what this library computes. Do not edit
 
 
 def compute(name: str) -> dict[str, int]:
-    """What one image at the published size costs, see :class:`backbones.flops.Cost`."""
+    """What one image at the published size costs, see :class:`backbones.analysis.flops.Cost`."""
     model = cast(Any, timm.create_model(name, device="meta"))
     size = model.pretrained_cfg["input_size"][-1]
     cost = flops.count_model(model, (size, size)).total

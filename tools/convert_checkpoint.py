@@ -23,9 +23,8 @@ import torch
 from safetensors.torch import save_file
 
 import backbones
-from backbones import checkpoints
-from backbones.checkpoints import CheckpointError
 from backbones.conversion import Converted, convert, identify, load_call, model_names
+from backbones.weights import CheckpointError, files
 
 AVERAGED = ("model_ema", "state_dict_ema", "ema_model")
 
@@ -66,15 +65,15 @@ def run(source: Path, target: Path | None, model: str | None, ema: bool, check: 
         near = ", ".join(difflib.get_close_matches(model, model_names(), n=3, cutoff=0))
         raise CheckpointError(f"--model: got {model!r}, near names are {near}")
 
-    content = checkpoints.load(source)
+    content = files.load(source)
     try:
-        name = model or identify(checkpoints.select(content, source))
+        name = model or identify(files.select(content, source))
         published: Any = timm.create_model(name, device="meta").weight_keys
         keys = AVERAGED if ema else published
-        key = checkpoints.weight_key(content, keys)
+        key = files.weight_key(content, keys)
         if ema and key is None:
             raise CheckpointError(f"holds no averaged weights: none of {', '.join(AVERAGED)}")
-        weights = checkpoints.select(content, source, keys)
+        weights = files.select(content, source, keys)
         converted = convert(weights, name)
         if check:
             try_loading(converted)

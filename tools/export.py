@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import backbones
 from backbones import ops
-from backbones.checkpoints import CheckpointError
 from backbones.export import export_onnx, export_program
+from backbones.weights import CheckpointError
 
 TOLERANCE = 1e-4  # of the largest output; float32 in another order of summation
 

@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from backbones.flops import Cost, ModelCost, count
+from backbones.analysis.flops import Cost, ModelCost, count
 
 COLUMNS = ("", "parameters (M)", "GFLOPs", "of them scans", "activations (M)")
 

@@ -25,11 +25,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from mmengine.config import DictAction
 
-from backbones.mm import pictures
-from backbones.mm.cli import load_config, run_tool
+from backbones.mm.app import pictures
+from backbones.mm.app.cli import load_config, run_tool
+from backbones.mm.app.inference import Predictor, load_predictor, read_image
+from backbones.mm.engine.report import find_best
 from backbones.mm.errors import UserError
-from backbones.mm.inference import Predictor, load_predictor, read_image
-from backbones.mm.report import find_best
 
 
 def show(predictor: Predictor, path: Path, args: argparse.Namespace) -> tuple[str, Figure]:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 
-from backbones.scan_patterns import ScanPattern, get_pattern
+from backbones.patterns import ScanPattern, get_pattern
 
 _GAP = 1.0  # between two grids, in cells
 _STEPS = ListedColormap(colormaps["plasma"](np.linspace(0, 0.85, 256)))  # its yellow end is lost on white

@@ -17,7 +17,7 @@ from timm.models import PretrainedCfg
 from torch import Tensor
 
 import backbones  # noqa: F401  (registers the models in timm)
-from backbones.scan_patterns import PATTERNS
+from backbones.patterns import PATTERNS
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ def load_subject(args: argparse.Namespace) -> Subject:
 
 
 def _from_config(args: argparse.Namespace) -> Subject:
-    from backbones.mm.checkpoints import load_weights, read_checkpoint, select_state_dict
-    from backbones.mm.cli import load_config
-    from backbones.mm.inference import build_model
+    from backbones.mm.app.cli import load_config
+    from backbones.mm.app.inference import build_model
+    from backbones.mm.engine.checkpoints import load_weights, read_checkpoint, select_state_dict
 
     if args.pretrained:
         raise ValueError("--pretrained is for models of timm's; a config takes --checkpoint FILE")

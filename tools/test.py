@@ -19,10 +19,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from mmengine.dist import is_main_process
 
-from backbones.mm.cli import add_common_arguments, load_config, run_tool
-from backbones.mm.console import brief, print_average_precisions
-from backbones.mm.report import find_best
-from backbones.mm.runner import Runner
+from backbones.mm.app.cli import add_common_arguments, load_config, run_tool
+from backbones.mm.app.console import brief, print_average_precisions
+from backbones.mm.engine.report import find_best
+from backbones.mm.engine.runner import Runner
 
 
 def main() -> None:

@@ -18,10 +18,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from mmengine.device import get_device
 
-from backbones.mm.checkpoints import find_latest
-from backbones.mm.cli import add_common_arguments, load_config, run_tool
+from backbones.mm.app.cli import add_common_arguments, load_config, run_tool
+from backbones.mm.engine.checkpoints import find_latest
+from backbones.mm.engine.runner import Runner
 from backbones.mm.errors import UserError
-from backbones.mm.runner import Runner
 
 
 def main() -> None:

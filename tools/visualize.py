@@ -30,8 +30,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from backbones.hidden_attention import Scan, hidden_attention, recorded_scans
-from backbones.scan_patterns import PATTERNS, ScanPattern
+from backbones.analysis.hidden_attention import Scan, hidden_attention, recorded_scans
+from backbones.patterns import PATTERNS, ScanPattern
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tools are not installed
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from backbones.checkpoints import WEIGHT_KEYS, KeyRule, StateDict
+from backbones.weights import WEIGHT_KEYS, KeyRule, StateDict
 
 Constructor = Callable[..., nn.Module]
 
@@ -21,7 +21,7 @@ _NO_DECAY = ("A_log", "D", "dt_proj_bias", "conv_bias", "pos_embed", "cls_token"
 class Backbone(nn.Module):
     """The part of timm's contract that does not depend on the shape of the features."""
 
-    key_rules: ClassVar[Sequence[KeyRule]] = ()  # official names and layouts, see backbones.checkpoints
+    key_rules: ClassVar[Sequence[KeyRule]] = ()  # official names and layouts, see backbones.weights.rules
 
     weight_keys: ClassVar[Sequence[str]] = WEIGHT_KEYS  # where the authors' training states keep the published weights
 

@@ -13,10 +13,10 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from backbones.base.contract import Backbone, Constructor
-from backbones.checkpoints import StateDict
 from backbones.layers.mamba import MambaBlock
 from backbones.layers.norm import RMSNorm
 from backbones.layers.patch_embed import PatchEmbed
+from backbones.weights import StateDict
 
 _logger = logging.getLogger(__name__)
 

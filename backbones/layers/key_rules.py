@@ -6,7 +6,7 @@ A family joins the tables of its own layers; the first rule that fits a name win
 import torch
 from torch import Tensor
 
-from backbones.checkpoints import KeyRule, Layout
+from backbones.weights import KeyRule, Layout
 
 
 def grouped(*shape: int) -> Layout:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.ops import depthwise_conv
-from backbones.ops.pointwise import silu_gate
-from backbones.scan_patterns import BIDIRECTIONAL, FORWARD, REVERSE, ScanPattern, is_traced
-from backbones.taps import causal_taps
+from backbones.ops.fused.pointwise import silu_gate
+from backbones.patterns import BIDIRECTIONAL, FORWARD, REVERSE, ScanPattern, is_traced
+from backbones.patterns.taps import causal_taps
 
 _SEQUENCE_PATTERNS = {FORWARD, REVERSE, BIDIRECTIONAL}  # walk the tokens themselves, the class token among them
 

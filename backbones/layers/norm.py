@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from backbones.ops.norm import layer_norm, runs_on
-from backbones.ops.pointwise import rms_norm
+from backbones.ops.fused.layer_norm import layer_norm, runs_on
+from backbones.ops.fused.pointwise import rms_norm
 
 
 class LayerNorm(nn.LayerNorm):

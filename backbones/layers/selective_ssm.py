@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.ops import Visits, selective_scan
-from backbones.ops.dispatch import choose_backend
-from backbones.ops.projection import joint_linear, per_order_linear
+from backbones.ops.scan.operator import choose_backend
+from backbones.ops.scan.projection import joint_linear, per_order_linear
 
 # Widest rank at which the `cpu` kernel projects step sizes itself while training. Measured on one core, as the layer's
 # time over that with a matrix product in front: inference takes 0.58 (rank 6, one state) to 0.95 (rank 48, 16 states),

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from backbones.layers.norm import LayerNorm
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.ops import depthwise_conv
-from backbones.ops.dispatch import has_kernel
-from backbones.ops.pointwise import silu_gate
-from backbones.scan_patterns import ATROUS, CROSS, ScanPattern
-from backbones.taps import window_outputs, window_taps
+from backbones.ops.fused.pointwise import silu_gate
+from backbones.ops.scan.operator import has_kernel
+from backbones.patterns import ATROUS, CROSS, ScanPattern
+from backbones.patterns.taps import window_outputs, window_taps
 
 _PARTITIONS = {ATROUS}  # their orders share the cells among them
 

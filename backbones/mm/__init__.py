@@ -9,18 +9,18 @@ They get the dense backbones ``Vim``, ``LBVim``, ``VMamba``, ``MSVMamba``, ``Eff
 ``custom_imports=dict(imports=["backbones.mm"])``.
 """
 
-from .backbones import DenseBackbone, PlainDenseBackbone
-from .checkpoints import AtomicBackend
-from .classifier import ImageClassifier, ImagePreprocessor
-from .datasets import ImageFolder, RepeatedAugmentationSampler, collate_images, keep_worker_seed
-from .distillation import HardDistillation, SelfDistillation, SelfDistillationHook
-from .errors import UserError
-from .hooks import FiniteLossHook, ProgressHook, ResumeHook
-from .metrics import ClassificationMetric
-from .necks import SimpleFeaturePyramid
-from .optim import BFloat16OptimWrapper, TimmOptimWrapperConstructor
-from .report import ReportHook
-from .runner import Runner
+from backbones.mm.data.datasets import ImageFolder, RepeatedAugmentationSampler, collate_images, keep_worker_seed
+from backbones.mm.engine.checkpoints import AtomicBackend
+from backbones.mm.engine.hooks import FiniteLossHook, ProgressHook, ResumeHook
+from backbones.mm.engine.metrics import ClassificationMetric
+from backbones.mm.engine.optim import BFloat16OptimWrapper, TimmOptimWrapperConstructor
+from backbones.mm.engine.report import ReportHook
+from backbones.mm.engine.runner import Runner
+from backbones.mm.errors import UserError
+from backbones.mm.models.classifier import ImageClassifier, ImagePreprocessor
+from backbones.mm.models.dense import DenseBackbone, PlainDenseBackbone
+from backbones.mm.models.distillation import HardDistillation, SelfDistillation, SelfDistillationHook
+from backbones.mm.models.necks import SimpleFeaturePyramid
 
 __all__ = [
     "AtomicBackend",

@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from backbones import ops
 from backbones.ops import selective_scan
-from backbones.ops.naive import selective_scan_naive
+from backbones.ops.scan.naive import selective_scan_naive
 from tools.bench.measure import PARITY, check_parity, limits, medians, peak_memory
 from tools.bench.shapes import SHAPES, TextbookLoop
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from backbones import zoo
-from backbones.scan_patterns import get_pattern
+from backbones.patterns import get_pattern
 from tools.orders import draw_orders
 
 _CELLS = (6, 7)  # not square, and one side odd

@@ -1,0 +1,55 @@
+"""From a registered name to a model: timm's ``build_model_with_cfg`` with our own, strict way of loading weights."""
+
+from typing import Any
+
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from torch import nn
+
+from backbones.base.contract import Backbone
+from backbones.weights.loading import load_pretrained
+
+
+def build_model(
+    model_cls: type[Backbone],
+    variant: str,
+    pretrained: bool,
+    *,
+    feature_indices: int | tuple[int, ...],
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Builds a registered model as timm does, ``features_only`` included.
+
+    Weights are read by :mod:`backbones.weights`: timm would prefer averaged weights where the published
+    ones are the plain ones, and would stop checking names as soon as the number of classes differs.
+
+    Args:
+        model_cls: class of the model, called with ``kwargs``.
+        variant: registered name.
+        pretrained: load the weights that the pretrained configuration points to.
+        feature_indices: features that ``features_only=True`` takes unless told.
+        pretrained_cfg: as in timm.
+        pretrained_cfg_overlay: as in timm; ``dict(file=path)`` loads a local file in the official layout or
+            in ours.
+        cache_dir: where downloads are kept.
+        kwargs: arguments of the model, and timm's ``features_only``, ``out_indices`` and ``feature_cls``.
+    """
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    features_only = kwargs.get("features_only", False)
+
+    def construct(**model_kwargs: Any) -> Backbone:
+        model = model_cls(**model_kwargs)
+        if pretrained:
+            load_pretrained(model, cfg.to_dict(), variant, headless=features_only, cache_dir=cache_dir)
+        return model
+
+    return build_model_with_cfg(
+        construct,
+        variant,
+        pretrained=False,
+        pretrained_cfg=cfg.to_dict(),
+        feature_cfg={"out_indices": feature_indices, "feature_cls": "getter"},
+        **kwargs,
+    )

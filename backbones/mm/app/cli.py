@@ -1,0 +1,127 @@
+"""What the command line tools share: reading a config, a look at packages and data before the run, plain messages."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from mmengine.config import Config, DictAction
+
+from backbones.mm.app.console import hidden_prints
+from backbones.mm.data.annotations import check_annotations
+from backbones.mm.errors import UserError
+from backbones.weights import CheckpointError
+
+# What a config may need beyond mmengine.
+_PACKAGES = ("mmdet", "mmseg")
+
+
+def add_common_arguments(parser: ArgumentParser) -> None:
+    """Arguments of every tool that runs a config."""
+    parser.add_argument("--work-dir", help="where checkpoints and logs go (default: work_dirs/<config>)")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="change the config, for example optim_wrapper.optimizer.lr=1e-3",
+    )
+    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none", help="several processes")
+    parser.add_argument("--verbose", action="store_true", help="print on the console what the log file gets")
+
+
+def load_config(args: Namespace, loaders: Sequence[str] = ()) -> Config:
+    """Read ``args.config``, apply the common arguments, and check packages and data.
+
+    Args:
+        loaders: data loaders that are going to be used, such as "test_dataloader"; their annotations are checked
+            unless the config says ``check_annotations=False``.
+
+    Raises:
+        UserError: no such config, a package that is missing, a data folder that does not exist, or annotations that
+            do not match.
+    """
+    path = Path(args.config)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, (p.name for p in path.parent.glob("*.py")), n=3)
+        raise UserError(f"config {path} does not exist{'; did you mean ' + ', '.join(near) + '?' if near else ''}")
+    try:
+        config = Config.fromfile(path)
+    except ImportError as error:
+        raise UserError(f"config {path} imports what is not installed: {error}") from error
+    if args.cfg_options:
+        config.merge_from_dict(args.cfg_options)
+    config.launcher = args.launcher
+    config.verbose = args.verbose
+    config.work_dir = args.work_dir or config.get("work_dir") or str(Path("work_dirs", path.stem))
+    _import_packages(config)
+    for root in sorted({root for name in loaders for root in _data_roots(config.get(name))}):
+        if not Path(root).is_dir():
+            raise UserError(f"data folder {root} does not exist; {config.get('data_hint', 'set data_root')}")
+    if config.get("check_annotations", True):
+        check_annotations(config, loaders)
+    return config
+
+
+def run_tool(main: Callable[[], Any]) -> None:
+    """Call ``main``; an error of the user's ends it with the message and status 2, Ctrl-C with 130."""
+    try:
+        main()
+        if dist.is_initialized():
+            # Gloo's threads would abort a process that ends without this.
+            dist.destroy_process_group()
+    except (UserError, CheckpointError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _import_packages(config: Config) -> None:
+    """Import mmdet and mmseg where the config asks for them."""
+    types = {value.split(".")[0] for value in _types(config) if "." in value}
+    for package in _PACKAGES:
+        if config.get("default_scope") != package and package not in types:
+            continue
+        try:
+            with hidden_prints(config.verbose):
+                for module in ("models", "datasets", "evaluation"):
+                    importlib.import_module(f"{package}.{module}")
+        # The packages assert that mmcv has a version that they know.
+        except (ImportError, AssertionError) as error:
+            raise UserError(
+                f"{config.filename} needs {package}, which cannot be imported ({error}); "
+                "install it with: pip install 'ssm-backbones[mm]'"
+            ) from error
+
+
+def _types(config: Any) -> Iterator[str]:
+    if isinstance(config, dict | Config):
+        for key, value in config.items():
+            if key == "type" and isinstance(value, str):
+                yield value
+            else:
+                yield from _types(value)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            yield from _types(value)
+
+
+def _data_roots(config: Any) -> Iterator[str]:
+    """Every ``data_root`` of a data loader, however deep the data set is wrapped."""
+    if isinstance(config, dict | Config):
+        for key, value in config.items():
+            if key == "data_root" and isinstance(value, str):
+                yield value
+            else:
+                yield from _data_roots(value)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            yield from _data_roots(value)

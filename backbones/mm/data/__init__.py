@@ -1,0 +1,1 @@
+"""Data sets, and their check before a run."""

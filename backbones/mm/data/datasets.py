@@ -1,0 +1,125 @@
+"""Image folders, read with timm's readers and transforms, for mmengine's data loaders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.dist import get_rank, get_world_size
+from mmengine.logging import print_log
+from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
+from PIL import Image
+from timm.data import ImageDataset, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from backbones.mm.errors import UserError
+
+# What Pillow raises for damaged files besides OSError (which covers UnidentifiedImageError).
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+@DATASETS.register_module()
+class ImageFolder(Dataset):
+    """``data_root/split/<class>/<image>``, PNG and JPEG; labels are the positions of the sorted class names.
+
+    Args:
+        data_root: the folder that holds the splits.
+        split: the split's folder name, or ``""`` when ``data_root`` holds the classes itself.
+        transform: settings of ``timm.data.create_transform`` (``input_size``, ``is_training``, ...).
+        num_classes: how many class folders there must be, if given.
+        skip_unreadable: log damaged images and leave them out of their batch, instead of stopping.
+        image_mode: Pillow mode to which images are converted.
+
+    Items are ``dict(inputs=(channels, height, width) float tensor, targets=int)``, None for a skipped image.
+
+    Raises:
+        UserError: a folder that is missing or has other classes than expected; an unreadable image.
+    """
+
+    def __init__(
+        self,
+        data_root: str,
+        split: str,
+        transform: dict[str, Any],
+        num_classes: int | None = None,
+        skip_unreadable: bool = False,
+        image_mode: str = "RGB",
+    ) -> None:
+        folder = Path(data_root, split)
+        if not folder.is_dir():
+            raise UserError(f"image folder {folder} does not exist")
+        # Only timm's reader is used: ImageDataset itself replaces an unreadable image by its neighbour.
+        self.reader = ImageDataset(str(folder)).reader
+        classes = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.__getitem__)
+        if num_classes is not None and len(classes) != num_classes:
+            raise UserError(f"image folder {folder} has {len(classes)} classes, expected num_classes={num_classes}")
+        self.metainfo = {"classes": tuple(classes)}
+        self.transform = create_transform(**transform)
+        self.skip_unreadable = skip_unreadable
+        self.image_mode = image_mode
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | int] | None:
+        file, target = self.reader[index]
+        try:
+            with file:
+                image = Image.open(file).convert(self.image_mode)
+        except UNREADABLE as error:
+            message = f"cannot read image {self.reader.filename(index, absolute=True)}: {error}"
+            if not self.skip_unreadable:
+                raise UserError(f"{message}; skip_unreadable=True leaves such images out") from error
+            print_log(f"{message}; left out", logger="current", level=logging.WARNING)
+            return None
+        return {"inputs": self.transform(image), "targets": target}
+
+
+@DATA_SAMPLERS.register_module()
+class RepeatedAugmentationSampler(RepeatAugSampler):
+    """Each image several times in an epoch, every time augmented anew (arXiv:1902.05509).
+
+    An epoch keeps its length: it holds ``1 / num_repeats`` of the images, others every time. The copies of an image
+    go to different processes where there are several.
+
+    Args:
+        dataset: the data set.
+        num_repeats: how often an image of the epoch occurs.
+        seed: of the order; the Runner gives its own.
+    """
+
+    def __init__(self, dataset: Dataset, num_repeats: int = 3, seed: int = 0) -> None:
+        super().__init__(dataset, get_world_size(), get_rank(), num_repeats=num_repeats)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the images of ``epoch``, whatever has been drawn before."""
+        # timm seeds the order by this alone.
+        super().set_epoch(np.random.SeedSequence([self.seed, epoch]).generate_state(1).item())
+
+
+@FUNCTIONS.register_module()
+def collate_images(samples: Sequence[dict[str, Any] | None]) -> dict[str, Tensor]:
+    """Stack samples into ``dict(inputs=(b, channels, height, width), targets=(b,))``, without skipped ones.
+
+    Raises:
+        UserError: every sample was skipped.
+    """
+    readable = [sample for sample in samples if sample is not None]
+    if not readable:
+        raise UserError(f"all {len(samples)} images of a batch are unreadable")
+    return default_collate(readable)
+
+
+@FUNCTIONS.register_module()
+def keep_worker_seed(worker_id: int) -> None:
+    """Leave the seed that PyTorch gives a data loading worker, new in every epoch.
+
+    mmengine's own ``worker_init_fn`` sets the same seed in every epoch, which repeats the augmentations.
+    """

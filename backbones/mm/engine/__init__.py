@@ -1,0 +1,1 @@
+"""mmengine's Runner, hooks, optimizers, metrics and checkpoints, as this library needs them."""

@@ -1,0 +1,160 @@
+"""Training checkpoints: written whole, read without running code, loaded in full, or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.logging import HistoryBuffer
+from timm.models._hub import download_cached_file
+from torch import Tensor, nn
+
+from backbones.weights import CheckpointError
+from backbones.weights.files import load
+from backbones.weights.loading import check
+
+# One name per folder: what a killed process leaves behind is overwritten by the next checkpoint.
+_PARTIAL = ".checkpoint.partial"
+
+
+class AtomicBackend(LocalBackend):
+    """Local files for ``CheckpointHook(backend_args=dict(backend="atomic"))``.
+
+    A file appears under its name only when it is complete. ``CheckpointHook`` removes the old checkpoint
+    before it writes the new one; here a removal waits for the next successful write, so that at every
+    moment at least one whole checkpoint is on disk.
+    """
+
+    _outdated: ClassVar[set[str]] = set()
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write ``obj`` to ``filepath`` by way of a temporary file in the same folder."""
+        partial = Path(filepath).with_name(_PARTIAL)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(obj)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, filepath)
+        self._outdated.discard(str(filepath))
+        while self._outdated:
+            Path(self._outdated.pop()).unlink(missing_ok=True)
+
+    def remove(self, filepath: str | Path) -> None:
+        """Mark ``filepath`` for removal after the next :meth:`put`."""
+        self._outdated.add(str(filepath))
+
+
+register_backend("atomic", AtomicBackend, force=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace the small text file ``path`` in one step."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a PyTorch checkpoint, a file or a URL, that holds tensors and plain Python values only.
+
+    Raises:
+        CheckpointError: no such file, a truncated or foreign file, or a pickle that holds other objects.
+    """
+    if str(path).startswith(("http://", "https://")):
+        path = download_cached_file(str(path))
+    try:
+        checkpoint = load(path, map_location)
+    except FileNotFoundError as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"checkpoint {path} holds a {type(checkpoint).__name__}, expected a dict")
+    return checkpoint
+
+
+def select_state_dict(checkpoint: Mapping[str, Any], source: str | Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint, without the prefix that ``DistributedDataParallel`` adds to the names.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    state_dict = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state_dict, Mapping) or not all(isinstance(v, Tensor) for v in state_dict.values()):
+        raise CheckpointError(
+            f"checkpoint {source} has no 'state_dict'; its entries are {', '.join(map(str, checkpoint))}"
+        )
+    return {re.sub(r"^module\.", "", key): value for key, value in state_dict.items()}
+
+
+def load_weights(
+    module: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path, ignore: Sequence[str] = ()
+) -> list[str]:
+    """Load every weight of ``module`` from ``state_dict``, or raise and leave ``module`` as it was.
+
+    Args:
+        source: where the weights come from, for the message.
+        ignore: modules whose weights may differ; those that do keep their present value.
+
+    Returns:
+        The names of the weights that keep their value.
+
+    Raises:
+        CheckpointError: names that are missing, unknown, or of another shape.
+    """
+    try:
+        check(state_dict, module, ignore)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {source}: {error}") from None
+    own = module.state_dict()
+    fitting = {name: x for name, x in state_dict.items() if name in own and own[name].shape == x.shape}
+    module.load_state_dict({**own, **fitting})
+    return sorted(own.keys() - fitting.keys())
+
+
+def find_latest(work_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None.
+
+    mmengine's ``last_checkpoint`` is not written atomically and holds an absolute path, so it may be empty
+    after a kill or stale after a move; then the highest epoch or iteration on disk counts.
+    """
+    folder = Path(work_dir)
+    pointer = folder / "last_checkpoint"
+    if pointer.is_file() and (name := Path(pointer.read_text().strip()).name):
+        latest = folder / name
+        if latest.is_file():
+            return latest
+    steps = {path: re.fullmatch(r"(?:epoch|iter)_(\d+)", path.stem) for path in folder.glob("*_*.pth")}
+    numbered = {path: int(match[1]) for path, match in steps.items() if match}
+    return max(numbered, key=lambda path: numbered[path]) if numbered else None
+
+
+def to_plain(value: Any) -> Any:
+    """Replace NumPy values and mmengine's histories by tensors and Python numbers, recursively.
+
+    A plain checkpoint can be read with ``torch.load(path, weights_only=True)`` anywhere.
+    """
+    if isinstance(value, HistoryBuffer):
+        history, count = value.data
+        return {"history": torch.from_numpy(history), "count": torch.from_numpy(count)}
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_plain(item) for item in value)
+    return value
+
+
+def to_history(value: Any) -> Any:
+    """Undo :func:`to_plain` for one of mmengine's histories."""
+    if isinstance(value, dict) and value.keys() == {"history", "count"}:
+        return HistoryBuffer(value["history"].numpy(), value["count"].numpy())
+    return value

@@ -1,0 +1,140 @@
+"""mmengine's Runner with a short console, complete checkpoint loading and several processes on the CPU."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import mmengine.runner
+import torch
+from mmengine.device import get_device
+from mmengine.dist import is_distributed
+from mmengine.logging import MMLogger
+from mmengine.model import is_model_wrapper
+from mmengine.registry import RUNNERS
+from torch import nn
+
+from backbones.mm.app.console import hidden_prints
+from backbones.mm.engine.checkpoints import load_weights, read_checkpoint, select_state_dict
+from backbones.mm.engine.hooks import LabelRangeHook
+from backbones.mm.errors import UserError
+
+_DETECTION_HEAD = re.compile(r"(^|\.)(rpn_head|bbox_head|mask_head)(\.\d+)?$")
+
+
+def _concerns_the_user(record: logging.LogRecord) -> bool:
+    # Whenever a run starts, mmengine warns about its own use of its own deprecated classes, and that mmseg's IoUMetric
+    # has no prefix.
+    return not any(name in record.getMessage() for name in ("FileClient", "HardDiskBackend", "prefix is not set"))
+
+
+def _run_name(experiment: str) -> str:
+    """``config`` of mmengine's ``config_date_time``."""
+    return experiment.rsplit("_", 2)[0]
+
+
+def _widen(values: Any) -> Any:
+    """bfloat16 tensors as float32, in any nesting of tuples and lists."""
+    if isinstance(values, tuple | list):
+        return type(values)(map(_widen, values))
+    return values.float() if isinstance(values, torch.Tensor) and values.dtype == torch.bfloat16 else values
+
+
+def _keep_from_bfloat16(model: nn.Module) -> None:
+    """Feed mmcv's RoIAlign and NMS, which know no bfloat16, with float32 features and outputs of heads."""
+    for name, module in model.named_modules():
+        if hasattr(module, "roi_layers"):
+            module.register_forward_pre_hook(lambda _, inputs: _widen(inputs))
+        elif _DETECTION_HEAD.search(name):
+            module.register_forward_hook(lambda _, inputs, outputs: _widen(outputs))
+
+
+@RUNNERS.register_module(name="BackbonesRunner")
+class Runner(mmengine.runner.Runner):
+    """mmengine's ``Runner`` for any task, configured by the same keys and two more.
+
+    ``verbose``: also print on the console what the log file gets (environment, config, every logged step).
+    ``load_ignore``: modules, such as ``"network.head"``, in which ``load_from`` may differ from the model.
+    """
+
+    def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
+        logger = super().build_logger(log_level, log_file, **kwargs)
+        if not self.cfg.get("verbose", False):
+            for handler in logger.handlers:
+                if not isinstance(handler, logging.FileHandler):
+                    handler.setLevel(logging.WARNING)
+                    handler.addFilter(_concerns_the_user)
+        return logger
+
+    def register_default_hooks(self, hooks: dict[str, Any] | None = None) -> None:
+        super().register_default_hooks(hooks)
+        self.register_hook(LabelRangeHook())
+
+    def build_model(self, model: nn.Module | dict[str, Any]) -> nn.Module:
+        with hidden_prints(self.cfg.get("verbose", False)):
+            return super().build_model(model)
+
+    def train(self) -> nn.Module:
+        """Train as the config says; returns the model."""
+        with hidden_prints(self.cfg.get("verbose", False)):
+            return super().train()
+
+    def val(self) -> dict[str, float]:
+        """Validate; returns the metrics."""
+        with hidden_prints(self.cfg.get("verbose", False)):
+            return super().val()
+
+    def test(self) -> dict[str, float]:
+        """Test; returns the metrics."""
+        with hidden_prints(self.cfg.get("verbose", False)):
+            return super().test()
+
+    def setup_env(self, env_cfg: dict[str, Any]) -> None:
+        # mmengine selects a CUDA device before it opens the process group, whatever the backend.
+        if self.distributed and get_device() == "cpu" and not is_distributed():
+            if self._launcher != "pytorch":
+                raise UserError(f"launcher {self._launcher!r} needs a GPU; on CPUs use torchrun and 'pytorch'")
+            torch.distributed.init_process_group("gloo")
+        super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        _keep_from_bfloat16(model)
+        if self.distributed and get_device() == "cpu" and model_wrapper_cfg is None:
+            model_wrapper_cfg = {
+                "type": "MMDistributedDataParallel",
+                "device_ids": None,
+                "broadcast_buffers": False,
+                "find_unused_parameters": self.cfg.get("find_unused_parameters", False),
+            }
+        return super().wrap_model(model_wrapper_cfg, model)
+
+    def load_checkpoint(
+        self,
+        filename: str,
+        map_location: Any = "cpu",
+        strict: bool = True,
+        revise_keys: Sequence[tuple[str, str]] = (),
+    ) -> dict[str, Any]:
+        """Load ``filename`` into the model in full, without running code from it.
+
+        Raises:
+            CheckpointError: the file cannot be read, or weights are missing, unknown or misshapen; named.
+            ValueError: ``strict=False`` or ``revise_keys``, which hide such weights.
+        """
+        if not strict or revise_keys:
+            raise ValueError("strict=False and revise_keys are not supported; set load_ignore in the config")
+        checkpoint = read_checkpoint(filename, map_location)
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        weights = select_state_dict(checkpoint, filename)
+        ignore = () if self._resume else self.cfg.get("load_ignore", ())
+        meta = checkpoint.get("meta")
+        # Tells at once what a checkpoint that does not fit is made for.
+        run = f" (written by {_run_name(meta['experiment_name'])})" if meta and "experiment_name" in meta else ""
+        if ignored := load_weights(model, weights, f"{filename}{run}", ignore):
+            self.logger.warning(f"not loaded from {filename} (load_ignore): {', '.join(ignored)}")
+        self._has_loaded = True
+        self.logger.info(f"loaded {filename}")
+        return checkpoint

@@ -1,0 +1,1 @@
+"""Models, backbones and necks for mmengine."""

@@ -1,0 +1,151 @@
+"""Any ``timm`` model as an mmengine classifier, with timm's mixup, cutmix and losses."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, cast
+
+import timm
+import torch
+from mmengine.model import BaseDataPreprocessor, BaseModel
+from mmengine.registry import MODELS
+from timm.data.mixup import Mixup, mixup_target
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from backbones.base import Backbone
+from backbones.mm.errors import UserError
+from backbones.mm.models.dense import fetch_weights
+from backbones.weights.loading import load_pretrained
+
+for _loss in (BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy):
+    MODELS.register_module(module=_loss)
+
+
+def create_network(name: str, **kwargs: Any) -> nn.Module:
+    """``timm.create_model`` that answers an unknown name with the nearest known ones.
+
+    Raises:
+        UserError: ``name`` is not registered in timm.
+    """
+    if ":" not in name and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise UserError(f"unknown model {name!r}{hint}")
+    return timm.create_model(name, **kwargs)
+
+
+@MODELS.register_module()
+class ImagePreprocessor(BaseDataPreprocessor):
+    """Moves a batch to the model's device and, in training, mixes images and labels.
+
+    Args:
+        mixup: settings of ``timm.data.Mixup`` (``mixup_alpha``, ``cutmix_alpha``, ``label_smoothing``, ...),
+            or None to leave batches as they are. Mixed labels are soft: (b, num_classes) instead of (b,).
+        num_classes: length of a soft label.
+    """
+
+    def __init__(self, mixup: dict[str, Any] | None = None, num_classes: int | None = None) -> None:
+        super().__init__(non_blocking=True)
+        self.num_classes = num_classes
+        self.mixup = None if mixup is None else Mixup(num_classes=num_classes, **mixup)
+
+    def forward(self, data: dict[str, Tensor], training: bool = False) -> dict[str, Tensor]:
+        data = self.cast_data(data)
+        if not training or self.mixup is None:
+            return data
+        inputs, targets = data["inputs"], data["targets"]
+        even = len(inputs) // 2 * 2
+        # timm mixes pairs; the odd image of an incomplete batch keeps its own (smoothed) label.
+        soft = mixup_target(targets, self.num_classes, smoothing=self.mixup.label_smoothing)
+        if even:
+            inputs[:even], soft[:even] = self.mixup(inputs[:even], targets[:even])
+        return {"inputs": inputs, "targets": soft}
+
+
+@MODELS.register_module()
+class ImageClassifier(BaseModel):
+    """A classification network and its loss.
+
+    A network with two classifiers, such as GroupMamba's, counts with the mean of their logits.
+
+    Args:
+        network: arguments of ``timm.create_model``, among them ``name``; every registered model will do.
+        loss: a loss from ``timm.loss`` by its class name, such as ``dict(type="SoftTargetCrossEntropy")``.
+        data_preprocessor: see :class:`ImagePreprocessor`; the number of classes is taken from the network.
+        init_cfg: ``dict(type="Pretrained", checkpoint=...)`` loads weights for fine-tuning when ``init_weights`` is
+            called, see :func:`backbones.mm.models.dense.fetch_weights`. A classifier for another number of classes
+            starts from random weights.
+
+    Raises:
+        UserError: an unknown model name, or a loss that does not go with mixup.
+    """
+
+    def __init__(
+        self,
+        network: dict[str, Any],
+        loss: dict[str, Any],
+        data_preprocessor: dict[str, Any] | None = None,
+        init_cfg: dict[str, Any] | None = None,
+    ) -> None:
+        built = create_network(**network)
+        preprocessor = {"type": "ImagePreprocessor", "num_classes": built.num_classes, **(data_preprocessor or {})}
+        super().__init__(preprocessor, init_cfg)
+        self.network = built
+        self.name = network["name"]
+        self.criterion = MODELS.build(loss)
+        mixing = getattr(self.data_preprocessor, "mixup", None) is not None
+        if mixing and isinstance(self.criterion, LabelSmoothingCrossEntropy):
+            raise UserError("mixup makes soft labels: use loss=dict(type='SoftTargetCrossEntropy')")
+        if not mixing and isinstance(self.criterion, SoftTargetCrossEntropy):
+            raise UserError("SoftTargetCrossEntropy needs the soft labels of mixup; use LabelSmoothingCrossEntropy")
+
+    def init_weights(self) -> None:
+        """Loads the weights of ``init_cfg``; without it, keeps those that ``timm.create_model`` has made.
+
+        mmengine would otherwise call ``network.init_weights`` before training, and undo ``pretrained=True``.
+
+        Raises:
+            CheckpointError: the weights do not fit the network; all that differ are named.
+            UserError: there is no such file, or the network is not one of this library.
+        """
+        self._is_init = True
+        if self.init_cfg is None:
+            return
+        if not isinstance(self.network, Backbone):
+            raise UserError(f"init_cfg: {self.name} is not of this library, use network=dict(pretrained=True, ...)")
+        file = fetch_weights(self.init_cfg["checkpoint"], self.name)
+        cfg = cast(dict[str, Any], self.network.pretrained_cfg)
+        load_pretrained(self.network, {**cfg, "file": file}, self.name)
+
+    def forward(
+        self, inputs: Tensor, targets: Any = None, mode: str = "tensor"
+    ) -> Tensor | dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Run the network on ``inputs`` (b, in_chans, height, width).
+
+        Args:
+            targets: labels (b,), or soft labels (b, num_classes).
+            mode: ``"tensor"`` gives the logits (b, num_classes); ``"loss"`` the loss; ``"predict"`` one dict
+                an image with ``scores`` (num_classes,), probabilities, and its ``target`` where known.
+        """
+        outputs = self.network(inputs)
+        if mode == "loss":
+            return self.losses(outputs, inputs, targets)
+        logits = mean_logits(outputs)
+        if mode == "tensor":
+            return logits
+        if mode == "predict":
+            scores = torch.softmax(logits.float(), dim=-1)
+            if targets is None:
+                return [{"scores": row} for row in scores]
+            return [{"scores": row, "target": target} for row, target in zip(scores, targets, strict=True)]
+        raise ValueError(f"mode is {mode!r}, expected 'tensor', 'loss' or 'predict'")
+
+    def losses(self, outputs: Any, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Terms of the loss, which are added, from what the network made of ``inputs``."""
+        return {"loss": self.criterion(mean_logits(outputs).float(), targets)}
+
+
+def mean_logits(outputs: Any) -> Tensor:
+    """The logits (b, num_classes) of a network, or the mean of those of its two classifiers."""
+    return (outputs[0] + outputs[1]) / 2 if isinstance(outputs, tuple) else outputs

@@ -1,0 +1,324 @@
+"""Every family as an OpenMMLab backbone: maps (b, c, h, w) for the necks and heads of mmdet and mmseg."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import timm
+from huggingface_hub import hf_hub_download
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from timm.models._hub import download_cached_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import backbones  # noqa: F401  (registers the models in timm)
+from backbones.mm.errors import UserError
+from backbones.weights import KeyRule, StateDict, files, loading, rules
+
+
+class DenseBackbone(BaseModule):
+    """Features of a registered model, each with a norm of its own.
+
+    Args:
+        arch: registered name, such as "vmamba_tiny_s1l8".
+        out_indices: stages (blocks of a plain model) whose outputs are returned.
+        drop_path_rate: stochastic depth of the last block.
+        frozen_stages: -1 trains everything, 0 freezes the stem, i also the first i stages (blocks).
+        norm_eval: keep batch norms in eval mode, with the statistics that they have.
+        with_cp: compute blocks again in backward instead of keeping their activations.
+        out_norm: put a LayerNorm on every output; False returns the maps as they are.
+        model_args: further arguments of ``timm.create_model``.
+        init_cfg: ``dict(type="Pretrained", checkpoint=...)`` loads the weights of a classifier or of a
+            backbone, in the official layout or in ours, when ``init_weights`` is called: from a file, from a
+            URL, or with "published" those that the authors of ``arch`` released.
+
+    Raises:
+        UserError: ``arch`` is no model of this family, or an index is out of range.
+    """
+
+    module: ClassVar[str]
+    """Module of :mod:`backbones` that registers the family's models."""
+
+    def __init__(
+        self,
+        arch: str,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        out_norm: bool = True,
+        model_args: dict[str, Any] | None = None,
+        init_cfg: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        known = timm.list_models(module=self.module)
+        if arch not in known:
+            near = ", ".join(difflib.get_close_matches(arch, known, n=3, cutoff=0))
+            raise UserError(f"arch: {arch!r} is no model of {type(self).__name__}; near names are {near}")
+        self.arch, self.out_indices = arch, tuple(out_indices)
+        self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
+        self._model_args = {"drop_path_rate": drop_path_rate, **(model_args or {})}
+        self.model = cast(Any, timm.create_model(arch, **self._model_args))
+        info = self.model.feature_info
+        if not self.out_indices or not all(0 <= i < len(info) for i in self.out_indices):
+            raise UserError(f"out_indices: got {self.out_indices}, expected numbers within 0..{len(info) - 1}")
+        self.model.prune_intermediate_layers(list(self.out_indices), prune_norm=True)
+        self.model.set_grad_checkpointing(with_cp)
+        self.out_norms = nn.ModuleDict({str(i): self._norm(info[i]["num_chs"]) for i in self._normed() if out_norm})
+        self.train()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Image (b, in_chans, h, w) to one map (b, c, h / stride, w / stride) for each of ``out_indices``."""
+        maps = []
+        for i, feature in zip(self.out_indices, self._features(x), strict=True):
+            if str(i) in self.out_norms:
+                feature = self.out_norms[str(i)](feature)
+            maps.append(feature.permute(0, 3, 1, 2).contiguous())
+        return tuple(maps)
+
+    def train(self, mode: bool = True) -> DenseBackbone:
+        """Sets training mode, except in what is frozen and, with ``norm_eval``, in batch norms."""
+        super().train(mode)
+        if self.frozen_stages >= 0:
+            for part in self._stem_and_stages(self.frozen_stages):
+                if isinstance(part, nn.Module):
+                    part.eval().requires_grad_(False)
+                else:
+                    part.requires_grad_(False)
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Loads the weights of ``init_cfg``; without it the model keeps its own initialisation."""
+        self._is_init = True
+        if self.init_cfg is None:
+            return
+        if self.init_cfg.get("type") != "Pretrained" or "checkpoint" not in self.init_cfg:
+            raise UserError(f"init_cfg: got {self.init_cfg}, expected dict(type='Pretrained', checkpoint=...)")
+        self.load_pretrained(self.init_cfg["checkpoint"])
+
+    def load_pretrained(self, path: str) -> None:
+        """Loads a weight file, a URL or the "published" weights in full.
+
+        Only a classifier, its norm, and stages behind the last output may be left over; output norms that the
+        file does not have keep their initialisation. The log lists both.
+
+        Raises:
+            CheckpointError: the file cannot be read, or weights are missing, unknown or misshapen; all named.
+            UserError: the published weights must be downloaded by hand, or there are none.
+        """
+        path = fetch_weights(path, self.arch)
+        whole = cast(Any, timm.create_model(self.arch, device="meta", **self._model_args))
+        weights = rules.to_ours(_of_backbone(files.read(path, whole.weight_keys)), whole.key_rules)
+        weights = rules.to_ours(self.model.adapt_state_dict(weights), self._norm_rules())
+        weights = {x if x.startswith("out_norms.") else f"model.{x}": value for x, value in weights.items()}
+        own = self.state_dict()
+        unused = sorted(weights.keys() & {f"model.{name}" for name in whole.state_dict()} - own.keys())
+        fresh = sorted(name for name in own.keys() - weights.keys() if self._may_be_fresh(name))
+        weights = {name: x for name, x in weights.items() if name not in unused}
+        weights |= {name: own[name] for name in fresh}
+        loading.check(weights, self)
+        self.load_state_dict(weights)
+
+        logger = MMLogger.get_current_instance()
+        logger.info("loaded %s into %s", path, self.arch)
+        for what, names in (("of no use in a backbone", unused), ("not in the file, left fresh", fresh)):
+            if names:
+                logger.info("%s: %s", what, ", ".join(names))
+
+    def _features(self, x: Tensor) -> list[Tensor]:
+        """Channels-last maps, without their output norms."""
+        return self.model.forward_intermediates(
+            x, indices=list(self.out_indices), output_fmt="NHWC", intermediates_only=True
+        )
+
+    def _norm_rules(self) -> tuple[KeyRule, ...]:
+        """Names of the output norms in the authors' dense models, applied after the model's own rules."""
+        return (KeyRule("outnorm{}.{}", "out_norms.{}.{}"),)
+
+    def _may_be_fresh(self, name: str) -> bool:
+        """Whether the parameter ``name`` may be missing in a file and keep its initialisation."""
+        return name.startswith("out_norms.")
+
+    def _normed(self) -> Iterable[int]:
+        return self.out_indices
+
+    def _norm(self, channels: int) -> nn.Module:
+        return nn.LayerNorm(channels)
+
+    def _stem_and_stages(self, count: int) -> list[nn.Module | nn.Parameter]:
+        return [self.model.stem, *self.model.stages[:count], *self.model.downsamples[: max(count - 1, 0)]]
+
+
+class PlainDenseBackbone(DenseBackbone):
+    """Features of a plain model, all at one stride; a neck makes the pyramid.
+
+    Takes images of any size: they are padded to whole patches, and the position embedding is resampled.
+
+    Args:
+        arch: as in :class:`DenseBackbone`, and all others.
+        tap: "stream" returns the sum of all blocks so far, "branch" what the last block added to it, which is
+            what the authors of Vim and LBVim use for segmentation.
+        norm_layer: "rmsnorm" or "layernorm", before each block. A layer norm takes the scales of a file with
+            RMS norms, and its biases start at 0, as in the authors' LBVim for segmentation.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        out_indices: Sequence[int] = (5, 11, 17, 23),
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        out_norm: bool = True,
+        tap: str = "branch",
+        norm_layer: str = "rmsnorm",
+        model_args: dict[str, Any] | None = None,
+        init_cfg: dict[str, Any] | None = None,
+    ) -> None:
+        if tap not in ("stream", "branch"):
+            raise UserError(f"tap: got {tap!r}, expected 'stream' or 'branch'")
+        if norm_layer not in ("rmsnorm", "layernorm"):
+            raise UserError(f"norm_layer: got {norm_layer!r}, expected 'rmsnorm' or 'layernorm'")
+        own_args: dict[str, Any] = {"dynamic_img_size": True, "dynamic_img_pad": True}
+        if norm_layer == "layernorm":
+            own_args["norm_layer"] = nn.LayerNorm
+        super().__init__(
+            arch, out_indices, drop_path_rate, frozen_stages, norm_eval, with_cp, out_norm,
+            own_args | (model_args or {}), init_cfg,
+        )  # fmt: skip
+        self.tap = tap
+
+    def _features(self, x: Tensor) -> list[Tensor]:
+        features = self.model.forward_intermediates(
+            x,
+            indices=list(self.out_indices),
+            output_fmt="NLC",
+            intermediates_only=True,
+            branch=self.tap == "branch",
+        )
+        grid = self.model.patch_embed.grid_size(*x.shape[-2:])
+        return [feature.unflatten(1, grid) for feature in features]
+
+    def _norm_rules(self) -> tuple[KeyRule, ...]:
+        return tuple(
+            KeyRule(f"outnorm_{position}.{{}}", f"out_norms.{i}.{{}}") for position, i in enumerate(self.out_indices)
+        )
+
+    def _may_be_fresh(self, name: str) -> bool:
+        return super()._may_be_fresh(name) or re.fullmatch(r"model\.blocks\.\d+\.norm\.bias", name) is not None
+
+    def _stem_and_stages(self, count: int) -> list[nn.Module | nn.Parameter]:
+        tokens = [x for x in (self.model.pos_embed, self.model.cls_token) if x is not None]
+        return [self.model.patch_embed, *tokens, *self.model.blocks[:count]]
+
+
+def fetch_weights(checkpoint: str, arch: str) -> str:
+    """Path of the weight file that ``checkpoint`` stands for, downloaded into a cache if it is not local.
+
+    Args:
+        checkpoint: a path, a URL, "published" for the ImageNet weights that the authors of ``arch`` released, or
+            "published:NAME" for those of another model.
+
+    Raises:
+        UserError: there is no such file, or the published weights cannot be downloaded by a program.
+    """
+    published, _, name = checkpoint.partition(":")
+    if checkpoint.startswith(("http://", "https://")):
+        return download_cached_file(checkpoint)
+    if published != "published":
+        if not Path(checkpoint).is_file():
+            raise UserError(f"checkpoint: no weight file at {checkpoint}")
+        return checkpoint
+    name = name or arch
+    if not timm.is_model(name):
+        raise UserError(f"checkpoint: got {checkpoint!r}, but there is no model {name!r}")
+    cfg = cast(Any, timm.get_pretrained_cfg(name))
+    if cfg.hf_hub_id:
+        return hf_hub_download(cfg.hf_hub_id, cfg.hf_hub_filename)
+    if cfg.url and "drive.google.com" not in cfg.url:
+        return download_cached_file(cfg.url)
+    how = f"download them by hand from {cfg.url}" if cfg.url else f"none were released ({cfg.origin_url})"
+    raise UserError(
+        f"checkpoint: the published weights of {name} cannot be downloaded automatically, {how}; set checkpoint to "
+        "a file in init_cfg, or init_cfg=None to start from random weights"
+    )
+
+
+def _of_backbone(weights: StateDict) -> StateDict:
+    """The part of a detector's or segmentor's weights that is the backbone's; other files as they are.
+
+    Names beside our ``model.`` stay, so that the check names those that no backbone has.
+    """
+    part = {x.removeprefix("backbone."): value for x, value in weights.items() if x.startswith("backbone.")}
+    weights = part or weights
+    return {x.removeprefix("model."): value for x, value in weights.items()}
+
+
+@MODELS.register_module()
+class Vim(PlainDenseBackbone):
+    """Vim for dense prediction."""
+
+    module = "vim"
+
+
+@MODELS.register_module()
+class LBVim(PlainDenseBackbone):
+    """LBVim for dense prediction."""
+
+    module = "lbmamba"
+
+
+@MODELS.register_module()
+class VMamba(DenseBackbone):
+    """VMamba for dense prediction."""
+
+    module = "vmamba"
+
+
+@MODELS.register_module()
+class MSVMamba(DenseBackbone):
+    """MSVMamba for dense prediction."""
+
+    module = "msvmamba"
+
+
+@MODELS.register_module()
+class EfficientVMamba(DenseBackbone):
+    """EfficientVMamba for dense prediction."""
+
+    module = "efficientvmamba"
+
+
+@MODELS.register_module()
+class GroupMamba(DenseBackbone):
+    """GroupMamba for dense prediction; all but its last stage end in a norm of the model itself."""
+
+    module = "groupmamba"
+
+    def _norm_rules(self) -> tuple[KeyRule, ...]:
+        return (KeyRule("head.norm.{}", "out_norms.3.{}"),)
+
+    def _normed(self) -> Iterable[int]:
+        return [i for i in self.out_indices if i == 3]
+
+    def _norm(self, channels: int) -> nn.Module:
+        return nn.LayerNorm(channels, eps=1e-6)
+
+
+@MODELS.register_module()
+class SpatialMamba(DenseBackbone):
+    """Spatial-Mamba for dense prediction."""
+
+    module = "spatialmamba"

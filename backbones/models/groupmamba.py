@@ -1,0 +1,396 @@
+"""GroupMamba: four groups of channels, each scanned along one order of its own.
+
+GroupMamba: Parameter-Efficient and Accurate Group Visual State Space Model, arXiv:2407.13772.
+Original: https://github.com/Amshaker/GroupMamba, MIT. Written from the paper and from measurements of the
+original, without its code.
+
+Four narrow mixers stand side by side, one for rows, one for columns, and one for each reversed. Their output
+is multiplied by their normalised input, then by channel weights made from its means, and normalised by the
+same layer again. Before the classifier, a block works on the pooled token alone. The models were trained with
+distillation: a second classifier learned from a teacher, and inference averages the two. The original's
+backward pass is wrong on maps that are not square; here it is autograd's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, SelectAdaptivePool2d
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from backbones.base import Constructor, HierarchicalBackbone
+from backbones.base.build import build_model
+from backbones.layers import (
+    ConvDownsample,
+    ConvFFN,
+    DepthwiseConv2d,
+    LayerNorm,
+    SelectiveSSM,
+    channels_last,
+    scan_grid,
+)
+from backbones.ops.fused.pointwise import silu_gate
+from backbones.patterns import CROSS, ScanPattern, checked_pattern
+from backbones.weights import KeyRule
+from backbones.zoo import default_cfgs as zoo_cfgs
+
+_norm = partial(LayerNorm, eps=1e-6)  # of stages and blocks; those inside of a layer have 1e-5
+
+
+class GroupedLinear(nn.Module):
+    """A linear layer for each group of channels, without bias."""
+
+    def __init__(
+        self,
+        groups: int,
+        in_features: int,
+        out_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, out_features, in_features, device=device, dtype=dtype))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., groups, in_features) to (..., groups, out_features)."""
+        return torch.einsum("...ki,koi->...ko", x, self.weight)
+
+
+class GroupMambaLayer(nn.Module):
+    """One SS2D for each group of channels and order, and channel weights over all (GroupMamba, section 3.3).
+
+    Args:
+        dim: width of the map, a multiple of the number of orders.
+        pattern: orders, one for each group.
+        d_state: states of each channel.
+        local_window: see :func:`backbones.ops.selective_scan`.
+        backend: see :func:`backbones.ops.selective_scan`.
+
+    Raises:
+        ValueError: ``dim`` does not divide into the groups.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        pattern: ScanPattern = CROSS,
+        d_state: int = 1,
+        local_window: int = 0,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        groups = pattern.num_orders
+        if dim % groups:
+            raise ValueError(f"dim: got {dim}, expected a multiple of {groups}, the orders of {pattern.name!r}")
+        width = dim // groups
+        self.groups, self.pattern, self.local_window = groups, pattern, local_window
+        self.norm = LayerNorm(dim, **dd)
+        self.fc1 = nn.Linear(dim, dim // 16, **dd)
+        self.fc2 = nn.Linear(dim // 16, dim, **dd)
+        self.in_proj = GroupedLinear(groups, width, 2 * width, **dd)
+        self.conv2d = DepthwiseConv2d(dim, silu=True, **dd)
+        self.ssm = SelectiveSSM(width, d_state, -(-width // 16), groups, backend, **dd)
+        self.out_norm = nn.GroupNorm(groups, dim, **dd)
+        self.out_proj = GroupedLinear(groups, width, width, **dd)
+        self.skip_scale = nn.Parameter(torch.ones(1, **dd))
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) to (b, h, w, dim)."""
+        x = self.norm(x)
+        weight = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((1, 2), keepdim=True)))))
+        u, z = self.in_proj(x.unflatten(-1, (self.groups, -1))).chunk(2, dim=-1)
+        u = self.conv2d(u.flatten(-2)).unflatten(-1, (self.groups, -1))
+        y = scan_grid(self.ssm, u, self.pattern, self.local_window, out="per_order")
+        tokens = y.flatten(0, 2).flatten(1)  # (b h w, dim), where GroupNorm is a LayerNorm of each group
+        y = self.out_proj(silu_gate(self.out_norm(tokens).view_as(y), z, backend=self.ssm.backend)).flatten(-2)
+        return self.proj(self.norm(y * self.skip_scale * x * weight))
+
+
+class GroupMambaBlock(nn.Module):
+    """x + mixer(x), then x + mlp(norm(x)); the mixer normalises its input itself.
+
+    Args:
+        dim: width of the map.
+        mixer: constructor called as ``mixer(dim, device=, dtype=)``.
+        mlp_ratio: inner width of the feed-forward layer over ``dim``.
+        drop_path: rate of stochastic depth, on both branches.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: Constructor,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.mixer = mixer(dim, device=device, dtype=dtype)
+        self.norm2 = _norm(dim, device=device, dtype=dtype)
+        self.mlp = ConvFFN(dim, int(mlp_ratio * dim), residual=False, device=device, dtype=dtype)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) to (b, h, w, dim)."""
+        x = x + self.drop_path(self.mixer(x))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ClassBlock(nn.Module):
+    """x + norm(mixer(x)), then x + mlp(norm(x)), on a pooled token that is its own 1 x 1 map."""
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: Constructor,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.mixer = mixer(dim, device=device, dtype=dtype)
+        self.norm1 = _norm(dim, device=device, dtype=dtype)
+        self.norm2 = _norm(dim, device=device, dtype=dtype)
+        self.mlp = Mlp(dim, 4 * dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, 1, 1, dim) to (b, 1, 1, dim)."""
+        x = x + self.norm1(self.mixer(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class DistilledHead(nn.Module):
+    """Pooling, class block, norm, and one classifier or two, with the interface of timm's ``ClassifierHead``.
+
+    Without pooling there is no token for the class block: the map is normalised and classified cell by cell.
+
+    Args:
+        in_features: width of the map.
+        num_classes: size of the classifiers, 0 for none.
+        mixer: constructor of the class block's mixer.
+        distillation: have a second classifier, for the labels of a teacher.
+        pool_type: "avg", "max", "avgmax", or "" for no pooling.
+        drop_rate: dropout before the classifiers.
+        input_fmt: "NHWC", the one layout there is here.
+
+    Raises:
+        ValueError: an unknown ``pool_type`` or ``input_fmt``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        mixer: Constructor,
+        distillation: bool = True,
+        pool_type: str = "avg",
+        drop_rate: float = 0.0,
+        input_fmt: str = "NHWC",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if input_fmt != "NHWC":
+            raise ValueError(f"input_fmt: got {input_fmt!r}, expected 'NHWC'")
+        self.num_features, self.distillation = in_features, distillation
+        self.class_block: nn.Module = ClassBlock(in_features, mixer, device=device, dtype=dtype)
+        self.norm: nn.Module = _norm(in_features, device=device, dtype=dtype)
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, pool_type)
+
+    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
+        """Replaces the classifiers by fresh ones, and the pooling where given; 0 classes remove them."""
+        if pool_type is not None:
+            known = ("avg", "max", "avgmax", "")
+            if pool_type not in known:
+                raise ValueError(f"global_pool: got {pool_type!r}, expected one of {known}")
+            self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, input_fmt="NHWC")
+        self.num_classes = num_classes
+        self.fc = self._classifier()
+        self.fc_dist = self._classifier() if self.distillation else None
+
+    def _classifier(self) -> nn.Module:
+        if self.num_classes == 0:
+            return nn.Identity()
+        like = next(self.parameters(), torch.empty(0))
+        fc = nn.Linear(self.num_features, self.num_classes, device=like.device, dtype=like.dtype)
+        nn.init.normal_(fc.weight, std=0.02)
+        nn.init.zeros_(fc.bias)
+        return fc
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """(b, h, w, c) to logits; in training to a pair, of the classifier and of the distilled one."""
+        if self.global_pool.pool_type:
+            x = self.class_block(self.global_pool(x))[:, 0, 0]
+        x = self.drop(self.norm(x))
+        if pre_logits or self.num_classes == 0:
+            return x
+        if self.fc_dist is None:
+            return self.fc(x)
+        logits, distilled = self.fc(x), self.fc_dist(x)
+        return (logits, distilled) if self.training else (logits + distilled) / 2
+
+
+class GroupStem(nn.Module):
+    """A 7 x 7 convolution of stride 2, two 3 x 3, all with batch norm and ReLU, then a 3 x 3 of stride 2."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        hidden_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv = nn.Sequential(
+            nn.Conv2d(in_chans, hidden_dim, 7, 2, 3, bias=False, **dd),
+            nn.BatchNorm2d(hidden_dim, **dd),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden_dim, hidden_dim, 3, 1, 1, bias=False, **dd),
+            nn.BatchNorm2d(hidden_dim, **dd),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden_dim, hidden_dim, 3, 1, 1, bias=False, **dd),
+            nn.BatchNorm2d(hidden_dim, **dd),
+            nn.ReLU(inplace=True),
+        )
+        self.downsample = ConvDownsample(hidden_dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, in_chans, h, w) to (b, ceil(h / 4), ceil(w / 4), dim)."""
+        return self.downsample(channels_last(self.conv(x)))
+
+
+def _block_rules(official: str, ours: str) -> tuple[KeyRule, ...]:
+    """Officially a layer holds four whole mixers, each of one order."""
+
+    def four(name: str) -> tuple[str, ...]:
+        return tuple(f"{official}.attn.mamba_g{k}.{name}" for k in (1, 2, 3, 4))
+
+    return (
+        KeyRule(four("x_proj_weight"), f"{ours}.mixer.ssm.x_proj_weight", concat=True),
+        KeyRule(four("dt_projs_weight"), f"{ours}.mixer.ssm.dt_proj_weight", concat=True),
+        KeyRule(four("dt_projs_bias"), f"{ours}.mixer.ssm.dt_proj_bias", concat=True),
+        KeyRule(four("A_logs"), f"{ours}.mixer.ssm.A_log"),
+        KeyRule(four("Ds"), f"{ours}.mixer.ssm.D"),
+        KeyRule(four("in_proj.weight"), f"{ours}.mixer.in_proj.weight"),
+        KeyRule(four("out_proj.weight"), f"{ours}.mixer.out_proj.weight"),
+        KeyRule(four("conv2d.{}"), f"{ours}.mixer.conv2d.{{}}", concat=True),
+        KeyRule(four("out_norm.{}"), f"{ours}.mixer.out_norm.{{}}", concat=True),
+        KeyRule(f"{official}.attn.{{*}}", f"{ours}.mixer.{{*}}"),
+        KeyRule(f"{official}.mlp.dwconv.dwconv.{{}}", f"{ours}.mlp.dwconv.{{}}"),
+        KeyRule(f"{official}.{{*}}", f"{ours}.{{*}}"),
+    )
+
+
+class GroupMamba(HierarchicalBackbone):
+    """GroupMamba. See :class:`backbones.base.HierarchicalBackbone` for its arguments.
+
+    In training its output is a pair, logits of the classifier and of the distilled one, else their mean.
+    The final norm belongs to the head: features of the last stage are not normalised.
+    """
+
+    key_rules = (
+        KeyRule("patch_embed1.conv.{*}", "stem.conv.{*}"),
+        KeyRule("patch_embed1.{*}", "stem.downsample.{*}"),
+        *(KeyRule(f"patch_embed{i + 2}.{{*}}", f"downsamples.{i}.{{*}}") for i in range(3)),
+        *(rule for i in range(4) for rule in _block_rules(f"block{i + 1}.{{}}", f"stages.{i}.blocks.{{}}")),
+        *_block_rules("post_network.0", "head.class_block"),
+        *(KeyRule(f"norm{i + 1}.{{}}", f"stages.{i}.norm.{{}}") for i in range(3)),
+        KeyRule("norm4.{}", "head.norm.{}"),
+        KeyRule("head.{}", "head.fc.{}"),
+        KeyRule("dist_head.{}", "head.fc_dist.{}"),
+    )
+
+    def init_weights(self) -> None:
+        """As the original: convolutions, too, from a normal distribution, scaled by their fan-out."""
+        super().init_weights()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
+                nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def get_classifier(self) -> Any:
+        """The last linear layer, or with distillation both of them."""
+        return (self.head.fc, self.head.fc_dist) if self.head.distillation else self.head.fc
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops what the features of ``indices`` do not need; returns their absolute indices."""
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head or len(self.stages) < len(self.feature_info):
+            self.head.class_block = self.head.norm = nn.Identity()
+        return take
+
+
+def _create_groupmamba(
+    variant: str,
+    pretrained: bool = False,
+    *,
+    pattern: ScanPattern | str = CROSS,
+    d_state: int = 1,
+    mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+    stem_dim: int = 64,
+    distillation: bool = True,
+    local_window: int = 0,
+    scan_backend: str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    mixer = partial(
+        GroupMambaLayer,
+        pattern=checked_pattern(pattern, CROSS),
+        d_state=d_state,
+        local_window=local_window,
+        backend=scan_backend,
+    )
+    return build_model(
+        GroupMamba,
+        variant,
+        pretrained,
+        feature_indices=(0, 1, 2, 3),
+        stem=partial(GroupStem, hidden_dim=stem_dim),
+        block=[partial(GroupMambaBlock, mixer=mixer, mlp_ratio=ratio) for ratio in mlp_ratios],
+        downsample=ConvDownsample,
+        stage_norm=_norm,
+        final_norm=nn.Identity,
+        head=partial(DistilledHead, mixer=mixer, distillation=distillation),
+        **kwargs,
+    )
+
+
+default_cfgs = generate_default_cfgs(zoo_cfgs("groupmamba"))
+
+
+@register_model
+def groupmamba_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """GroupMamba-T, 23 M parameters."""
+    args = {"depths": (3, 4, 9, 3), "dims": (64, 128, 348, 448), "stem_dim": 32}
+    return _create_groupmamba("groupmamba_tiny", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def groupmamba_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """GroupMamba-S, 35 M parameters."""
+    args = {"depths": (3, 4, 16, 3), "dims": (64, 128, 348, 512)}
+    return _create_groupmamba("groupmamba_small", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def groupmamba_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """GroupMamba-B, 57 M parameters."""
+    args = {"depths": (3, 6, 21, 3), "dims": (96, 192, 424, 512)}
+    return _create_groupmamba("groupmamba_base", pretrained, **dict(args, **kwargs))

@@ -1,0 +1,306 @@
+"""Spatial-Mamba: one raster scan whose states, not outputs, are mixed with their neighbours in the plane.
+
+Spatial-Mamba: Effective Visual State Space Models via Structure-Aware State Fusion, arXiv:2410.15091.
+Original: https://github.com/EdwardChasel/Spatial-Mamba, Apache-2.0. Written from the paper and from
+measurements of the original, without its code.
+
+A convolutional stem and four stages. A layer scans its map once, row by row, with one state for each channel;
+the map of states is convolved by three depthwise 3 x 3 kernels of dilation 1, 3 and 5, added up; only then do
+C and D turn states into outputs. A single direction is enough: later cells reach a state through the fusion.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ConvNormAct, DropPath, Mlp
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from backbones.base import Constructor, HierarchicalBackbone
+from backbones.base.build import build_model
+from backbones.layers import DepthwiseConv2d, LayerNorm, SelectiveSSM, channels_first, channels_last, scan_grid
+from backbones.ops.fused.pointwise import silu_gate
+from backbones.patterns import FORWARD, ScanPattern, checked_pattern
+from backbones.weights import ONE_ORDER, KeyRule
+from backbones.zoo import default_cfgs as zoo_cfgs
+
+_BLOCK = "layers.{}.blocks.{}."
+_MIXER = _BLOCK + "self_attention."
+_OUR_BLOCK = "stages.{}.blocks.{}."
+_OUR_MIXER = _OUR_BLOCK + "mixer."
+
+
+class Stem(nn.Module):
+    """Three steps of convolutions, each with a batch norm, the middle one residual."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        conv = partial(ConvNormAct, device=device, dtype=dtype)
+        self.conv1 = conv(in_chans, dim // 2, 3, stride=2)
+        self.conv2 = nn.Sequential(conv(dim // 2, dim // 2, 3), conv(dim // 2, dim // 2, 3, apply_act=False))
+        self.conv3 = nn.Sequential(conv(dim // 2, 4 * dim, 3, stride=2), conv(4 * dim, dim, apply_act=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, in_chans, h, w) to (b, ceil(h / 4), ceil(w / 4), dim)."""
+        x = self.conv1(x)
+        return channels_last(self.conv3(x + self.conv2(x))).contiguous()
+
+
+class Downsample(nn.Module):
+    """To four times the output's width, depthwise 3 x 3 of stride 2, and back; one batch norm, at the end."""
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(dim, 4 * out_dim, 1, device=device, dtype=dtype)
+        self.conv = DepthwiseConv2d(4 * out_dim, stride=2, device=device, dtype=dtype)
+        self.reduce = ConvNormAct(4 * out_dim, out_dim, bias=True, apply_act=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) to (b, ceil(h / 2), ceil(w / 2), out_dim)."""
+        x = F.relu(channels_last(self.expand(channels_first(x))))
+        return channels_last(self.reduce(channels_first(F.relu(self.conv(x)))))
+
+
+class StateScan(SelectiveSSM):
+    """A selective state-space layer that gives its states, one a channel; C and D are left to the caller.
+
+    With n = 1, C = 1 and no D the scan's output is its state: u (b, l, c) to states (b, l, c), in float32 at least.
+    """
+
+    def operands(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+        delta, dt_weight, B, _ = self.project(u)
+        return u.to(torch.promote_types(u.dtype, torch.float32)), delta, dt_weight, B, torch.ones_like(B), None
+
+
+class StateFusion(nn.Module):
+    """Weighted sum of depthwise 3 x 3 convolutions of dilation 1, 3 and 5 that repeat the border (SASF).
+
+    The sum stays in the states' dtype under autocast: half precision overflows on 27 taps that start at 1.
+    """
+
+    dilations = (1, 3, 5)
+
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(len(self.dilations), dim, 1, 3, 3, device=device, dtype=dtype))
+        self.alpha = nn.Parameter(torch.ones(len(self.dilations), device=device, dtype=dtype))
+        self.fused: Tensor | None
+        self.register_buffer("fused", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) to (b, h, w, dim)."""
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+            if self.fused is not None:
+                return _convolve(x, self.fused, dilation=1)
+            kernels = self.alpha.view(-1, 1, 1, 1, 1) * self.weight
+            one, three, five = (_convolve(x, k, d) for k, d in zip(kernels, self.dilations, strict=True))
+            return one + three + five
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Merges the kernels into one of 11 x 11, until ``train()`` or weights that are loaded."""
+        if self.training:
+            raise RuntimeError("fuse: the model is in training mode, call eval() first")
+        reach = self.dilations[-1]
+        fused = self.weight.new_zeros(self.weight.shape[1], 1, 2 * reach + 1, 2 * reach + 1)
+        for alpha, kernel, d in zip(self.alpha, self.weight, self.dilations, strict=True):
+            taps = slice(reach - d, reach + d + 1, d)
+            fused[:, :, taps, taps] += alpha * kernel
+        self.fused = fused
+
+    def train(self, mode: bool = True) -> StateFusion:
+        """Training mode takes the merged kernel apart."""
+        if mode:
+            self.fused = None
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.fused = None
+        super()._load_from_state_dict(*args)
+
+
+def _convolve(x: Tensor, kernel: Tensor, dilation: int) -> Tensor:
+    """Depthwise on (b, h, w, c); outside of the map its border repeats."""
+    reach = dilation * (kernel.shape[-1] // 2)
+    x = F.pad(channels_first(x), (reach,) * 4, mode="replicate")
+    return channels_last(F.conv2d(x, kernel.to(x.dtype), dilation=dilation, groups=x.shape[1]))
+
+
+class StructureAwareSSM(nn.Module):
+    """Linear, depthwise 3 x 3 convolution, SiLU, scan, state fusion, C and D, norm, gate, linear.
+
+    Args:
+        dim: width of the map.
+        pattern: the one order to scan.
+        ssm_ratio: inner width over ``dim``.
+        local_window: see :func:`backbones.ops.selective_scan`.
+        backend: see :func:`backbones.ops.selective_scan`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        pattern: ScanPattern | str = FORWARD,
+        ssm_ratio: float = 2.0,
+        local_window: int = 0,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        d_inner = int(ssm_ratio * dim)
+        self.pattern, self.local_window = checked_pattern(pattern, FORWARD), local_window
+        self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False, device=device, dtype=dtype)
+        self.conv2d = DepthwiseConv2d(d_inner, silu=True, device=device, dtype=dtype)
+        self.ssm = StateScan(d_inner, 1, -(-dim // 16), 1, backend, device, dtype)
+        self.fusion = StateFusion(d_inner, device, dtype)
+        self.out_norm = LayerNorm(d_inner, autocast_out=True, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(d_inner, dim, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) to (b, h, w, dim)."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x = self.conv2d(x)
+        states = self.fusion(scan_grid(self.ssm, x, self.pattern, self.local_window))
+        C = F.linear(x, self.ssm.x_proj_weight[0, -1:])
+        y = states * C + x * self.ssm.D
+        y = self.out_norm(y.to(self.out_norm.weight.dtype))  # float32 under autocast, as the states
+        return self.out_proj(silu_gate(y, z, backend=self.ssm.backend))
+
+
+class Block(nn.Module):
+    """State-space layer and MLP, each after a convolution that encodes positions; all four are residual."""
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: Constructor,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.cpe1 = DepthwiseConv2d(dim, **dd)
+        self.norm1 = LayerNorm(dim, autocast_out=True, **dd)
+        self.mixer = mixer(dim, **dd)
+        self.cpe2 = DepthwiseConv2d(dim, **dd)
+        self.norm2 = LayerNorm(dim, autocast_out=True, **dd)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) to (b, h, w, dim)."""
+        x = x + self.cpe1(x)
+        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        x = x + self.cpe2(x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class SpatialMamba(HierarchicalBackbone):
+    """Spatial-Mamba. See :class:`backbones.base.HierarchicalBackbone` for its arguments."""
+
+    key_rules = (
+        KeyRule("patch_embed.{*}.norm.{}", "stem.{*}.bn.{}"),
+        KeyRule("patch_embed.{*}", "stem.{*}"),
+        KeyRule("layers.{}.downsample.conv.0.conv.{}", "downsamples.{}.expand.{}"),
+        KeyRule("layers.{}.downsample.conv.1.conv.{}", "downsamples.{}.conv.{}"),
+        KeyRule("layers.{}.downsample.conv.2.conv.{}", "downsamples.{}.reduce.conv.{}"),
+        KeyRule("layers.{}.downsample.conv.2.norm.{}", "downsamples.{}.reduce.bn.{}"),
+        KeyRule(_MIXER + "x_proj_weight", _OUR_MIXER + "ssm.x_proj_weight", ONE_ORDER),
+        KeyRule(_MIXER + "dt_projs_weight", _OUR_MIXER + "ssm.dt_proj_weight", ONE_ORDER),
+        KeyRule(_MIXER + "dt_projs_bias", _OUR_MIXER + "ssm.dt_proj_bias", ONE_ORDER),
+        KeyRule(_MIXER + "A_logs", _OUR_MIXER + "ssm.A_log", ONE_ORDER),
+        KeyRule(_MIXER + "Ds", _OUR_MIXER + "ssm.D", ONE_ORDER),
+        KeyRule(
+            tuple(_MIXER + f"state_fusion.{name}" for name in ("kernel_3", "kernel_3_1", "kernel_3_2")),
+            _OUR_MIXER + "fusion.weight",
+        ),
+        KeyRule(_MIXER + "state_fusion.alpha", _OUR_MIXER + "fusion.alpha"),
+        KeyRule(_MIXER + "{*}", _OUR_MIXER + "{*}"),
+        KeyRule(_BLOCK + "ln_1.{}", _OUR_BLOCK + "norm1.{}"),
+        KeyRule(_BLOCK + "ln_2.{}", _OUR_BLOCK + "norm2.{}"),
+        KeyRule("layers.{}.blocks.{*}", "stages.{}.blocks.{*}"),
+        KeyRule("head.{}", "head.fc.{}"),
+    )
+
+    def fuse(self) -> SpatialMamba:
+        """Merges the three kernels of every state fusion into one of 11 x 11, for deployment; returns itself.
+
+        It computes the same function, as one convolution instead of three. Weights keep their names and
+        values; gradients reach the input, but not the kernels. ``train()`` and loading weights undo it; after
+        other changes of the weights call it again.
+
+        Raises:
+            RuntimeError: the model is in training mode.
+        """
+        for module in self.modules():
+            if isinstance(module, StateFusion):
+                module.fuse()
+        return self
+
+
+def _create_spatialmamba(
+    variant: str,
+    pretrained: bool = False,
+    *,
+    pattern: ScanPattern | str = FORWARD,
+    mlp_ratio: float = 4.0,
+    local_window: int = 0,
+    scan_backend: str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    mixer = partial(StructureAwareSSM, pattern=pattern, local_window=local_window, backend=scan_backend)
+    block = partial(Block, mixer=mixer, mlp_ratio=mlp_ratio)
+    return build_model(
+        SpatialMamba,
+        variant,
+        pretrained,
+        feature_indices=(0, 1, 2, 3),
+        stem=Stem,
+        block=block,
+        downsample=Downsample,
+        **kwargs,
+    )
+
+
+default_cfgs = generate_default_cfgs(zoo_cfgs("spatialmamba"))
+
+
+@register_model
+def spatialmamba_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Spatial-Mamba-T, 27 M parameters."""
+    args = {"depths": (2, 4, 8, 4), "dims": (64, 128, 256, 512)}
+    return _create_spatialmamba("spatialmamba_tiny", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def spatialmamba_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Spatial-Mamba-S, 43 M parameters: as wide as the tiny model, and deeper."""
+    args = {"depths": (2, 4, 21, 5), "dims": (64, 128, 256, 512)}
+    return _create_spatialmamba("spatialmamba_small", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def spatialmamba_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Spatial-Mamba-B, 96 M parameters."""
+    args = {"depths": (2, 4, 21, 5), "dims": (96, 192, 384, 768)}
+    return _create_spatialmamba("spatialmamba_base", pretrained, **dict(args, **kwargs))

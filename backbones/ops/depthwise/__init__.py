@@ -1,0 +1,1 @@
+"""Depthwise convolutions by tables of taps: definition, kernels, registration."""

@@ -1,0 +1,197 @@
+"""The depthwise convolution along a table of taps in Triton; defined in ``operator.py`` beside it.
+
+Three passes over tokens of c channels, none of which copies, pads or permutes one:
+
+forward     reads x once from memory (its taps hit the caches), writes y for each order
+backward    the same gather leaves g, the gradient before SiLU, in float32; a second one, along the inverse taps,
+            adds g to the gradient of x; the third kernel sums g x over tokens
+
+A program owns what it writes and adds in a fixed order: results do not depend on timing. The sums over tokens are cut
+into parts by the shapes alone.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: RUF005 (Triton adds tuples but does not unpack them into new ones)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from backbones.ops.scan.triton.common import LOG2_E
+from backbones.ops.triton_host import cdiv, check_device, contiguous_rows, device_of, empty, next_power_of_2
+
+GATHERED = 2048  # numbers a program holds, by 4 warps
+SUMMED = 1024  # the same for each of the taps whose gradients a program sums
+TAPS = 9  # taps that it sums at once, and loads that it may have in flight
+_PROGRAMS = 2048  # into which the sums over tokens are cut
+
+
+@triton.jit
+def gather_kernel(
+    x, weight, bias, table, grad, y,
+    x_k, x_b, x_l, g_k, g_b, g_l,
+    batches, orders, summed, rows, c,
+    J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SILU: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """y[k, b, i, c] = act(bias[k, c] + sum_j weight[k, j, c] x[k, b, table[k, j, i], c]), where -1 reads 0.
+
+    Program (batch, tile of rows, order, channel block). With ``summed`` > 1 there is one order of y: the sum of so many
+    of x. SLOPE writes the gradient before SiLU, grad SiLU'(pre), instead of SiLU(pre).
+    """
+    blocks = tl.cdiv(c, BLOCK_C)
+    tiles = tl.cdiv(rows, BLOCK_M)
+    item = tl.program_id(0)
+    cs = item % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    order = item // blocks % orders
+    ms = item // blocks // orders % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    batch = (item // blocks // orders // tiles).to(tl.int64)
+    c_mask = cs < c
+    m_mask = ms < rows
+    total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for source in range(order, order + summed):
+        x_at = x + tl.cast(source, tl.int64) * x_k + batch * x_b
+        for j in tl.range(0, J, loop_unroll_factor=UNROLL):
+            token = tl.load(table + (source * J + j) * rows + ms, mask=m_mask, other=-1)
+            if WIDE:
+                at = token.to(tl.int64)[:, None] * x_l + cs[None, :]
+            else:
+                at = token[:, None] * x_l + cs[None, :]
+            value = tl.load(x_at + at, mask=(token >= 0)[:, None] & c_mask[None, :], other=0.0)
+            w = tl.load(weight + (source * J + j) * c + cs, mask=c_mask, other=0.0)
+            total += w[None, :] * value.to(tl.float32)
+    if HAS_BIAS:
+        total += tl.load(bias + order * c + cs, mask=c_mask, other=0.0)[None, :]
+    mask = m_mask[:, None] & c_mask[None, :]
+    if SILU:
+        gate = 1 / (1 + tl.exp2(-total * LOG2_E))
+        if SLOPE:
+            g_at = grad + order.to(tl.int64) * g_k + batch * g_b + ms.to(tl.int64)[:, None] * g_l + cs[None, :]
+            g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32)
+            total = g * gate * (1 + total * (1 - gate))
+        else:
+            total *= gate
+    y += (order * batches + batch) * rows * c
+    tl.store(y + ms[:, None] * c + cs[None, :], total.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def weight_kernel(
+    x, g, table, sums,
+    x_b, x_l, g_k, g_b, g_l,
+    orders, tiles, row_tiles, rows, c,
+    J: tl.constexpr, TAPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """sums[part, k, j, c] = sum of g[k, b, i, c] x[b, table[k, j, i], c] over a part of (b, i); j = J sums g itself.
+
+    Program (part, group of TAPS taps, order, channel block); a part is every so-manieth of ``tiles``.
+    """
+    blocks = tl.cdiv(c, BLOCK_C)
+    groups = tl.cdiv(J, TAPS)
+    item = tl.program_id(0)
+    cs = item % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    order = item // blocks % orders
+    tap = item // blocks // orders % groups * TAPS
+    part = item // blocks // orders // groups
+    c_mask = cs < c
+    g += order.to(tl.int64) * g_k
+    table += order * J * rows
+    zeros = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    of_bias = zeros
+    of_taps = ()
+    for _ in tl.static_range(TAPS):
+        of_taps = of_taps + (zeros,)
+    for tile in range(part, tiles, tl.num_programs(0) // (blocks * orders * groups)):
+        batch = tl.cast(tile // row_tiles, tl.int64)
+        ms = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_mask = ms < rows
+        g_at = g + batch * g_b + ms.to(tl.int64)[:, None] * g_l + cs[None, :]
+        g_rows = tl.load(g_at, mask=m_mask[:, None] & c_mask[None, :], other=0.0).to(tl.float32)
+        added = ()
+        for i in tl.static_range(TAPS):
+            token = tl.load(table + (tap + i) * rows + ms, mask=m_mask & (tap + i < J), other=-1)
+            if WIDE:
+                at = token.to(tl.int64)[:, None] * x_l + cs[None, :]
+            else:
+                at = token[:, None] * x_l + cs[None, :]
+            value = tl.load(x + batch * x_b + at, mask=(token >= 0)[:, None] & c_mask[None, :], other=0.0)
+            added = added + (of_taps[i] + g_rows * value.to(tl.float32),)
+        of_taps = added
+        of_bias += g_rows
+    sums += (part * orders + order).to(tl.int64) * (J + 1) * c + cs
+    for i in tl.static_range(TAPS):
+        tl.store(sums + (tap + i) * c, tl.sum(of_taps[i], axis=0), mask=c_mask & (tap + i < J))
+    if tap == 0:
+        tl.store(sums + J * c, tl.sum(of_bias, axis=0), mask=c_mask)
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse_taps: Tensor, silu: bool
+) -> Tensor:  # fmt: skip
+    """See :mod:`backbones.ops.depthwise.operator`."""
+    check_device("x", x)
+    with device_of(x):
+        return _gather(contiguous_rows(x), weight.transpose(1, 2).contiguous(), bias, taps, x.dtype, silu)
+
+
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse_taps: Tensor, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :mod:`backbones.ops.depthwise.operator`."""
+    with device_of(x):
+        x, grad = contiguous_rows(x), contiguous_rows(grad)
+        weight = weight.transpose(1, 2).contiguous()
+        g = _gather(x, weight, bias, taps, torch.float32, silu=True, grad=grad) if silu else grad
+        dx = _gather(g, weight, None, inverse_taps, x.dtype, silu=False)[0]
+
+        (b, _, c), (k, j, rows) = x.shape, taps.shape
+        block_m, block_c = tile(rows, c, SUMMED)
+        row_tiles, group = cdiv(rows, block_m), min(j, TAPS)
+        programs = k * cdiv(c, block_c) * cdiv(j, group)
+        parts = min(b * row_tiles, cdiv(_PROGRAMS, programs))
+        sums = empty((parts, k, j + 1, c), torch.float32, x.device)
+        weight_kernel[(parts * programs,)](
+            x, g, taps, sums, *x.stride()[:2], *g.stride()[:3], k, b * row_tiles, row_tiles, rows, c,
+            J=j, TAPS=group, BLOCK_M=block_m, BLOCK_C=block_c, WIDE=_is_wide(x), num_warps=4,
+        )  # fmt: skip
+        total = sums.sum(0)
+        dweight = total[:, :j].transpose(1, 2).contiguous()
+        return dx, dweight, total.new_empty(0) if bias is None else total[:, j].contiguous()
+
+
+def _gather(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    dtype: torch.dtype,
+    silu: bool,
+    grad: Tensor | None = None,
+) -> Tensor:
+    """(k, b, rows, c) from x (b, l, c), or (1, b, rows, c), summed over orders, from x (k, b, l, c)."""
+    b, _, c = x.shape[-3:]
+    k, j, rows = table.shape
+    each = 1 if x.dim() == 4 else k
+    block_m, block_c = tile(rows, c, GATHERED)
+    y = empty((each, b, rows, c), dtype, x.device)
+    gather_kernel[(cdiv(c, block_c) * each * cdiv(rows, block_m) * b,)](
+        x, weight, bias, table, grad, y,
+        x.stride(0) if x.dim() == 4 else 0, *x.stride()[-3:-1], *((0, 0, 0) if grad is None else grad.stride()[:3]),
+        b, each, k // each, rows, c,
+        J=j, BLOCK_M=block_m, BLOCK_C=block_c, UNROLL=min(j, TAPS),
+        HAS_BIAS=bias is not None, SILU=silu, SLOPE=grad is not None, WIDE=_is_wide(x), num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def tile(rows: int, c: int, numbers: int) -> tuple[int, int]:
+    """(BLOCK_M, BLOCK_C): channels in blocks that leave few lanes idle, rows to fill the rest."""
+    block_c = 128 if c % 128 == 0 else 64 if c % 64 == 0 else 32
+    block_c = min(block_c, next_power_of_2(c))
+    return min(numbers // block_c, next_power_of_2(rows)), block_c
+
+
+def _is_wide(x: Tensor) -> bool:
+    """Whether the offset of some row of an image needs more than 31 bits."""
+    return x.shape[-2] * x.stride(-2) >= 2**31

@@ -1,0 +1,1 @@
+"""What surrounds the scan, in one pass through memory each."""

@@ -1,0 +1,57 @@
+"""LayerNorm for the GPUs on which PyTorch's own is slow on narrow rows."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbones.ops.scan import triton
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether the kernel runs on this tensor, and nobody compiles: Inductor fuses PyTorch's own with what is around."""
+    return (
+        x.is_cuda
+        and x.dtype != torch.float64
+        and not torch.compiler.is_compiling()
+        and triton.unavailable_reason() is None
+    )
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """Normalises the last axis of x in float32.
+
+    Args:
+        x: (..., c) in float32, bfloat16 or float16, on a GPU.
+        weight: (c), or None.
+        bias: (c), or None exactly where ``weight`` is.
+        eps: added to the variance.
+        dtype: of the result.
+    """
+    return _LayerNorm.apply(x, weight, bias, eps, dtype)
+
+
+class _LayerNorm(torch.autograd.Function):
+    # Never traced, so it need not be an operator of torch.library, which costs some 50 microseconds a call.
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        from backbones.ops.fused import layer_norm_triton
+
+        x = x.contiguous()
+        y, statistics = layer_norm_triton.forward(x, weight, bias, eps, dtype)
+        ctx.save_for_backward(x, weight, statistics)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from backbones.ops.fused import layer_norm_triton
+
+        x, weight, statistics = ctx.saved_tensors
+        dx, sums = layer_norm_triton.backward(grad.contiguous(), x, weight, statistics)
+        if weight is None:
+            return dx, None, None, None, None
+        dweight, dbias = sums.to(weight.dtype)
+        return dx, dweight, dbias, None, None

@@ -1,0 +1,1 @@
+"""The selective scan: definition, kernels, registration."""

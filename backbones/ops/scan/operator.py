@@ -1,0 +1,198 @@
+"""Which backend runs a scan, and the ``torch.library`` operator through which every backend is reached.
+
+One forward and one backward operator serve all backends (the name is an argument), so that shapes, gradients
+and FLOPs are stated once, and ``torch.compile``, ``torch.export`` and ``FlopCounterMode`` see one node
+instead of a loop.
+
+A backend is a module with four functions, called with checked and normalised tensors (see
+``backbones.ops.selective_scan``):
+
+``unavailable_reason()``
+    None where it runs, else one line that says why it does not.
+``states_shape(b, t, k, c, n)``
+    Shape of the float32 states that its forward keeps for its backward.
+``forward(u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, local_window, save, visits)``
+    (y, states); ``states`` has no elements unless ``save`` is set.
+``backward(grad, u, delta, A, B, C, D, orders, delta_bias, dt_weight, states, delta_softplus, out, local_window,
+visits)``
+    Gradients of u, delta, A, B, C, D, delta_bias, dt_weight; the last three have no elements where the argument
+    is None.
+"""
+
+import logging
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from backbones.ops.scan import cpu, naive, triton
+
+BACKENDS: dict[str, ModuleType] = {"naive": naive, "cpu": cpu, "triton": triton}
+_FASTEST = {"cpu": "cpu", "meta": "cpu", "cuda": "triton"}
+_logger = logging.getLogger(__name__)
+_fallbacks_told: set[tuple[str, str]] = set()
+
+
+@torch.compiler.assume_constant_result  # what runs here does not change, and its probing cannot be traced
+def choose_backend(
+    backend: str | None, device_type: str, dtype: torch.dtype, operator: str = "selective_scan"
+) -> str:  # fmt: skip
+    """The backend for tensors on a device: the one named by the caller, or the fastest that runs.
+
+    A named backend that cannot run raises ``ValueError`` with the reason. The automatic choice falls back to
+    ``naive`` and says why, once; float64 always takes ``naive``, the only backend in double precision.
+    """
+    if backend is None:
+        backend = _meant_for(device_type, dtype)
+        problem = _problem(backend, device_type, dtype)
+        if problem is None:
+            return backend
+        if (operator, problem) not in _fallbacks_told:
+            _fallbacks_told.add((operator, problem))
+            _logger.warning("%s falls back to the slow 'naive' backend: %s", operator, problem)
+        return "naive"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}, or None")
+    problem = _problem(backend, device_type, dtype)
+    if problem is not None:
+        raise ValueError(f"backend: {backend!r} cannot run here: {problem}")
+    return backend
+
+
+@torch.compiler.assume_constant_result
+def has_kernel(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether tensors on a device have a faster backend than ``naive``."""
+    backend = _meant_for(device_type, dtype)
+    return backend != "naive" and _problem(backend, device_type, dtype) is None
+
+
+def _meant_for(device_type: str, dtype: torch.dtype) -> str:
+    return "naive" if dtype == torch.float64 else _FASTEST.get(device_type, "naive")
+
+
+def _problem(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    if backend == "naive":
+        return None
+    if dtype == torch.float64:
+        return "it has no double precision (the input is float64)"
+    if backend == "cpu" and device_type not in ("cpu", "meta"):
+        return f"the tensors are on {device_type}"
+    return BACKENDS[backend].unavailable_reason()
+
+
+_TENSORS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? orders, Tensor? delta_bias, "
+    "Tensor? dt_weight"
+)
+_OPTIONS = "bool delta_softplus, str out, int local_window"
+
+
+# `torch.library.custom_op` would do the same, but looks for aliases in every call: 10 microseconds, forward alone.
+_library = torch.library.Library("backbones", "FRAGMENT")
+_library.define(
+    f"selective_scan({_TENSORS}, {_OPTIONS}, bool save, bool[]? visits, str backend) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    f"selective_scan_backward(Tensor grad, {_TENSORS}, Tensor states, {_OPTIONS}, bool[]? visits, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+scan_op = torch.ops.backbones.selective_scan.default
+scan_backward_op = torch.ops.backbones.selective_scan_backward.default
+
+
+@torch.library.impl(_library, "selective_scan", "CompositeExplicitAutograd")
+def _(*args):  # type: ignore[no-untyped-def]
+    return BACKENDS[args[-1]].forward(*args[:-1])
+
+
+@torch.library.impl(_library, "selective_scan_backward", "CompositeExplicitAutograd")
+def _(*args):  # type: ignore[no-untyped-def]
+    return BACKENDS[args[-1]].backward(*args[:-1])
+
+
+@torch.library.register_fake(scan_op, lib=_library)
+def _(u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, local_window, save, visits, backend):  # type: ignore
+    b, length = delta.shape[:2]
+    k, c, n = A.shape
+    t = length if orders is None else orders.shape[1]
+    shape = {"sum": (b, length, c), "per_order": (b, length, k, c), "per_step": (b, t, k, c)}[out]
+    states = BACKENDS[backend].states_shape(b, t, k, c, n) if save else (0,)
+    return u.new_empty(shape), u.new_empty(states, dtype=torch.float32)
+
+
+@torch.library.register_fake(scan_backward_op, lib=_library)
+def _(grad, u, delta, A, B, C, D, orders, delta_bias, dt_weight, states, *options):  # type: ignore[no-untyped-def]
+    return tuple(
+        states.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (u, delta, A, B, C, D, delta_bias, dt_weight)
+    )
+
+
+class _Scan(torch.autograd.Function):
+    # `register_autograd` would do the same, but its time grows with the square of the number of arguments.
+
+    @staticmethod
+    def forward(ctx: Any, keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        y, states = _below_autograd(keys, *args)
+        *tensors, ctx.delta_softplus, ctx.out, ctx.local_window, _, ctx.visits, ctx.backend = args
+        ctx.save_for_backward(*tensors, states)
+        ctx.set_materialize_grads(False)
+        return y, states
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 16
+        tensors = ctx.saved_tensors
+        args = (grad, *tensors, ctx.delta_softplus, ctx.out, ctx.local_window, ctx.visits)
+        # The gradient of plain PyTorch is autograd's own, which does not run inside of an operator.
+        grads = naive.backward(*args) if ctx.backend == "naive" else scan_backward_op(*args, ctx.backend)
+        given = (*tensors[:6], *tensors[7:9])
+        *before, ddelta_bias, ddt_weight = (None if x is None else y for x, y in zip(given, grads, strict=True))
+        return None, *before, None, ddelta_bias, ddt_weight, *(None,) * 6
+
+
+def _below_autograd(keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return scan_op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+
+def _with_autograd(keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    differentiable = torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in args])
+    return _Scan.apply(keys, *args) if differentiable else _below_autograd(keys, *args)
+
+
+_library.impl("selective_scan", _with_autograd, "Autograd", with_keyset=True)
+
+
+def _forward_flops(u, delta, A, B, C, D, orders, delta_bias, dt_weight, *args, **kwargs) -> int:  # type: ignore
+    """9 operations a step, channel and state, 1 a step and channel for D u: the count that the papers use. The
+    projection of the step sizes counts as the matrix product that it replaces.
+    """
+    b, length, k, _ = delta
+    _, c, n = A
+    steps = b * k * (length if orders is None else orders[1])
+    return 9 * steps * c * n + (steps * c if D is not None else 0) + _projection_flops(delta, dt_weight)
+
+
+def _backward_flops(grad, u, delta, A, B, C, D, orders, delta_bias, dt_weight, *args, **kwargs) -> int:  # type: ignore
+    """21 operations a step, channel and state: 5 to compute the states again, 16 in the reverse sweep; three matrix
+    products with the projection, the first of them again.
+    """
+    b, length, k, _ = delta
+    _, c, n = A
+    steps = b * k * (length if orders is None else orders[1])
+    return 21 * steps * c * n + (4 * steps * c if D is not None else 0) + 3 * _projection_flops(delta, dt_weight)
+
+
+def _projection_flops(delta: torch.Size, dt_weight: torch.Size | None) -> int:
+    return 0 if dt_weight is None else 2 * delta.numel() * dt_weight[1]
+
+
+# `register_flop_formula` of torch 2.4 files a formula where its counter does not look.
+flop_registry[torch.ops.backbones.selective_scan] = shape_wrapper(_forward_flops)
+flop_registry[torch.ops.backbones.selective_scan_backward] = shape_wrapper(_backward_flops)

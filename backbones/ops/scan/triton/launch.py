@@ -1,0 +1,367 @@
+"""Buffers and launches of the Triton scan.
+
+Bytes that pass through memory for each step, order and channel, n = 1, e bytes an element (2 or 4), u shared by k
+orders:
+
+===========================  ==========================================================================
+forward                      e (delta) + e/k (u, read by k orders: once, the rest comes from the cache)
+  out="per_order"/"per_step" + e
+  out="sum", k > 1           + e written per order, e read and e/k written by the sum of the orders
+  saved for backward         + 4 n / 64
+  in segments                + e (delta) + e (u) for the first of two readings
+backward                     2 e (delta, again from the cache in the second level) + e/k (u) + e/k (grad) + e (ddelta)
+                             + e per order (du), and e read + e/k written by the sum where u is shared
+===========================  ==========================================================================
+
+B, C and their gradients are n/c of that: the gradients are summed over c in the kernel, and the partial sums of the
+blocks of channels in float32 by atomic addition, or, under ``torch.use_deterministic_algorithms``, in buffers that are
+summed in a fixed order. Nothing else depends on timing. States are float32 throughout. With ``local_window``
+everything is read twice and outputs are accumulated in float32 buffers; so are they where an order repeats tokens:
+its visits are written by step and gathered by token, since a sum over repeats inside a running scan would be
+neither parallel nor reproducible.
+
+Sums over orders add, in float32, per-order values rounded to the dtype of u: of four orders in bfloat16, the sum has a
+relative RMS error of 2.4e-3, and one rounded only once 1.7e-3. Per-order values in float32 would double what the scan
+writes and the sum reads, and the peak of memory.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbones.ops.scan.triton import CHUNK
+from backbones.ops.scan.triton.common import (
+    carry_kernel,
+    gather_visits_kernel,
+    segment_ends_kernel,
+    sum_orders_kernel,
+)
+from backbones.ops.scan.triton.kernels_backward import backward_kernel
+from backbones.ops.scan.triton.kernels_forward import forward_kernel
+from backbones.ops.scan.triton.tables import order_facts, visits_of
+from backbones.ops.scan.visits import Visits
+from backbones.ops.triton_host import (
+    cdiv,
+    check_device,
+    contiguous_rows,
+    device_of,
+    empty,
+    multiprocessors,
+    next_power_of_2,
+)
+
+_SCRATCH_BYTES = 64 * 2**20  # of backward, whatever the problem
+_SEGMENT_U = 4
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut: padded states, channels a program, steps a group, warps a program."""
+
+    N: int
+    BLOCK_C: int
+    U: int
+    num_warps: int
+
+
+@functools.cache
+def forward_config(n: int, c: int, chains: int, multiprocessors: int) -> Config:
+    """A fixed choice by shape, for ``chains`` = b k recurrences (measured on an H200).
+
+    Tuning at run time would make the order of sums, and so the results, depend on a race between candidates.
+    """
+    N, block, warps = _tile(n, c, chains, multiprocessors)
+    return Config(N, block, 8 if N == 1 and block < 128 else 4, warps)
+
+
+@functools.cache
+def backward_config(n: int, c: int, chains: int, multiprocessors: int) -> Config:
+    """As :func:`forward_config`; with more than 16 states, half as many a thread."""
+    N, block, warps = _tile(n, c, chains, multiprocessors)
+    block = block // 2 if N > 16 else block
+    return Config(N, block, 4 if N <= 8 and block < 128 else 2, warps)
+
+
+def backward_window_config(config: Config) -> Config:
+    """Where LBMamba's local scan follows: it adds to what it has to load, which takes registers."""
+    return replace(config, BLOCK_C=config.BLOCK_C // 2) if 4 < config.N <= 16 else config
+
+
+def _tile(n: int, c: int, chains: int, multiprocessors: int) -> tuple[int, int, int]:
+    """(N, BLOCK_C, num_warps): at most 16 states a thread, so that all of them stay in registers.
+
+    With one state a warp may take 4 channels a lane, if that leaves 11 warps for every multiprocessor.
+    """
+    N = next_power_of_2(n)
+    block = 32 if N <= 16 else max(8, 512 // N)
+    if N == 1:
+        wide = (x for x in (128, 64) if x <= c and chains * cdiv(c, x) >= 11 * multiprocessors)
+        block = next(wide, block)
+    return N, block, max(1, N * block // 512)
+
+
+class _Scan:
+    """One call's inputs in the form that the kernels take, and the buffers that they write."""
+
+    def __init__(
+        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
+        bias: Tensor | None, softplus: bool, out: str, window: int, visits: list[bool] | None,
+    ) -> None:  # fmt: skip
+        self.b, self.length, self.k, self.c = delta.shape
+        self.n = A.shape[2]
+        self.steps = self.length if orders is None else orders.shape[1]
+        self.shared = u.dim() == 3
+        self.u, self.delta, self.B, self.C = (contiguous_rows(x) for x in (u, delta, B, C))
+        self.A = A.transpose(1, 2).contiguous()
+        self.D, self.bias, self.orders = D, bias, orders
+        self.softplus, self.out = softplus, out
+        self.window = min(window, self.steps)
+        if orders is None or visits is None:
+            self.facts = order_facts(orders, self.length, self.k)
+        else:
+            self.facts = Visits(*visits)
+        self.dtype, self.device = u.dtype, u.device
+        self.multiprocessors = multiprocessors(u.device)
+        shape = self.n, self.c, self.b * self.k, self.multiprocessors
+        self.forward_config, self.backward_config = forward_config(*shape), backward_config(*shape)
+        self.flags: dict[str, Any] = dict(
+            HAS_ORDERS=orders is not None,
+            HAS_BIAS=bias is not None,
+            SOFTPLUS=softplus,
+            WIDE=self.is_wide(self.u, self.delta, self.B, self.C),
+        )
+
+    def is_wide(self, *tensors: Tensor) -> bool:
+        """Whether the offset of some row, in what is read or written, needs more than 31 bits."""
+        widest = max(*(x.stride(1) for x in tensors), self.k * max(self.c, self.n))
+        return max(self.length, self.steps) * widest >= 2**31
+
+    def buffer(self, width: int, merged: bool, dtype: torch.dtype | None = None, by_step: bool = False) -> Tensor:
+        """(b, rows, k, width) to be written by a scan, or (b, rows, width) if it may write the sum over orders."""
+        by_step |= self.facts.repeats
+        dtype = torch.float32 if self.window > 1 or self.facts.repeats else dtype or self.dtype
+        merged &= self.merges
+        shape = (self.b, self.steps if by_step else self.length, *(() if merged else (self.k,)), width)
+        written = by_step or (self.facts.covers if merged else self.facts.complete)
+        return empty(shape, dtype, self.device) if written else torch.zeros(shape, dtype=dtype, device=self.device)
+
+    @property
+    def merges(self) -> bool:
+        """Whether no two visits meet in one row of the sum over orders."""
+        return self.facts.disjoint and not self.facts.repeats
+
+    def collect(self, buffer: Tensor, merged: bool, dtype: torch.dtype) -> Tensor:
+        """What was written by step or by order as (b, l, k, width), or (b, l, width) if ``merged``."""
+        width = buffer.shape[-1]
+        if self.facts.repeats:
+            assert self.orders is not None
+            visits, starts = visits_of(self.orders, self.length, per_order=not merged)
+            rows = starts.shape[0] - 1
+            y = empty((self.b, rows, width), dtype, self.device)
+            block = min(128, next_power_of_2(width))
+            grid = (self.b * rows, cdiv(width, block))
+            gather_visits_kernel[grid](
+                buffer, visits, starts, y, self.steps * self.k, rows, width, BLOCK=block, num_warps=1
+            )
+            return y if merged else y.view(self.b, self.length, self.k, width)
+        if buffer.dim() == 4 and merged:
+            y = empty((self.b, self.length, width), dtype, self.device)
+            block = min(128, next_power_of_2(width))
+            rows = self.b * self.length
+            grid = (cdiv(rows, 16), cdiv(width, block))
+            sum_orders_kernel[grid](buffer, y, rows, self.k, width, ROWS=16, BLOCK_C=block, num_warps=4)
+            return y
+        return buffer.to(dtype)
+
+    def segments(self, config: Config) -> tuple[int, int]:
+        """(steps, number) of the segments of an order.
+
+        One where that leaves 4 programs for every multiprocessor: more would read everything twice. Else enough for
+        16.
+        """
+        programs = self.b * self.k * cdiv(self.c, config.BLOCK_C)
+        if programs >= 4 * self.multiprocessors:
+            return self.steps, 1
+        wanted = cdiv(16 * self.multiprocessors, programs)
+        segment = CHUNK * max(1, cdiv(self.steps, CHUNK) // wanted)
+        return segment, cdiv(self.steps, segment)
+
+    def carried(self, config: Config, segment: int, segments: int, grad: Tensor | None = None) -> Tensor:
+        """The states that enter every segment, or, given the gradient of y, their gradients."""
+        x, V = (self.u, self.B) if grad is None else (grad, self.C)
+        by_step = grad is not None and self.out == "per_step"
+        ends = empty((self.b * self.k, segments, self.n, self.c), torch.float32, self.device)
+        totals = empty((self.b * self.k, segments, self.c), torch.float32, self.device)
+        blocks = cdiv(self.c, config.BLOCK_C)
+        segment_ends_kernel[(self.b * self.k * segments * blocks,)](
+            x, self.delta, self.A, V, self.orders, self.bias, ends, totals,
+            *_strides(x), *_strides(self.delta), *_strides(V),
+            self.steps, self.k, self.c, self.n, segment, segments,
+            N=config.N, BLOCK_C=config.BLOCK_C, U=_SEGMENT_U, ADJOINT=grad is not None, X_BY_STEP=by_step,
+            **self.flags, num_warps=config.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+        grid = (self.b * self.k * cdiv(self.n * self.c, 64),)
+        carry_kernel[grid](
+            ends, totals, self.A, self.k, self.c, self.n, segments,
+            REVERSE=grad is not None, BLOCK=64, U=8, num_warps=1, enable_fp_fusion=True,
+        )  # fmt: skip
+        return ends
+
+    def window_walk(self) -> tuple[dict[str, int], bool]:
+        """How the local scan walks: by windows as chunks if they are short, else a segment a window, by chunks."""
+        short = self.window <= CHUNK
+        segment = self.window * cdiv(CHUNK, self.window) if short else self.window
+        segments = cdiv(self.steps, segment)
+        slots = 0 if short else cdiv(segment, CHUNK) - 1
+        chunk = self.window if short else CHUNK
+        return dict(segment=segment, segments=segments, chunk=chunk, slots=slots, all_slots=slots * segments), short
+
+    def run_forward(
+        self, config: Config, walk: dict[str, int], y: Tensor | None, starts: Tensor | None = None,
+        states: Tensor | None = None, window: bool = False, reset: bool = False,
+    ) -> None:  # fmt: skip
+        blocks = cdiv(self.c, config.BLOCK_C)
+        forward_kernel[(self.b * self.k * walk["segments"] * blocks,)](
+            self.u, self.delta, self.A, self.B, self.C, self.D, self.orders, self.bias, starts, states, y,
+            *_strides(self.u), *_strides(self.delta), *_strides(self.B), *_strides(self.C),
+            *((0, 0, 0) if y is None else _strides(y)),
+            self.steps, self.k, self.c, self.n, **walk,
+            N=config.N, BLOCK_C=config.BLOCK_C, U=config.U, HAS_D=self.D is not None and not window,
+            HAS_STARTS=starts is not None, SAVE=states is not None, EMIT=y is not None,
+            BY_STEP=self.facts.repeats or self.out == "per_step", WINDOW=window, RESET=reset,
+            **self.flags, num_warps=config.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def forward(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, out: str, local_window: int, save: bool,
+    visits: list[bool] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See :mod:`backbones.ops.scan.operator`."""
+    check_device("u", u)
+    with device_of(u):
+        scan = _Scan(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, visits)
+        config = scan.forward_config
+        slots = (scan.steps - 1) // CHUNK
+        states = empty((scan.b, scan.k, slots, scan.n, scan.c), torch.float32, u.device) if save else None
+        y = scan.buffer(scan.c, merged=out == "sum", by_step=out == "per_step")
+        segment, segments = scan.segments(config)
+        walk = dict(segment=segment, segments=segments, chunk=CHUNK, slots=segment // CHUNK, all_slots=slots)
+        starts = scan.carried(config, segment, segments) if segments > 1 else None
+        scan.run_forward(config, walk, y, starts, states)
+        if scan.window > 1:
+            walk, short = scan.window_walk()
+            scan.run_forward(config, walk, y, window=True, reset=short)
+        y = y.to(u.dtype) if out == "per_step" else scan.collect(y, out == "sum", u.dtype)
+        return y, u.new_empty(0, dtype=torch.float32) if states is None else states
+
+
+def backward(
+    grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
+    delta_bias: Tensor | None, states: Tensor, delta_softplus: bool, out: str, local_window: int,
+    visits: list[bool] | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """See :mod:`backbones.ops.scan.operator`."""
+    with device_of(u):
+        scan = _Scan(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, visits)
+        config = scan.backward_config
+        if scan.window > 1:
+            config = backward_window_config(config)
+        grad = contiguous_rows(grad)
+        scan.flags["WIDE"] |= scan.is_wide(grad)
+        segment, segments = scan.segments(config)
+        walks = [
+            dict(
+                segment=segment,
+                segments=segments,
+                chunk=CHUNK,
+                slots=segment // CHUNK,
+                all_slots=states.shape[2],
+            )
+        ]
+        reset = False
+        if scan.window > 1:
+            window_walk, reset = scan.window_walk()
+            walks.append(window_walk)
+
+        blocks = cdiv(scan.c, config.BLOCK_C)
+        atomic = blocks > 1 and not torch.are_deterministic_algorithms_enabled()
+        du = scan.buffer(scan.c, merged=scan.shared)
+        ddelta = scan.buffer(scan.c, merged=False)
+        dB, dC = (_partials(scan, 1 if atomic else blocks, atomic, x.dtype) for x in (B, C))
+        sums = []  # of dA, dD and dbias
+        for i, walk in enumerate(walks):
+            window = i == 1
+            kept: Tensor | None = states
+            if window:
+                kept = None
+                if not reset:
+                    shape = (scan.b, scan.k, walk["all_slots"], scan.n, scan.c)
+                    kept = empty(shape, torch.float32, u.device)
+                    scan.run_forward(scan.forward_config, walk, None, states=kept, window=True)
+            adjoints = scan.carried(config, segment, segments, grad) if segments > 1 and not window else None
+            items = scan.b * scan.k * walk["segments"] * blocks
+            tile_bytes = 4 * config.N * config.BLOCK_C * cdiv(walk["chunk"], config.U)
+            programs = min(items, max(1, _SCRATCH_BYTES // tile_bytes))
+            scratch = empty((programs * tile_bytes // 4,), torch.float32, u.device)
+            partials = [
+                empty((scan.b, scan.k, walk["segments"], blocks, *tile), torch.float32, u.device)
+                for tile in ((config.N, config.BLOCK_C), (1, config.BLOCK_C), (1, config.BLOCK_C))
+            ]
+            backward_kernel[(programs,)](
+                grad, scan.u, scan.delta, scan.A, scan.B, scan.C, D, orders, delta_bias, kept, adjoints, scratch,
+                du, ddelta, dB, dC, *partials,
+                *_strides(grad), *_strides(scan.u), *_strides(scan.delta), *_strides(scan.B), *_strides(scan.C),
+                *_strides(du), *_strides(ddelta), 0 if atomic else dB.stride(0), *dB.stride()[1:4],
+                scan.steps, scan.k, scan.c, scan.n, **walk, items=items,
+                N=config.N, BLOCK_C=config.BLOCK_C, U=config.U, HAS_D=D is not None and not window,
+                HAS_STATES=kept is not None, HAS_ADJOINTS=adjoints is not None,
+                GRAD_BY_STEP=out == "per_step", BY_STEP=scan.facts.repeats, ATOMIC=atomic,
+                WINDOW=window, RESET=window and reset,
+                **scan.flags, num_warps=config.num_warps, enable_fp_fusion=True,
+            )  # fmt: skip
+            del scratch  # or the peak would hold it beside the sums below
+            sums.append([x.sum((0, 2)) for x in partials])
+        dA, dD, dbias = sums[0]
+        if scan.window > 1:  # whose walk has no D
+            dA += sums[1][0]
+            dbias += sums[1][2]
+        none = dA.new_empty(0)
+        return (
+            scan.collect(du, scan.shared, u.dtype),
+            scan.collect(ddelta, False, delta.dtype),
+            _channels_first(dA, scan.c, scan.n),
+            scan.collect(_sum_blocks(dB), False, B.dtype),
+            scan.collect(_sum_blocks(dC), False, C.dtype),
+            none if D is None else _channels_first(dD, scan.c, 1).squeeze(-1),
+            none if delta_bias is None else _channels_first(dbias, scan.c, 1).squeeze(-1),
+        )
+
+
+def _channels_first(sums: Tensor, c: int, n: int) -> Tensor:
+    """(k, blocks, N, BLOCK_C) to (k, c, n)."""
+    return sums.transpose(2, 3).flatten(1, 2)[:, :c, :n].contiguous()
+
+
+def _partials(scan: _Scan, blocks: int, atomic: bool, dtype: torch.dtype) -> Tensor:
+    """(blocks, b, rows, k, n): a gradient of B or C as every block of channels sees it."""
+    facts = scan.facts
+    whole = blocks == 1 and not atomic and not facts.repeats and scan.window <= 1
+    shape = (blocks, scan.b, scan.steps if facts.repeats else scan.length, scan.k, scan.n)
+    dtype = dtype if whole else torch.float32
+    if atomic or not (facts.repeats or facts.complete):
+        return torch.zeros(shape, dtype=dtype, device=scan.device)
+    return empty(shape, dtype, scan.device)
+
+
+def _sum_blocks(partials: Tensor) -> Tensor:
+    return partials[0] if partials.shape[0] == 1 else partials.sum(0)
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Of batch, token and order; the last is 0 where all orders share a row."""
+    return x.stride(0), x.stride(1), x.stride(2) if x.dim() == 4 else 0

@@ -1,0 +1,53 @@
+"""What every launch needs on the host's side.
+
+Triton's own ``cdiv`` and ``next_power_of_2`` take microseconds a call, because they serve kernels as well.
+"""
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from backbones.ops.scan.triton.common import step_size
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is n or more."""
+    return 1 << (n - 1).bit_length()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 0 in Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Every buffer that the kernels fill comes from here: tests poison and count them."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x, its last axis without gaps."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def check_device(name: str, x: Tensor) -> None:
+    """Raises ``ValueError`` unless kernels can read x."""
+    if not x.is_cuda and isinstance(step_size, triton.runtime.JITFunction):
+        raise ValueError(
+            f"{name}: got a tensor on {x.device}, expected a GPU for backend 'triton' (or TRITON_INTERPRET=1)"
+        )
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes x's GPU the current one, to which Triton launches."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,84 @@
+"""Scan patterns: in which order a state-space layer visits the cells of a grid.
+
+An *order* is one traversal: the raster index ``i * width + j`` of the cell visited at each step. A
+*pattern* is a set of K orders of equal length. An order may skip cells, repeat them, or hold -1 for a
+*padded slot*: a step outside the grid, which reads zeros but still decays the state.
+
+An order is written as a function of the grid, the ``(H, W)`` tensor of raster indices, that returns the
+``(T,)`` cells in turn. So the same function on a transposed or flipped grid is another order: see
+`transposed`, `mirrored`, `turned` and `reversed_order`. `concatenated` joins several into one long order;
+`stacked` and `both_ways` make the ``(K, T)`` table of a pattern::
+
+    zigzag_and_back = ScanPattern("zigzag_and_back", 2, both_ways(diagonal))
+"""
+
+from backbones.patterns.catalogue import (
+    ATROUS,
+    BIDIRECTIONAL,
+    CROSS,
+    DIAGONAL,
+    FORWARD,
+    HILBERT,
+    LOCAL_WINDOWS_2,
+    LOCAL_WINDOWS_7,
+    MULTI_SCALE,
+    REVERSE,
+    SNAKE,
+    SPIRAL,
+    checked_pattern,
+    get_pattern,
+    local_windows,
+)
+from backbones.patterns.pattern import PATTERNS, OrderFn, ScanPattern, is_traced
+from backbones.patterns.traversals import (
+    both_ways,
+    column_major,
+    concatenated,
+    diagonal,
+    hilbert,
+    mirrored,
+    raster,
+    reversed_order,
+    snake,
+    spiral,
+    stacked,
+    transposed,
+    turned,
+    windows,
+)
+
+__all__ = [
+    "ATROUS",
+    "BIDIRECTIONAL",
+    "CROSS",
+    "DIAGONAL",
+    "FORWARD",
+    "HILBERT",
+    "LOCAL_WINDOWS_2",
+    "LOCAL_WINDOWS_7",
+    "MULTI_SCALE",
+    "PATTERNS",
+    "REVERSE",
+    "SNAKE",
+    "SPIRAL",
+    "OrderFn",
+    "ScanPattern",
+    "both_ways",
+    "checked_pattern",
+    "column_major",
+    "concatenated",
+    "diagonal",
+    "get_pattern",
+    "hilbert",
+    "is_traced",
+    "local_windows",
+    "mirrored",
+    "raster",
+    "reversed_order",
+    "snake",
+    "spiral",
+    "stacked",
+    "transposed",
+    "turned",
+    "windows",
+]

@@ -1,0 +1,103 @@
+"""The patterns that models ask for by name."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from functools import partial
+
+from backbones.patterns.pattern import PATTERNS, ScanPattern, checked_int
+from backbones.patterns.traversals import (
+    _every_second,
+    both_ways,
+    column_major,
+    concatenated,
+    diagonal,
+    hilbert,
+    mirrored,
+    raster,
+    reversed_order,
+    snake,
+    spiral,
+    stacked,
+    transposed,
+    turned,
+    windows,
+)
+
+
+def local_windows(size: int) -> ScanPattern:
+    """Windows row by row and column by column, both ways (K = 4), on the grid padded to whole windows."""
+    order = partial(windows, size=checked_int("size", size))
+    return ScanPattern(f"local_windows_{size}", 4, both_ways(order, transposed(order)), pad_to=size)
+
+
+FORWARD = ScanPattern("forward", 1, stacked(raster))
+REVERSE = ScanPattern("reverse", 1, stacked(reversed_order(raster)))
+BIDIRECTIONAL = ScanPattern("bidirectional", 2, both_ways(raster))  # Vim
+CROSS = ScanPattern("cross", 4, both_ways(raster, column_major))  # VMamba, GroupMamba
+# EfficientVMamba: disjoint orders, one for each parity of (i, j): (0, 0), (1, 0), (0, 1), (1, 1). Those of
+# the odd rows go column by column: transposed, which exchanges the parities too.
+ATROUS = ScanPattern(
+    "atrous",
+    4,
+    stacked(
+        partial(_every_second, first_row=0, first_column=0),
+        transposed(partial(_every_second, first_row=0, first_column=1)),
+        partial(_every_second, first_row=0, first_column=1),
+        transposed(partial(_every_second, first_row=1, first_column=1)),
+    ),
+    pad_to=2,
+)
+# MSVMamba: its half-resolution grid three times over, as one sequence of 3HW steps.
+MULTI_SCALE = ScanPattern(
+    "multi_scale",
+    1,
+    stacked(concatenated(reversed_order(raster), column_major, reversed_order(column_major))),
+)
+SNAKE = ScanPattern(
+    "snake", 4, stacked(snake, reversed_order(snake), transposed(snake), reversed_order(transposed(snake)))
+)
+DIAGONAL = ScanPattern("diagonal", 4, both_ways(diagonal, mirrored(diagonal)))
+SPIRAL = ScanPattern("spiral", 4, both_ways(spiral, transposed(spiral)))
+# Turned, because the curve over a rectangle that is no square is its own transpose.
+HILBERT = ScanPattern("hilbert", 4, both_ways(hilbert, turned(hilbert)))
+LOCAL_WINDOWS_2 = local_windows(2)
+LOCAL_WINDOWS_7 = local_windows(7)
+
+PATTERNS |= {
+    pattern.name: pattern
+    for pattern in (
+        FORWARD, REVERSE, BIDIRECTIONAL, CROSS, ATROUS, MULTI_SCALE,
+        SNAKE, DIAGONAL, SPIRAL, HILBERT, LOCAL_WINDOWS_2, LOCAL_WINDOWS_7,
+    )
+}  # fmt: skip
+
+
+def get_pattern(name: str | ScanPattern) -> ScanPattern:
+    """The catalogue's pattern of that name; a pattern is returned as it is.
+
+    Raises:
+        ValueError: no such pattern; the message offers near names.
+    """
+    if isinstance(name, ScanPattern):
+        return name
+    if name not in PATTERNS:
+        near = get_close_matches(str(name), PATTERNS)
+        offer = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(PATTERNS)}"
+        raise ValueError(f"unknown scan pattern {name!r}; {offer}")
+    return PATTERNS[name]
+
+
+def checked_pattern(pattern: ScanPattern | str, default: ScanPattern) -> ScanPattern:
+    """The pattern, or the catalogue's one of that name, if it can stand in for ``default``.
+
+    Raises:
+        ValueError: it has another number of orders, and so would need other parameters.
+    """
+    pattern = get_pattern(pattern)
+    if pattern.num_orders != default.num_orders:
+        raise ValueError(
+            f"pattern: got {pattern.name!r} with {pattern.num_orders} orders, expected {default.num_orders} "
+            f"as {default.name!r} has"
+        )
+    return pattern

@@ -1,0 +1,204 @@
+"""A pattern: a named set of traversals of any grid, with its tables and what is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import _disable_current_modes
+
+from backbones.ops.scan.visits import Visits
+
+OrderFn = Callable[[Tensor], Tensor]
+
+# Older versions of PyTorch lack it, and cannot tell while they compile.
+has_static_value = getattr(
+    symbolic_shapes, "has_static_value", lambda side: isinstance(side, int) and not torch.compiler.is_compiling()
+)
+
+
+@dataclass(frozen=True)
+class ScanPattern:
+    """A named set of traversals of any grid. A plain sequence of L tokens is the grid ``(1, L)``.
+
+    Args:
+        name: what it is called in configs and messages.
+        num_orders: K.
+        order_fn: pure function from the grid, ``(H, W)`` int64 raster indices, to the ``(K, T)`` cells.
+            Made of tensor operations it serves dynamic shapes too; made of module-level functions, as the
+            combinators below leave it, it can be pickled.
+        pad_to: sides are padded to multiples of this, at the bottom and right; only then may orders hold -1.
+    """
+
+    name: str
+    num_orders: int
+    order_fn: OrderFn = field(repr=False)
+    pad_to: int = 1
+
+    def __post_init__(self) -> None:
+        checked_int("num_orders", self.num_orders)
+        checked_int("pad_to", self.pad_to)
+
+    def __deepcopy__(self, memo: dict) -> ScanPattern:
+        return self  # immutable, and a copy would not share the cache
+
+    def orders(
+        self,
+        height: int,
+        width: int,
+        device: torch.device | str | None = None,
+        pad_index: int | None = None,
+    ) -> Tensor:
+        """The visited cells, ``(K, T)`` int32 on ``device`` (None: CPU).
+
+        Padded slots are -1, or ``pad_index`` where given: ``height * width`` for a caller who appends one
+        zero token to the flattened grid. The table is cached and shared: never modify it in place.
+
+        Raises:
+            ValueError: a side that is no integer or is below 1; an ``order_fn`` whose result does not have
+                ``num_orders`` rows or, outside of compilation, names a cell that is not on the grid.
+        """
+        height, width = checked_int("height", height), checked_int("width", width)
+        if pad_index is not None:
+            pad_index = checked_int("pad_index", pad_index) if self.padded(height, width) else None
+        probe = torch.empty(0, device="cpu" if device is None else device)
+        if is_traced(probe):
+            # Opaque to compilers, which neither have to index along the orders' arithmetic nor do it at every call.
+            if (
+                torch.compiler.is_compiling()
+                and not _is_exporting()
+                and self._is_catalogued()
+                and _static(height, width)
+            ):
+                return torch.ops.backbones.scan_orders(probe, self.name, height, width, pad_index)
+            return _filled(_table(self, height, width, probe.device), pad_index)
+        return _cached_table(self, height, width, probe.device, pad_index)
+
+    def visits(self, height: int, width: int) -> Visits | None:
+        """What ``selective_scan`` asks of ``orders(height, width, pad_index=height * width)``; None: not known yet.
+
+        The tokens are the cells and, on a grid that is `padded`, the zero token behind them. Found on the CPU once for
+        each grid, also where a compiled program makes the orders at every call. None where a side is dynamic.
+
+        Raises:
+            ValueError: as `orders` does.
+        """
+        sides = checked_int("height", height), checked_int("width", width)
+        # Where `torch.jit` traces, sides are tensors.
+        if torch.jit.is_tracing() or not _static(*sides):  # type: ignore[attr-defined]
+            return None
+        return Visits(*self._visits(*sides))
+
+    @torch.compiler.assume_constant_result
+    def _visits(self, height: int, width: int) -> tuple[bool, ...]:
+        return _cached_visits(self, height, width)
+
+    @torch.compiler.assume_constant_result
+    def _is_catalogued(self) -> bool:
+        return PATTERNS.get(self.name) is self
+
+    def padded(self, height: int, width: int) -> bool:
+        """Whether `orders` may hold padded slots on this grid (with dynamic sides: on some grid)."""
+        sides = checked_int("height", height), checked_int("width", width)
+        return not all(statically_known_true(side % self.pad_to == 0) for side in sides)
+
+
+PATTERNS: dict[str, ScanPattern] = {}  # the catalogue, by name
+
+
+@torch.compiler.assume_constant_result  # traced, PyTorch's own is True whether one exports or not
+def _is_exporting() -> bool:
+    return getattr(torch.compiler, "is_exporting", lambda: True)()  # older versions of PyTorch cannot tell
+
+
+def _static(*sides: int) -> bool:
+    return all(has_static_value(side) for side in sides)
+
+
+def checked_int(name: str, value: int) -> int:
+    if isinstance(value, Tensor) and torch.jit.is_tracing():  # where x.shape holds tensors
+        value = int(value)
+    if isinstance(value, torch.SymInt):
+        return value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return value
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether tensors made now belong to a tracer or function transform, and must not outlive it."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or type(tensor) is not Tensor
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def _table(pattern: ScanPattern, height: int, width: int, device: torch.device) -> Tensor:
+    table = pattern.order_fn(torch.arange(height * width, device=device).view(height, width))
+    if table.ndim != 2 or table.shape[0] != pattern.num_orders or table.is_floating_point():
+        raise ValueError(
+            f"order_fn of pattern {pattern.name!r} must return integers of shape "
+            f"({pattern.num_orders}, steps), got {table.dtype} of shape {tuple(table.shape)}"
+        )
+    return table.to(torch.int32)
+
+
+def _filled(table: Tensor, pad_index: int | None) -> Tensor:
+    return table if pad_index is None else table.masked_fill(table < 0, pad_index)
+
+
+@lru_cache(maxsize=128)
+def _cached_table(pattern: ScanPattern, height: int, width: int, device: torch.device, pad_index: int | None) -> Tensor:
+    # A tensor made under inference_mode could not be saved for the backward pass of a later training step.
+    with torch.inference_mode(False):
+        table = _table(pattern, height, width, torch.device("cpu"))
+        first, last = (-1 if pattern.padded(height, width) else 0), height * width - 1
+        if int(table.min()) < first or int(table.max()) > last:
+            raise ValueError(
+                f"order_fn of pattern {pattern.name!r} (pad_to={pattern.pad_to}) must name cells "
+                f"{first}..{last} of a {height} x {width} grid, got {int(table.min())}..{int(table.max())}"
+            )
+        return _filled(table, pad_index).to(device)
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Tensors made within hold numbers, which those of a tracer do not."""
+    with _disable_current_modes(), torch._C._DisableFuncTorch():
+        yield
+
+
+@lru_cache(maxsize=1024)
+def _cached_visits(pattern: ScanPattern, height: int, width: int) -> tuple[bool, ...]:
+    cells, padded = height * width, pattern.padded(height, width)
+    with _untraced():
+        table = _cached_table(pattern, height, width, torch.device("cpu"), cells if padded else None)
+        return tuple(Visits.of(table, cells + padded))
+
+
+_library = torch.library.Library("backbones", "FRAGMENT")
+_library.define(
+    "scan_orders(Tensor like, str pattern, int height, int width, int? pad_index) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl(_library, "scan_orders", "CompositeExplicitAutograd")
+def _(like: Tensor, pattern: str, height: int, width: int, pad_index: int | None) -> Tensor:
+    # A copy, because compilers may write into what an operator gave them.
+    return _cached_table(PATTERNS[pattern], height, width, like.device, pad_index).clone()
+
+
+@torch.library.register_fake("backbones::scan_orders", lib=_library)
+def _(like: Tensor, pattern: str, height: int, width: int, pad_index: int | None) -> Tensor:
+    with _untraced():
+        shape = _cached_table(PATTERNS[pattern], height, width, torch.device("cpu"), pad_index).shape
+    return like.new_empty(shape, dtype=torch.int32)

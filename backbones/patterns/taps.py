@@ -1,0 +1,93 @@
+"""Tap tables: which token each tap of a depthwise convolution reads.
+
+`backbones.ops.depthwise_conv` takes two tables. ``taps`` (k, j, m) holds the token that tap j reads for output m, or
+-1 outside of the sequence or grid, where zeros are read. ``inverse_taps`` (k, j, l) holds the output that reads token l
+with tap j, or -1; the backward pass goes by it.
+"""
+
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from backbones.patterns.pattern import is_traced
+
+Tables = tuple[Tensor, Tensor]
+
+
+def causal_taps(orders: Tensor, num_taps: int) -> Tables:
+    """Both tables, int32, of a causal convolution along k orders that visit each of l tokens once.
+
+    The last tap reads the output's own token, the one before it the token visited one step earlier, and so on: the
+    layout of ``conv1d``'s weights.
+
+    Args:
+        orders: (k, l) integers, each row a permutation of 0..l-1.
+        num_taps: j.
+    """
+    orders = orders.long()
+    step_of = orders.argsort(1).unsqueeze(1)
+    back = torch.arange(num_taps - 1, -1, -1, device=orders.device).unsqueeze(1)
+    return _tokens_at(orders, step_of - back), _tokens_at(orders, step_of + back)
+
+
+def _tokens_at(orders: Tensor, steps: Tensor) -> Tensor:
+    """The tokens at steps (k, j, l) of their orders, -1 before the first and after the last one."""
+    length = orders.shape[1]
+    tokens = orders.unsqueeze(1).expand(steps.shape).gather(2, steps.clamp(0, length - 1))
+    return torch.where((steps >= 0) & (steps < length), tokens, -1).int()
+
+
+def window_taps(
+    height: int,
+    width: int,
+    kernel_size: int,
+    stride: int = 1,
+    dilation: int = 1,
+    device: torch.device | str | None = None,
+) -> Tables:
+    """Both tables, int32 with k = 1, of a square window over a grid padded by ``dilation * (kernel_size // 2)``.
+
+    Taps are in raster order, as ``conv2d``'s weights, tokens and outputs too. The tables are cached and shared: never
+    modify them in place.
+    """
+    probe = torch.empty(0, device="cpu" if device is None else device)
+    make = _window_taps if is_traced(probe) else _cached_window_taps
+    return make(height, width, kernel_size, stride, dilation, probe.device)
+
+
+def window_outputs(length: int, kernel_size: int, stride: int = 1, dilation: int = 1) -> int:
+    """How many outputs a side of the grid has."""
+    return (length + 2 * (dilation * (kernel_size // 2)) - dilation * (kernel_size - 1) - 1) // stride + 1
+
+
+def _window_taps(height: int, width: int, kernel_size: int, stride: int, dilation: int, device: torch.device) -> Tables:
+    line = partial(_line_taps, kernel_size=kernel_size, stride=stride, dilation=dilation, device=device)
+    (rows, output_rows), (columns, output_columns) = line(height), line(width)
+    return _on_grid(rows, columns, width), _on_grid(output_rows, output_columns, columns.shape[1])
+
+
+@lru_cache(maxsize=128)
+def _cached_window_taps(
+    height: int, width: int, kernel_size: int, stride: int, dilation: int, device: torch.device
+) -> Tables:
+    # Tensors made under inference_mode could not be saved for the backward pass of a later training step.
+    with torch.inference_mode(False):
+        taps, inverse_taps = _window_taps(height, width, kernel_size, stride, dilation, torch.device("cpu"))
+        return taps.to(device), inverse_taps.to(device)
+
+
+def _line_taps(length: int, kernel_size: int, stride: int, dilation: int, device: torch.device) -> Tables:
+    """Both tables of one side of the window, (kernel_size, outputs) and (kernel_size, length)."""
+    padding, outputs = dilation * (kernel_size // 2), window_outputs(length, kernel_size, stride, dilation)
+    offset = torch.arange(kernel_size, device=device).unsqueeze(1) * dilation - padding
+    reads = torch.arange(outputs, device=device) * stride + offset
+    moved = torch.arange(length, device=device) - offset  # stride times the output that reads the place
+    read_by = (moved >= 0) & (moved < outputs * stride) & (moved % stride == 0)
+    return torch.where((reads >= 0) & (reads < length), reads, -1), torch.where(read_by, moved // stride, -1)
+
+
+def _on_grid(rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """(1, j, cells) raster indices of all rows by all columns, -1 where either is."""
+    rows, columns = rows[:, None, :, None], columns[None, :, None, :]
+    return torch.where((rows >= 0) & (columns >= 0), rows * width + columns, -1).int().flatten(2).flatten(0, 1)[None]
