@@ -3,7 +3,7 @@
 Importing this package registers its models in timm: ``timm.create_model("vim_tiny")``.
 """
 
-from backbones import models
+from backbones.models import FAMILIES
 
 __version__ = "0.1.0"
-__all__ = models.__all__
+__all__ = ["FAMILIES"]

@@ -16,7 +16,7 @@ from typing import Any, cast
 import timm
 from torch import Tensor, nn
 
-import backbones
+from backbones.models import family_names
 from backbones.weights import CheckpointError, StateDict, loading, rules
 
 # Around the backbone of a detector: OpenMMLab's name for it, then our DenseBackbone, or the pyramid of detectron2.
@@ -36,7 +36,7 @@ class Converted:
 
 def model_names() -> list[str]:
     """The registered models, without second names."""
-    names = [name for module in backbones.__all__ for name in timm.list_models(module=module)]
+    names = [name for module in family_names() for name in timm.list_models(module=module)]
     return [name for name in names if _on_meta(name).pretrained_cfg["architecture"] == name]
 
 

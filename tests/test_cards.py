@@ -7,9 +7,8 @@ import pytest
 import yaml
 from mmengine.registry import MODELS
 
-import backbones
-import backbones.mm
 from backbones import zoo
+from backbones.models import family_names
 from tests.tolerances import LOGITS
 from tools import certify, model_cards
 from tools.cards import benchmarks, card, facts, markdown, metafiles, pictures
@@ -21,7 +20,7 @@ SECTIONS = (
 )
 
 
-@pytest.fixture(scope="module", params=backbones.__all__)
+@pytest.fixture(scope="module", params=family_names())
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import backbones
 from backbones import conversion
+from backbones.models import family_names
 from backbones.weights import files, rules
 from tests.scripts import load_tool
 
@@ -29,7 +29,7 @@ SMALLEST = [
     *("vim_tiny", "lbvim_tiny", "msvmamba_nano", "efficientvmamba_tiny"),
     *(pytest.param(name, marks=pytest.mark.slow) for name in LARGER),
 ]
-NAMES = sorted(name for module in backbones.__all__ for name in timm.list_models(module=module))
+NAMES = sorted(name for module in family_names() for name in timm.list_models(module=module))
 Tool = Callable[..., str]
 
 

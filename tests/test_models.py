@@ -8,12 +8,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import backbones
-from backbones.layers import SelectiveSSM, scan_grid
+from backbones.layers import Scan, SelectiveSSM, scan_grid
+from backbones.models import family_names
 from backbones.patterns import ATROUS, HILBERT, REVERSE, SNAKE, ScanPattern
 from tests.tolerances import AUTOCAST, SAME_FUNCTION
 
-NAMES = sorted(name for module in backbones.__all__ for name in timm.list_models(module=module))
+NAMES = sorted(name for module in family_names() for name in timm.list_models(module=module))
 PLAIN = ("vim", "lbvim")
 # One of every generation of every family, for what does not depend on the size; and how to make it shallow.
 SMALLEST = {
@@ -184,7 +184,7 @@ def test_each_order_may_project_only_what_it_visits(size: tuple[int, int]) -> No
     cells = size[0] * size[1]
     results = []
     for y in (
-        scan_grid(ssm, x, ATROUS).flatten(1, 2),
+        scan_grid(ssm, x, Scan(ATROUS)).flatten(1, 2),
         ssm(whole, ATROUS.orders(*size).masked_fill(ATROUS.orders(*size) < 0, cells))[:, :cells],
     ):
         grads = torch.autograd.grad((y * torch.arange(y.numel()).view_as(y)).sum(), [x, *ssm.parameters()])

@@ -25,9 +25,9 @@ import yaml
 from mmengine.logging import MMLogger
 from torch import Tensor
 
-import backbones
 from backbones import zoo
 from backbones.analysis import flops
+from backbones.models import family_names
 from backbones.ops.scan import cpu
 from backbones.ops.scan import operator as dispatch
 
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     MMLogger.get_current_instance().setLevel("WARNING")  # the names of weights that a backbone has no use for
     certified = parity()
-    names = [name for family in backbones.__all__ for name in zoo.load_family(family)["models"]]
+    names = [name for family in family_names() for name in zoo.load_family(family)["models"]]
     models = {name: {"compute": compute(name), "parity": certified.get(name, [])} for name in names}
     text = yaml.safe_dump({"run": run_facts(), "models": models}, sort_keys=False, default_flow_style=None, width=200)
     args.out.write_text(HEADER + text, encoding="utf-8")

@@ -22,8 +22,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-import backbones
 from backbones.conversion import Converted, convert, identify, load_call, model_names
+from backbones.models import family_names
 from backbones.weights import CheckpointError, files
 
 AVERAGED = ("model_ema", "state_dict_ema", "ema_model")
@@ -61,7 +61,7 @@ def run(source: Path, target: Path | None, model: str | None, ema: bool, check: 
         raise CheckpointError("OUT.safetensors is missing; only --check goes without it")
     if target is not None and (target.suffix != ".safetensors" or not target.parent.is_dir()):
         raise CheckpointError(f"{target}: expected a name that ends in .safetensors, in a folder that exists")
-    if model is not None and model not in timm.list_models(module=list(backbones.__all__)):
+    if model is not None and model not in timm.list_models(module=list(family_names())):
         near = ", ".join(difflib.get_close_matches(model, model_names(), n=3, cutoff=0))
         raise CheckpointError(f"--model: got {model!r}, near names are {near}")
 

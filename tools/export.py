@@ -23,9 +23,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import backbones
 from backbones import ops
 from backbones.export import export_onnx, export_program
+from backbones.models import family_names
 from backbones.weights import CheckpointError
 
 TOLERANCE = 1e-4  # of the largest output; float32 in another order of summation
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    names = timm.list_models(module=list(backbones.__all__))
+    names = timm.list_models(module=list(family_names()))
     if args.name not in names:
         near = ", ".join(difflib.get_close_matches(args.name, names, n=3, cutoff=0))
         raise ExportError(f"unknown model {args.name!r}, near names are {near}")

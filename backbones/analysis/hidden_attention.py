@@ -75,7 +75,7 @@ def recorded_scans(model: nn.Module) -> Iterator[list[Scan]]:
     def enter_mixer(module: nn.Module, args: tuple[Any, ...]) -> None:
         place["plain"] = len(args) == 2  # tokens and their grid, else a map
         place["grid"] = tuple(args[1]) if place["plain"] else tuple(args[0].shape[1:3])
-        place["pattern"] = module.pattern
+        place["mixer"] = module
 
     def enter_scan(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -107,11 +107,11 @@ def _scan(place: dict[str, Any], args: Sequence[Any]) -> Scan:
     delta = delta if dt_weight is None else per_order_linear(delta, dt_weight)
     height, width = place["grid"]
     if orders is None and u.dim() == 4:  # the steps of each order, see `scan_grid`
-        orders = place["pattern"].orders(height, width, u.device, pad_index=height * width)
+        orders = place["mixer"].scan.pattern.orders(height, width, u.device, pad_index=height * width)
         u, delta, B, C = (_by_token(x, orders) for x in (u, delta, B, C))
     tensors = [None if x is None else x.detach().clone() for x in (u, delta, A, B, C, orders, delta_bias)]
-    if delta.shape[1] < height * width:  # MSVMamba's map of half the resolution
-        height, width = -(-height // 2), -(-width // 2)
+    if hasattr(place["mixer"], "scanned_grid"):
+        height, width = place["mixer"].scanned_grid(place["name"].rpartition(".")[2], height, width)
     class_token = place["plain"] and delta.shape[1] == height * width + 1
     return Scan(place["name"], (height, width), class_token, *tensors, delta_softplus, local_window)  # type: ignore
 

@@ -1,8 +1,10 @@
 """What every backbone shares: timm's model contract, for plain models and for hierarchical ones of four stages."""
 
-from backbones.base.contract import Backbone, Constructor
+from backbones.base.build import build_model
+from backbones.base.contract import Backbone
 from backbones.base.hierarchical import HierarchicalBackbone, Stage
 from backbones.base.plain import PlainBackbone
+from backbones.layers.constructor import Constructor
 
 __all__ = [
     "Backbone",
@@ -10,4 +12,5 @@ __all__ = [
     "HierarchicalBackbone",
     "PlainBackbone",
     "Stage",
+    "build_model",
 ]

@@ -6,6 +6,7 @@ from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
 from backbones.base.contract import Backbone
+from backbones.layers.scan import Scan, set_backend
 from backbones.weights.loading import load_pretrained
 
 
@@ -14,7 +15,7 @@ def build_model(
     variant: str,
     pretrained: bool,
     *,
-    feature_indices: int | tuple[int, ...],
+    scan: Scan,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | None = None,
@@ -29,7 +30,7 @@ def build_model(
         model_cls: class of the model, called with ``kwargs``.
         variant: registered name.
         pretrained: load the weights that the pretrained configuration points to.
-        feature_indices: features that ``features_only=True`` takes unless told.
+        scan: how the mixers scan; every other operator of the model runs on its backend, too.
         pretrained_cfg: as in timm.
         pretrained_cfg_overlay: as in timm; ``dict(file=path)`` loads a local file in the official layout or
             in ours.
@@ -41,6 +42,7 @@ def build_model(
 
     def construct(**model_kwargs: Any) -> Backbone:
         model = model_cls(**model_kwargs)
+        set_backend(model, scan.backend)
         if pretrained:
             load_pretrained(model, cfg.to_dict(), variant, headless=features_only, cache_dir=cache_dir)
         return model
@@ -50,6 +52,6 @@ def build_model(
         variant,
         pretrained=False,
         pretrained_cfg=cfg.to_dict(),
-        feature_cfg={"out_indices": feature_indices, "feature_cls": "getter"},
+        feature_cfg={"out_indices": model_cls.feature_indices, "feature_cls": "getter"},
         **kwargs,
     )

@@ -11,12 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from backbones.weights import WEIGHT_KEYS, KeyRule, StateDict
 
-Constructor = Callable[..., nn.Module]
-
-# Parameters of a state-space layer that its authors exempt from weight decay, and biases that are stacked
-# over orders.
-_NO_DECAY = ("A_log", "D", "dt_proj_bias", "conv_bias", "pos_embed", "cls_token")
-
 
 class Backbone(nn.Module):
     """The part of timm's contract that does not depend on the shape of the features."""
@@ -24,6 +18,8 @@ class Backbone(nn.Module):
     key_rules: ClassVar[Sequence[KeyRule]] = ()  # official names and layouts, see backbones.weights.rules
 
     weight_keys: ClassVar[Sequence[str]] = WEIGHT_KEYS  # where the authors' training states keep the published weights
+
+    feature_indices: ClassVar[int | tuple[int, ...]]  # what ``features_only=True`` returns unless told
 
     num_classes: int
     in_chans: int
@@ -39,10 +35,16 @@ class Backbone(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that take no weight decay besides the 1-D ones.
 
-        A_log is among them as in Mamba; the official vision repositories mark it but their optimizers never
-        read the mark.
+        Modules declare their own as ``no_decay``. A_log is among them as in Mamba; the official vision repositories
+        mark it but their optimizers never read the mark.
         """
-        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in _NO_DECAY}
+        modules = ((f"{prefix}." if prefix else "", module) for prefix, module in self.named_modules())
+        return {
+            prefix + name
+            for prefix, module in modules
+            for name in getattr(module, "no_decay", ())
+            if getattr(module, name) is not None
+        }
 
     def adapt_state_dict(self, state_dict: StateDict) -> StateDict:
         """Fits weights of another input size to this model; raises nothing, the check that follows does."""

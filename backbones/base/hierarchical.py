@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import accumulate
+from operator import mul
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import ClassifierHead
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from backbones.base.contract import Backbone, Constructor
+from backbones.base.contract import Backbone
+from backbones.layers.constructor import Constructor
 from backbones.layers.norm import LayerNorm
 
 _POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")
 
 
 class HierarchicalBackbone(Backbone):
-    """Four stages at strides 4, 8, 16, 32 on channels-last maps (b, height, width, c): the other families.
+    """Stages of channels-last maps (b, height, width, c), each of half the resolution of the one before.
 
     Args:
         stem: constructor called as ``stem(in_chans, dims[0], device=, dtype=)``; takes the image, returns a
@@ -25,9 +28,10 @@ class HierarchicalBackbone(Backbone):
         block: constructor called as ``block(dim, drop_path=rate, device=, dtype=)``; of a sequence, stage i
             takes the i-th.
         downsample: constructor called as ``downsample(dims[i], dims[i + 1], device=, dtype=)``, between two
-            stages.
+            stages; of a sequence, the i-th.
         depths: blocks of each stage.
         dims: width of each stage.
+        strides: stride of the stem, then of each downsampling.
         in_chans: channels of the image.
         num_classes: size of the classifier, 0 for none.
         global_pool: "avg", "max" or another of timm's poolings, or "" for none.
@@ -39,13 +43,17 @@ class HierarchicalBackbone(Backbone):
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
     """
 
+    feature_indices: ClassVar[int | tuple[int, ...]] = (0, 1, 2, 3)
+    output_fmt = "NHWC"  # of the stages, for timm's feature hooks
+
     def __init__(
         self,
         stem: Constructor,
         block: Constructor | Sequence[Constructor],
-        downsample: Constructor,
+        downsample: Constructor | Sequence[Constructor],
         depths: Sequence[int] = (2, 2, 9, 2),
         dims: Sequence[int] = (96, 192, 384, 768),
+        strides: Sequence[int] = (4, 2, 2, 2),
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
@@ -60,9 +68,11 @@ class HierarchicalBackbone(Backbone):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         blocks = [block] * len(depths) if callable(block) else list(block)
-        if not len(blocks) == len(depths) == len(dims):
+        downsamples = [downsample] * (len(depths) - 1) if callable(downsample) else list(downsample)
+        if not len(blocks) == len(depths) == len(dims) == len(strides) == len(downsamples) + 1:
             raise ValueError(
-                f"depths: got {len(depths)} stages, dims {len(dims)} and block {len(blocks)}; they must agree"
+                f"depths: got {len(depths)} stages, dims {len(dims)}, strides {len(strides)}, block {len(blocks)} and "
+                f"downsample {len(downsamples)}; they must agree"
             )
         _check_pool(global_pool)
         self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, dims[-1]
@@ -71,14 +81,14 @@ class HierarchicalBackbone(Backbone):
         self.stages: Any = nn.ModuleList()
         self.downsamples = nn.ModuleList()
         self.feature_info = []
-        for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
+        for i, (depth, dim, reduction) in enumerate(zip(depths, dims, accumulate(strides, mul), strict=True)):
             last = i == len(dims) - 1
             layers = [blocks[i](dim, drop_path=next(rates), **dd) for _ in range(depth)]
             norm = stage_norm(dim, **dd) if stage_norm is not None and not last else nn.Identity()
             self.stages.append(Stage(layers, norm))
             if not last:
-                self.downsamples.append(downsample(dim, dims[i + 1], **dd))
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+                self.downsamples.append(downsamples[i](dim, dims[i + 1], **dd))
+            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
         self.norm = final_norm(dims[-1], **dd)
         self.head = head(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd)
         self.head_hidden_size = dims[-1] * self.head.global_pool.feat_mult()

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, lecun_normal_, to_2tuple, trunc_normal_
+from timm.layers import lecun_normal_, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from backbones.base.contract import Backbone, Constructor
-from backbones.layers.mamba import MambaBlock
+from backbones.base.contract import Backbone
+from backbones.layers.constructor import Constructor
 from backbones.layers.norm import RMSNorm
 from backbones.layers.patch_embed import PatchEmbed
 from backbones.weights import StateDict
 
+_POSITIONS = ("first", "middle", "last")
 _logger = logging.getLogger(__name__)
 
 
 class PlainBackbone(Backbone):
-    """Patch tokens at one resolution through ``depth`` mixers: Vim and LBVim.
+    """Patch tokens at one resolution through ``depth`` blocks.
 
     Args:
-        mixer: constructor called as ``mixer(embed_dim, device=, dtype=)``; of a sequence, layers take them in
-            turn.
+        block: constructor called as ``block(embed_dim, norm_layer=, drop_path=rate, device=, dtype=)``, of blocks
+            called as ``block(tokens, grid)``; of a sequence, layers use them in turn.
         img_size: height and width in pixels that the position embedding is made for.
         patch_size: side of a patch in pixels.
         stride: distance between patches in pixels, ``patch_size`` unless given.
@@ -36,7 +37,8 @@ class PlainBackbone(Backbone):
             none.
         embed_dim: width of the tokens.
         depth: number of blocks.
-        class_token: put a learned token in the middle of the sequence.
+        class_token: whether there is a learned class token.
+        class_token_position: where it stands in the sequence: "first", "middle" or "last".
         dynamic_img_size: take images of any size and resample the position embedding to their grid.
         dynamic_img_pad: pad an image to whole patches, instead of dropping its remainder.
         norm_layer: constructor of the norms.
@@ -46,9 +48,12 @@ class PlainBackbone(Backbone):
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
     """
 
+    feature_indices: ClassVar[int | tuple[int, ...]] = 3
+    no_decay: ClassVar[tuple[str, ...]] = ("pos_embed", "cls_token")
+
     def __init__(
         self,
-        mixer: Constructor | Sequence[Constructor],
+        block: Constructor | Sequence[Constructor],
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         stride: int | None = None,
@@ -58,6 +63,7 @@ class PlainBackbone(Backbone):
         embed_dim: int = 192,
         depth: int = 24,
         class_token: bool = True,
+        class_token_position: str = "middle",
         dynamic_img_size: bool = False,
         dynamic_img_pad: bool = False,
         norm_layer: Constructor = RMSNorm,
@@ -70,7 +76,10 @@ class PlainBackbone(Backbone):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        mixers = [mixer] if callable(mixer) else list(mixer)
+        blocks = [block] if callable(block) else list(block)
+        if class_token_position not in _POSITIONS:
+            raise ValueError(f"class_token_position: got {class_token_position!r}, expected one of {_POSITIONS}")
+        self.class_token_position = class_token_position
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.embed_dim = self.head_hidden_size = embed_dim
         self.num_prefix_tokens = int(class_token)
@@ -86,11 +95,7 @@ class PlainBackbone(Backbone):
         self.pos_drop = nn.Dropout(pos_drop_rate)
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks: Any = nn.ModuleList(
-            MambaBlock(
-                norm_layer(embed_dim, **dd),
-                mixers[i % len(mixers)](embed_dim, **dd),
-                DropPath(rate) if rate > 0 else nn.Identity(),
-            )
+            blocks[i % len(blocks)](embed_dim, norm_layer=norm_layer, drop_path=rate, **dd)
             for i, rate in enumerate(rates)
         )
         self.norm = norm_layer(embed_dim, **dd)
@@ -166,7 +171,7 @@ class PlainBackbone(Backbone):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens to logits."""
         if self.global_pool == "token":
-            x = x[:, (x.shape[1] - 1) // 2]
+            x = x[:, self._class_token_index(x.shape[1] - 1)]
         elif self.attn_pool is not None:
             x = self.attn_pool(x)
         elif self.global_pool:
@@ -252,19 +257,25 @@ class PlainBackbone(Backbone):
             )
         x = self.patch_embed(x)
         if self.cls_token is not None:
-            middle = x.shape[1] // 2
-            x = torch.cat([x[:, :middle], self.cls_token.expand(x.shape[0], -1, -1), x[:, middle:]], dim=1)
+            x = self._insert_class_token(x, self.cls_token.expand(x.shape[0], -1, -1))
         return self.pos_drop(x + pos_embed), grid
 
     def _split_class_token(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Patches (b, l, c) and class token (b, 1, c), which stands in the middle."""
+        """Patches (b, l, c) and class token (b, 1, c)."""
         if self.cls_token is None:
             return x, None
-        middle = (x.shape[1] - 1) // 2
-        return torch.cat([x[:, :middle], x[:, middle + 1 :]], dim=1), x[:, middle : middle + 1]
+        index = self._class_token_index(x.shape[1] - 1)
+        return torch.cat([x[:, :index], x[:, index + 1 :]], dim=1), x[:, index : index + 1]
+
+    def _insert_class_token(self, patches: Tensor, token: Tensor) -> Tensor:
+        index = self._class_token_index(patches.shape[1])
+        return torch.cat([patches[:, :index], token, patches[:, index:]], dim=1)
+
+    def _class_token_index(self, patches: int) -> int:
+        return {"first": 0, "middle": patches // 2, "last": patches}[self.class_token_position]
 
     def _resample(self, pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-        """Bicubic, over the patches alone: the class token's slot moves from the old middle to the new one.
+        """Bicubic, over the patches alone: the class token's slot moves to its place among the new ones.
 
         The official code resizes everything but slot 0, which with a middle class token is a patch.
         """
@@ -272,7 +283,4 @@ class PlainBackbone(Backbone):
         maps = patches.float().transpose(1, 2).unflatten(2, old)
         maps = F.interpolate(maps, size=new, mode="bicubic", align_corners=False).to(pos_embed.dtype)
         patches = maps.flatten(2).transpose(1, 2)
-        if prefix is None:
-            return patches
-        middle = patches.shape[1] // 2
-        return torch.cat([patches[:, :middle], prefix, patches[:, middle:]], dim=1)
+        return patches if prefix is None else self._insert_class_token(patches, prefix)

@@ -12,6 +12,7 @@ from backbones.layers.resolution import (
     channels_first,
     channels_last,
 )
+from backbones.layers.scan import Scan, set_backend
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.layers.ss2d import SS2D, DepthwiseConv2d, scan_grid
 
@@ -27,8 +28,10 @@ __all__ = [
     "PatchEmbed",
     "PatchMerging",
     "PatchStem",
+    "Scan",
     "SelectiveSSM",
     "channels_first",
     "channels_last",
     "scan_grid",
+    "set_backend",
 ]

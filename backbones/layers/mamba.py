@@ -1,18 +1,23 @@
 """The Mamba mixer over image tokens, as Vim and LBVim use it, and its residual block."""
 
-from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 
+from backbones.layers.constructor import Constructor
+from backbones.layers.norm import RMSNorm
+from backbones.layers.scan import Scan
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.ops import depthwise_conv
 from backbones.ops.fused.pointwise import silu_gate
 from backbones.patterns import BIDIRECTIONAL, FORWARD, REVERSE, ScanPattern, is_traced
 from backbones.patterns.taps import causal_taps
 
+_BIDIRECTIONAL = Scan(BIDIRECTIONAL)
 _SEQUENCE_PATTERNS = {FORWARD, REVERSE, BIDIRECTIONAL}  # walk the tokens themselves, the class token among them
 
 
@@ -24,37 +29,34 @@ class MambaMixer(nn.Module):
 
     Args:
         dim: width of the tokens.
-        pattern: orders to scan; with bidirectional, the published Vim.
+        scan: orders to scan (bidirectional in the published Vim), window and backend.
         d_state: states of each channel.
         d_conv: taps of the causal convolution along an order.
         expand: inner width over ``dim``.
         dt_rank: rank of the step size's projection; None is ceil(dim / 16).
-        local_window: see :func:`backbones.ops.selective_scan`; or a rule that gives it from the number of
-            tokens.
-        backend: see :func:`backbones.ops.selective_scan`.
     """
+
+    no_decay: ClassVar[tuple[str, ...]] = ("conv_bias",)  # 2-D, as it is stacked over orders
 
     def __init__(
         self,
         dim: int,
-        pattern: ScanPattern = BIDIRECTIONAL,
+        scan: Scan = _BIDIRECTIONAL,
         d_state: int = 16,
         d_conv: int = 4,
         expand: int = 2,
         dt_rank: int | None = None,
-        local_window: int | Callable[[int], int] = 0,
-        backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        d_inner = expand * dim
-        self.d_inner, self.d_conv, self.pattern, self.local_window = d_inner, d_conv, pattern, local_window
+        d_inner, num_orders = expand * dim, scan.pattern.num_orders
+        self.d_inner, self.d_conv, self.scan = d_inner, d_conv, scan
         self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False, device=device, dtype=dtype)
-        self.conv_weight = nn.Parameter(torch.empty(pattern.num_orders, d_inner, d_conv, device=device, dtype=dtype))
-        self.conv_bias = nn.Parameter(torch.empty(pattern.num_orders, d_inner, device=device, dtype=dtype))
+        self.conv_weight = nn.Parameter(torch.empty(num_orders, d_inner, d_conv, device=device, dtype=dtype))
+        self.conv_bias = nn.Parameter(torch.empty(num_orders, d_inner, device=device, dtype=dtype))
         dt_rank = -(-dim // 16) if dt_rank is None else dt_rank
-        self.ssm = SelectiveSSM(d_inner, d_state, dt_rank, pattern.num_orders, backend, device, dtype)
+        self.ssm = SelectiveSSM(d_inner, d_state, dt_rank, num_orders, scan.backend, device, dtype)
         self.out_proj = nn.Linear(d_inner, dim, bias=False, device=device, dtype=dtype)
         nn.init.uniform_(
             self.conv_weight, -(d_conv**-0.5), d_conv**-0.5
@@ -69,13 +71,13 @@ class MambaMixer(nn.Module):
         z = F.linear(x, gate_weight)
         x = F.linear(x, in_weight)
         make = _tables if is_traced(x) else _cached_tables
-        orders, *taps = make(self.pattern, *grid, x.shape[1], self.d_conv, x.device)
+        pattern = self.scan.pattern
+        orders, *taps = make(pattern, *grid, x.shape[1], self.d_conv, x.device)
         u = depthwise_conv(x, self.conv_weight, self.conv_bias, *taps, silu=True, backend=self.ssm.backend)
-        window = self.local_window(x.shape[1]) if callable(self.local_window) else self.local_window
         # A class token is one more that every order of the grid visits once: the facts stay the same.
-        walked = (1, x.shape[1]) if self.pattern in _SEQUENCE_PATTERNS else grid
-        y = self.ssm(u, orders, local_window=window, visits=self.pattern.visits(*walked))
-        return self.out_proj(silu_gate(y, z, 1 / self.pattern.num_orders, self.ssm.backend))
+        walked = (1, x.shape[1]) if pattern in _SEQUENCE_PATTERNS else grid
+        y = self.ssm(u, orders, local_window=self.scan.window(x.shape[1]), visits=pattern.visits(*walked))
+        return self.out_proj(silu_gate(y, z, 1 / pattern.num_orders, self.ssm.backend))
 
 
 def _tables(
@@ -116,13 +118,29 @@ def _token_orders(pattern: ScanPattern, height: int, width: int, tokens: int, de
 
 
 class MambaBlock(nn.Module):
-    """x + drop_path(mixer(norm(x))): the stream stays in the dtype of x, float32 under autocast."""
+    """x + drop_path(mixer(norm(x))): the stream stays in the dtype of x, float32 under autocast.
 
-    def __init__(self, norm: nn.Module, mixer: nn.Module, drop_path: nn.Module) -> None:
+    Args:
+        dim: width of the tokens.
+        mixer: constructor called as ``mixer(dim, device=, dtype=)``.
+        norm_layer: constructor of the norm.
+        drop_path: rate of stochastic depth.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: Constructor,
+        norm_layer: Constructor = RMSNorm,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.norm = norm
-        self.mixer = mixer
-        self.drop_path = drop_path
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = norm_layer(dim, **dd)
+        self.mixer = mixer(dim, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def branch(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """What the block adds to its input, before stochastic depth."""

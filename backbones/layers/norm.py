@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from backbones.layers.scan import OnBackend
 from backbones.ops.fused.layer_norm import layer_norm, runs_on
 from backbones.ops.fused.pointwise import rms_norm
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(OnBackend, nn.LayerNorm):
     """PyTorch's LayerNorm over the last axis, on a GPU in one Triton kernel.
 
     Args:
@@ -31,7 +32,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
-        if not runs_on(x):
+        if self.backend == "naive" or not runs_on(x):
             return super().forward(x)
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
@@ -39,7 +40,7 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps, dtype)
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(OnBackend, nn.RMSNorm):
     """PyTorch's RMSNorm over the last axis, on a CPU in one pass through memory.
 
     Args:
@@ -60,4 +61,4 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.backend)

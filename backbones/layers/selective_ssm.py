@@ -1,11 +1,13 @@
 """The selective state-space layer: input-dependent step sizes, input and output weights around one scan."""
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.layers.scan import OnBackend
 from backbones.ops import Visits, selective_scan
 from backbones.ops.scan.operator import choose_backend
 from backbones.ops.scan.projection import joint_linear, per_order_linear
@@ -17,7 +19,7 @@ from backbones.ops.scan.projection import joint_linear, per_order_linear
 _MAX_FUSED_RANK_IN_TRAINING = 24
 
 
-class SelectiveSSM(nn.Module):
+class SelectiveSSM(OnBackend, nn.Module):
     """S6 (Mamba, algorithm 2) for k orders at once, in token order and channels-last.
 
     ``x_proj`` and ``dt_proj`` act on single tokens, so they commute with any traversal: every token is
@@ -31,6 +33,8 @@ class SelectiveSSM(nn.Module):
         num_orders: k, orders with parameters of their own.
         backend: see :func:`backbones.ops.selective_scan`.
     """
+
+    no_decay: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_proj_bias")
 
     def __init__(
         self,

@@ -5,17 +5,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.layers.norm import LayerNorm
+from backbones.layers.scan import OnBackend, Scan
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.ops import depthwise_conv
 from backbones.ops.fused.pointwise import silu_gate
 from backbones.ops.scan.operator import has_kernel
-from backbones.patterns import ATROUS, CROSS, ScanPattern
+from backbones.patterns import ATROUS, CROSS
 from backbones.patterns.taps import window_outputs, window_taps
 
+_CROSS = Scan(CROSS)
 _PARTITIONS = {ATROUS}  # their orders share the cells among them
 
 
-class DepthwiseConv2d(nn.Conv2d):
+class DepthwiseConv2d(OnBackend, nn.Conv2d):
     """Depthwise convolution of a channels-last map (b, h, w, c), padded to keep its size at stride 1.
 
     Args:
@@ -46,17 +48,17 @@ class DepthwiseConv2d(nn.Conv2d):
         (height, width), size, stride = x.shape[1:3], self.kernel_size[0], self.stride[0]
         # PyTorch's own convolution is faster than the naive operator, and what compilers fuse and other runtimes know.
         traced = torch.compiler.is_compiling() or not isinstance(height, int)
-        if traced or not has_kernel(x.device.type, x.dtype):
+        if traced or self.backend == "naive" or not has_kernel(x.device.type, x.dtype):
             y = super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             return F.silu(y) if self.silu else y
         taps, inverse_taps = window_taps(height, width, size, stride, device=x.device)
         weight, bias = self.weight.flatten(1).unsqueeze(0), None if self.bias is None else self.bias.unsqueeze(0)
-        y = depthwise_conv(x.flatten(1, 2), weight, bias, taps, inverse_taps, silu=self.silu)
+        y = depthwise_conv(x.flatten(1, 2), weight, bias, taps, inverse_taps, silu=self.silu, backend=self.backend)
         return y.squeeze(2).unflatten(1, [window_outputs(side, size, stride) for side in (height, width)])
 
 
-def scan_grid(ssm: SelectiveSSM, x: Tensor, pattern: ScanPattern, local_window: int = 0, out: str = "sum") -> Tensor:
-    """Scans a map along the orders of ``pattern``, and adds their outputs unless ``out`` is "per_order".
+def scan_grid(ssm: SelectiveSSM, x: Tensor, scan: Scan, out: str = "sum") -> Tensor:
+    """Scans a map along the orders of ``scan.pattern``, and adds their outputs unless ``out`` is "per_order".
 
     Padded slots of an order read one zero token behind the map: it adds nothing to the state, but the state
     decays there. Where the orders share the cells among them, each projects only those that it visits, but on a GPU.
@@ -64,12 +66,12 @@ def scan_grid(ssm: SelectiveSSM, x: Tensor, pattern: ScanPattern, local_window: 
     Args:
         ssm: what scans.
         x: the map that every order reads, (b, h, w, c), or one for each of k orders, (b, h, w, k, c).
-        pattern: the k orders.
-        local_window: see :func:`backbones.ops.selective_scan`.
+        scan: the k orders, and the window.
         out: "sum" gives (b, h, w, c), "per_order" (b, h, w, k, c).
     """
     height, width = x.shape[1:3]
-    cells, padded = height * width, pattern.padded(height, width)
+    cells, pattern = height * width, scan.pattern
+    padded, window = pattern.padded(height, width), scan.window(height * width)
     tokens = x.flatten(1, 2)
     if padded:
         tokens = F.pad(tokens, (0, 0) * (tokens.dim() - 2) + (0, 1))
@@ -78,10 +80,10 @@ def scan_grid(ssm: SelectiveSSM, x: Tensor, pattern: ScanPattern, local_window: 
     if pattern in _PARTITIONS and not x.is_cuda and x.dim() == 4 and out == "sum":
         visited = orders.t().flatten().long()  # step by step, order by order
         steps = tokens.index_select(1, visited).unflatten(1, (-1, pattern.num_orders))
-        steps = ssm(steps, None, "per_step", local_window).flatten(1, 2)
+        steps = ssm(steps, None, "per_step", window).flatten(1, 2)
         y = steps.new_empty(tokens.shape).index_copy_(1, visited, steps)
     else:
-        y = ssm(tokens, orders, out, local_window, pattern.visits(height, width))
+        y = ssm(tokens, orders, out, window, pattern.visits(height, width))
     return (y[:, :cells] if padded else y).unflatten(1, (height, width))
 
 
@@ -90,42 +92,38 @@ class SS2D(nn.Module):
 
     Args:
         dim: width of the map.
-        pattern: orders to scan, each with its own state-space parameters.
+        scan: orders to scan, each with its own state-space parameters; window and backend.
         d_state: states of each channel.
         ssm_ratio: inner width over ``dim``.
         dt_rank: rank of the step size's projection; None is ceil(dim / 16).
         gated: multiply by SiLU(z), z a second projection of the input.
         conv_bias: bias of the depthwise convolution.
-        local_window: see :func:`backbones.ops.selective_scan`.
-        backend: see :func:`backbones.ops.selective_scan`.
     """
 
     def __init__(
         self,
         dim: int,
-        pattern: ScanPattern = CROSS,
+        scan: Scan = _CROSS,
         d_state: int = 16,
         ssm_ratio: float = 2.0,
         dt_rank: int | None = None,
         gated: bool = True,
         conv_bias: bool = True,
-        local_window: int = 0,
-        backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         d_inner = int(ssm_ratio * dim)
-        self.pattern, self.local_window, self.gated = pattern, local_window, gated
+        self.scan, self.gated = scan, gated
         self.in_proj = nn.Linear(dim, 2 * d_inner if gated else d_inner, bias=False, device=device, dtype=dtype)
         self.conv2d = DepthwiseConv2d(d_inner, bias=conv_bias, silu=True, device=device, dtype=dtype)
         dt_rank = -(-dim // 16) if dt_rank is None else dt_rank
-        self.ssm = SelectiveSSM(d_inner, d_state, dt_rank, pattern.num_orders, backend, device, dtype)
+        self.ssm = SelectiveSSM(d_inner, d_state, dt_rank, scan.pattern.num_orders, scan.backend, device, dtype)
         self.out_norm = LayerNorm(d_inner, autocast_out=True, device=device, dtype=dtype)
         self.out_proj = nn.Linear(d_inner, dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
         x, z = self.in_proj(x).chunk(2, dim=-1) if self.gated else (self.in_proj(x), None)
-        y = self.out_norm(scan_grid(self.ssm, self.conv2d(x), self.pattern, self.local_window))
+        y = self.out_norm(scan_grid(self.ssm, self.conv2d(x), self.scan))
         return self.out_proj(y if z is None else silu_gate(y, z, backend=self.ssm.backend))

@@ -1,15 +1,14 @@
 """The residual block of VMamba and MSVMamba: a mixer, then, where there is one, a feed-forward layer."""
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from backbones.layers.constructor import Constructor
 from backbones.layers.norm import LayerNorm
 
-Constructor = Callable[..., nn.Module]
 branch_norm = partial(LayerNorm, autocast_out=True)
 
 

@@ -1,5 +1,23 @@
-"""The families, one file each; importing this package registers their models in timm."""
+"""The families, one file each; importing this package registers their models in timm.
 
-from backbones.models import efficientvmamba, groupmamba, lbmamba, msvmamba, spatialmamba, vim, vmamba
+A family's class names its OpenMMLab backbone; the class's module names its page in the zoo and its model card.
+"""
 
-__all__ = ["efficientvmamba", "groupmamba", "lbmamba", "msvmamba", "spatialmamba", "vim", "vmamba"]
+from backbones.base import Backbone
+from backbones.models.efficientvmamba import EfficientVMamba
+from backbones.models.groupmamba import GroupMamba
+from backbones.models.lbmamba import LBVim
+from backbones.models.msvmamba import MSVMamba
+from backbones.models.spatialmamba import SpatialMamba
+from backbones.models.vim import Vim
+from backbones.models.vmamba import VMamba
+
+# Plain models first, then by age: the order of every table and list.
+FAMILIES: tuple[type[Backbone], ...] = (Vim, LBVim, VMamba, MSVMamba, EfficientVMamba, GroupMamba, SpatialMamba)
+
+__all__ = ["FAMILIES", "family_names"]
+
+
+def family_names() -> tuple[str, ...]:
+    """Names of the families' modules, zoo pages and cards, in their order."""
+    return tuple(family.__module__.rpartition(".")[2] for family in FAMILIES)

@@ -22,11 +22,10 @@ from timm.layers import DropPath, SqueezeExcite
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from backbones.base import Constructor, HierarchicalBackbone
-from backbones.base.build import build_model
-from backbones.layers import SS2D, LayerNorm, PatchMerging, PatchStem, channels_first, channels_last
+from backbones.base import Constructor, HierarchicalBackbone, build_model
+from backbones.layers import SS2D, LayerNorm, PatchMerging, PatchStem, Scan, channels_first, channels_last
 from backbones.layers.key_rules import BLOCKS, CLASSIFIER, PATCH_MERGING, PATCH_STEM, ss2d_rules
-from backbones.patterns import ATROUS, ScanPattern, checked_pattern
+from backbones.patterns import ATROUS
 from backbones.weights import KeyRule
 from backbones.zoo import default_cfgs as zoo_cfgs
 
@@ -156,35 +155,13 @@ class EfficientVMamba(HierarchicalBackbone):
 
 
 def _create_efficientvmamba(
-    variant: str,
-    pretrained: bool = False,
-    *,
-    pattern: ScanPattern | str = ATROUS,
-    d_state: int = 16,
-    ssm_ratio: float = 2.0,
-    local_window: int = 0,
-    scan_backend: str | None = None,
-    **kwargs: Any,
+    variant: str, pretrained: bool = False, *, d_state: int = 16, ssm_ratio: float = 2.0, **kwargs: Any
 ) -> nn.Module:
-    mixer = partial(
-        SS2D,
-        pattern=checked_pattern(pattern, ATROUS),
-        d_state=d_state,
-        ssm_ratio=ssm_ratio,
-        local_window=local_window,
-        backend=scan_backend,
-    )
-    scanning = partial(EVSSBlock, mixer=mixer)
-    return build_model(
-        EfficientVMamba,
-        variant,
-        pretrained,
-        feature_indices=(0, 1, 2, 3),
-        stem=PatchStem,
-        block=(scanning, scanning, InvertedResidual, InvertedResidual),
-        downsample=PatchMerging,
-        **kwargs,
-    )
+    scan = Scan.pop(kwargs, ATROUS)
+    scanning = partial(EVSSBlock, mixer=partial(SS2D, scan=scan, d_state=d_state, ssm_ratio=ssm_ratio))
+    blocks = (scanning, scanning, InvertedResidual, InvertedResidual)
+    parts: dict[str, Any] = {"stem": PatchStem, "block": blocks, "downsample": PatchMerging}
+    return build_model(EfficientVMamba, variant, pretrained, scan=scan, **parts, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("efficientvmamba"))

@@ -23,22 +23,23 @@ from timm.layers import DropPath, Mlp, SelectAdaptivePool2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from backbones.base import Constructor, HierarchicalBackbone
-from backbones.base.build import build_model
+from backbones.base import Constructor, HierarchicalBackbone, build_model
 from backbones.layers import (
     ConvDownsample,
     ConvFFN,
     DepthwiseConv2d,
     LayerNorm,
+    Scan,
     SelectiveSSM,
     channels_last,
     scan_grid,
 )
 from backbones.ops.fused.pointwise import silu_gate
-from backbones.patterns import CROSS, ScanPattern, checked_pattern
+from backbones.patterns import CROSS
 from backbones.weights import KeyRule
 from backbones.zoo import default_cfgs as zoo_cfgs
 
+_CROSS = Scan(CROSS)
 _norm = partial(LayerNorm, eps=1e-6)  # of stages and blocks; those inside of a layer have 1e-5
 
 
@@ -67,10 +68,8 @@ class GroupMambaLayer(nn.Module):
 
     Args:
         dim: width of the map, a multiple of the number of orders.
-        pattern: orders, one for each group.
+        scan: orders, one for each group; window and backend.
         d_state: states of each channel.
-        local_window: see :func:`backbones.ops.selective_scan`.
-        backend: see :func:`backbones.ops.selective_scan`.
 
     Raises:
         ValueError: ``dim`` does not divide into the groups.
@@ -79,26 +78,24 @@ class GroupMambaLayer(nn.Module):
     def __init__(
         self,
         dim: int,
-        pattern: ScanPattern = CROSS,
+        scan: Scan = _CROSS,
         d_state: int = 1,
-        local_window: int = 0,
-        backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        groups = pattern.num_orders
+        groups = scan.pattern.num_orders
         if dim % groups:
-            raise ValueError(f"dim: got {dim}, expected a multiple of {groups}, the orders of {pattern.name!r}")
+            raise ValueError(f"dim: got {dim}, expected a multiple of {groups}, the orders of {scan.pattern.name!r}")
         width = dim // groups
-        self.groups, self.pattern, self.local_window = groups, pattern, local_window
+        self.groups, self.scan = groups, scan
         self.norm = LayerNorm(dim, **dd)
         self.fc1 = nn.Linear(dim, dim // 16, **dd)
         self.fc2 = nn.Linear(dim // 16, dim, **dd)
         self.in_proj = GroupedLinear(groups, width, 2 * width, **dd)
         self.conv2d = DepthwiseConv2d(dim, silu=True, **dd)
-        self.ssm = SelectiveSSM(width, d_state, -(-width // 16), groups, backend, **dd)
+        self.ssm = SelectiveSSM(width, d_state, -(-width // 16), groups, scan.backend, **dd)
         self.out_norm = nn.GroupNorm(groups, dim, **dd)
         self.out_proj = GroupedLinear(groups, width, width, **dd)
         self.skip_scale = nn.Parameter(torch.ones(1, **dd))
@@ -110,7 +107,7 @@ class GroupMambaLayer(nn.Module):
         weight = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((1, 2), keepdim=True)))))
         u, z = self.in_proj(x.unflatten(-1, (self.groups, -1))).chunk(2, dim=-1)
         u = self.conv2d(u.flatten(-2)).unflatten(-1, (self.groups, -1))
-        y = scan_grid(self.ssm, u, self.pattern, self.local_window, out="per_order")
+        y = scan_grid(self.ssm, u, self.scan, out="per_order")
         tokens = y.flatten(0, 2).flatten(1)  # (b h w, dim), where GroupNorm is a LayerNorm of each group
         y = self.out_proj(silu_gate(self.out_norm(tokens).view_as(y), z, backend=self.ssm.backend)).flatten(-2)
         return self.proj(self.norm(y * self.skip_scale * x * weight))
@@ -341,35 +338,23 @@ def _create_groupmamba(
     variant: str,
     pretrained: bool = False,
     *,
-    pattern: ScanPattern | str = CROSS,
     d_state: int = 1,
     mlp_ratios: Sequence[float] = (8, 8, 4, 4),
     stem_dim: int = 64,
     distillation: bool = True,
-    local_window: int = 0,
-    scan_backend: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    mixer = partial(
-        GroupMambaLayer,
-        pattern=checked_pattern(pattern, CROSS),
-        d_state=d_state,
-        local_window=local_window,
-        backend=scan_backend,
-    )
-    return build_model(
-        GroupMamba,
-        variant,
-        pretrained,
-        feature_indices=(0, 1, 2, 3),
-        stem=partial(GroupStem, hidden_dim=stem_dim),
-        block=[partial(GroupMambaBlock, mixer=mixer, mlp_ratio=ratio) for ratio in mlp_ratios],
-        downsample=ConvDownsample,
-        stage_norm=_norm,
-        final_norm=nn.Identity,
-        head=partial(DistilledHead, mixer=mixer, distillation=distillation),
-        **kwargs,
-    )
+    scan = Scan.pop(kwargs, CROSS)
+    mixer = partial(GroupMambaLayer, scan=scan, d_state=d_state)
+    blocks = [partial(GroupMambaBlock, mixer=mixer, mlp_ratio=ratio) for ratio in mlp_ratios]
+    parts: dict[str, Any] = {
+        "stem": partial(GroupStem, hidden_dim=stem_dim),
+        "block": blocks,
+        "downsample": ConvDownsample,
+    }
+    ends: dict[str, Any] = {"stage_norm": _norm, "final_norm": nn.Identity}
+    head = partial(DistilledHead, mixer=mixer, distillation=distillation)
+    return build_model(GroupMamba, variant, pretrained, scan=scan, **parts, **ends, head=head, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("groupmamba"))

@@ -14,7 +14,8 @@ no class token: tokens are averaged, or pooled by attention.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -24,10 +25,9 @@ from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from backbones.base import PlainBackbone
-from backbones.base.build import build_model
-from backbones.layers import LayerNorm, MambaMixer
-from backbones.patterns import FORWARD, REVERSE, OrderFn, ScanPattern, checked_pattern
+from backbones.base import PlainBackbone, build_model
+from backbones.layers import LayerNorm, MambaBlock, MambaMixer, Scan
+from backbones.patterns import FORWARD, REVERSE, OrderFn, ScanPattern
 from backbones.weights import ONE_ORDER, KeyRule, Layout, StateDict
 from backbones.zoo import default_cfgs as zoo_cfgs
 
@@ -120,44 +120,22 @@ class LBVimAttentionHead(LBVim):
 
 
 def _create_lbvim(
-    variant: str,
-    pretrained: bool = False,
-    *,
-    model_cls: type[LBVim] = LBVim,
-    pattern: ScanPattern | str = FORWARD,
-    d_state: int = 16,
-    local_window: int | None = None,
-    scan_backend: str | None = None,
-    global_pool: str = "avg",
-    **kwargs: Any,
+    variant: str, pretrained: bool = False, *, model_cls: type[LBVim] = LBVim, d_state: int = 16, **kwargs: Any
 ) -> nn.Module:
-    """``pattern`` is the one order that even blocks walk, and odd blocks backwards.
+    """``pattern`` is the one order that even blocks walk, and odd blocks backwards."""
+    kwargs["local_window"] = _checked_window(kwargs.get("local_window"))
+    there = Scan.pop(kwargs, FORWARD)
+    back = replace(there, pattern=_backwards(there.pattern))
+    blocks = [partial(MambaBlock, mixer=partial(MambaMixer, scan=scan, d_state=d_state)) for scan in (there, back)]
+    own: dict[str, Any] = {"class_token": False, "global_pool": "avg"}
+    return build_model(model_cls, variant, pretrained, scan=there, block=blocks, **(own | kwargs))
 
-    ``local_window`` counts steps; None follows ``window_rule`` at the number of tokens of the image at hand.
-    """
-    pattern = checked_pattern(pattern, FORWARD)
+
+def _checked_window(local_window: int | None) -> int | Callable[[int], int]:
+    """A window in steps; None follows ``window_rule`` at the number of tokens of the image at hand."""
     if local_window is not None and local_window < 1:
         raise ValueError(f"local_window: got {local_window}, expected at least 1 step, or None for window_rule")
-    mixers = [
-        partial(
-            MambaMixer,
-            pattern=order,
-            d_state=d_state,
-            local_window=window_rule if local_window is None else local_window,
-            backend=scan_backend,
-        )
-        for order in (pattern, _backwards(pattern))
-    ]
-    return build_model(
-        model_cls,
-        variant,
-        pretrained,
-        feature_indices=3,
-        mixer=mixers,
-        class_token=False,
-        global_pool=global_pool,
-        **kwargs,
-    )
+    return window_rule if local_window is None else local_window
 
 
 def _backwards(pattern: ScanPattern) -> ScanPattern:

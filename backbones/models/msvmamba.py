@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from backbones.base import HierarchicalBackbone
-from backbones.base.build import build_model
+from backbones.base import HierarchicalBackbone, build_model
 from backbones.layers import (
     ConvDownsample,
     ConvFFN,
@@ -32,6 +31,7 @@ from backbones.layers import (
     LayerNorm,
     PatchMerging,
     PatchStem,
+    Scan,
     SelectiveSSM,
     scan_grid,
 )
@@ -49,9 +49,11 @@ from backbones.layers.key_rules import (
 from backbones.layers.resolution import channels_first, channels_last
 from backbones.layers.vss_block import VSSBlock
 from backbones.ops.fused.pointwise import silu_gate
-from backbones.patterns import MULTI_SCALE, ScanPattern, checked_pattern
+from backbones.patterns import MULTI_SCALE, ScanPattern
 from backbones.weights import WEIGHT_KEYS, KeyRule, Layout
 from backbones.zoo import default_cfgs as zoo_cfgs
+
+_MULTI_SCALE = Scan(MULTI_SCALE)
 
 
 class SqueezeExcite(nn.Module):
@@ -79,14 +81,12 @@ class MultiScaleSS2D(nn.Module):
 
     Args:
         dim: width of the map.
-        pattern: the walk over the half-resolution map.
+        scan: the walk over the half-resolution map; window and backend of both scans.
         d_state: states of each channel.
         ssm_ratio: inner width over ``dim``.
         gated: multiply by SiLU(z), z a second projection of the input.
         branch_norm: normalise every step of each scan, before they are added; else normalise their sum.
         upsampling: "bilinear" or "nearest".
-        local_window: of both scans, see :func:`backbones.ops.selective_scan`.
-        backend: see :func:`backbones.ops.selective_scan`.
 
     Raises:
         ValueError: ``branch_norm`` with a pattern that is no sequence of walks over the whole map.
@@ -95,29 +95,27 @@ class MultiScaleSS2D(nn.Module):
     def __init__(
         self,
         dim: int,
-        pattern: ScanPattern = MULTI_SCALE,
+        scan: Scan = _MULTI_SCALE,
         d_state: int = 1,
         ssm_ratio: float = 2.0,
         gated: bool = True,
         branch_norm: bool = True,
         upsampling: str = "bilinear",
-        local_window: int = 0,
-        backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         d_inner = int(ssm_ratio * dim)
-        self.pattern, self.local_window = pattern, local_window
+        self.scan = scan
         self.gated, self.branch_norm, self.upsampling = gated, branch_norm, upsampling
-        self.walks = _number_of_walks(pattern) if branch_norm else 0
+        self.walks = _number_of_walks(scan.pattern) if branch_norm else 0
         self.in_proj = nn.Linear(dim, 2 * d_inner if gated else d_inner, bias=False, **dd)
         self.conv_full = DepthwiseConv2d(d_inner, silu=True, **dd)
         self.conv_low = DepthwiseConv2d(d_inner, 7, stride=2, silu=True, **dd)
         dt_rank = -(-dim // 16)
-        self.ssm_full = SelectiveSSM(d_inner, d_state, dt_rank, 1, backend, **dd)
-        self.ssm_low = SelectiveSSM(d_inner, d_state, dt_rank, 1, backend, **dd)
+        self.ssm_full = SelectiveSSM(d_inner, d_state, dt_rank, 1, scan.backend, **dd)
+        self.ssm_low = SelectiveSSM(d_inner, d_state, dt_rank, 1, scan.backend, **dd)
         self.out_norm = LayerNorm(d_inner, **dd)
         self.se = SqueezeExcite(d_inner, d_inner // 8, **dd)
         self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
@@ -126,21 +124,26 @@ class MultiScaleSS2D(nn.Module):
         """(b, h, w, dim) to (b, h, w, dim)."""
         x, z = self.in_proj(x).chunk(2, dim=-1) if self.gated else (self.in_proj(x), None)
         full, low = self.conv_full(x), self.conv_low(x)
-        full = self.ssm_full(full.flatten(1, 2), local_window=self.local_window).unflatten(1, x.shape[1:3])
+        full = self.ssm_full(full.flatten(1, 2), local_window=self.scan.window(full.shape[1] * full.shape[2]))
+        full = full.unflatten(1, x.shape[1:3])
         if self.branch_norm:
             y = self.out_norm(full) + self._upsample(self._scan_and_norm(low), full)
         else:
-            low = scan_grid(self.ssm_low, low, self.pattern, self.local_window)
+            low = scan_grid(self.ssm_low, low, self.scan)
             y = self.out_norm(full + self._upsample(low, full))
         y = self.se(y)
         return self.out_proj(y if z is None else silu_gate(y, z, backend=self.ssm_full.backend))
 
+    def scanned_grid(self, layer: str, height: int, width: int) -> tuple[int, int]:
+        """Sides of the map that ``layer``, "ssm_full" or "ssm_low", scans in a map of ``height`` x ``width``."""
+        return (height, width) if layer == "ssm_full" else (-(-height // 2), -(-width // 2))
+
     def _scan_and_norm(self, x: Tensor) -> Tensor:
         """Normalises every step, and adds those of one cell by gathering: scattering is not deterministic."""
         height, width = x.shape[1:3]
-        order = self.pattern.orders(height, width, x.device)
-        visits = self.pattern.visits(height, width)
-        y = self.ssm_low(x.flatten(1, 2), order, "per_step", self.local_window, visits)
+        pattern, window = self.scan.pattern, self.scan.window(height * width)
+        order, visits = pattern.orders(height, width, x.device), pattern.visits(height, width)
+        y = self.ssm_low(x.flatten(1, 2), order, "per_step", window, visits)
         y = self.out_norm(y.squeeze(2)).unflatten(1, (self.walks, height * width))
         steps = order.view(self.walks, height * width).argsort(1)
         y = reduce(torch.add, (y[:, walk].index_select(1, steps[walk]) for walk in range(self.walks)))
@@ -218,69 +221,34 @@ def _create_msvmamba(
     variant: str,
     pretrained: bool = False,
     *,
-    pattern: ScanPattern | str = MULTI_SCALE,
     d_state: int = 1,
     ssm_ratio: float = 2.0,
     mlp_ratio: float = 2.0,
-    local_window: int = 0,
-    scan_backend: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    mixer = partial(
-        MultiScaleSS2D,
-        pattern=checked_pattern(pattern, MULTI_SCALE),
-        d_state=d_state,
-        ssm_ratio=ssm_ratio,
-        local_window=local_window,
-        backend=scan_backend,
-    )
-    return build_model(
-        MSVMamba,
-        variant,
-        pretrained,
-        feature_indices=(0, 1, 2, 3),
-        stem=PatchStem,
-        block=partial(VSSBlock, mixer=mixer, mlp=partial(ConvFFN, residual=True), mlp_ratio=mlp_ratio),
-        downsample=PatchMerging,
-        **kwargs,
-    )
+    scan = Scan.pop(kwargs, MULTI_SCALE)
+    mixer = partial(MultiScaleSS2D, scan=scan, d_state=d_state, ssm_ratio=ssm_ratio)
+    block = partial(VSSBlock, mixer=mixer, mlp=partial(ConvFFN, residual=True), mlp_ratio=mlp_ratio)
+    parts: dict[str, Any] = {"stem": PatchStem, "block": block, "downsample": PatchMerging}
+    return build_model(MSVMamba, variant, pretrained, scan=scan, **parts, **kwargs)
 
 
 def _create_msvmambav3(
     variant: str,
     pretrained: bool = False,
     *,
-    pattern: ScanPattern | str = MULTI_SCALE,
     d_state: int = 1,
     ssm_ratio: float = 1.0,
     mlp_ratio: float = 4.0,
     gated: bool = False,
-    local_window: int = 0,
-    scan_backend: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    mixer = partial(
-        MultiScaleSS2D,
-        pattern=checked_pattern(pattern, MULTI_SCALE),
-        d_state=d_state,
-        ssm_ratio=ssm_ratio,
-        gated=gated,
-        branch_norm=False,
-        upsampling="nearest",
-        local_window=local_window,
-        backend=scan_backend,
-    )
-    mlp = partial(ConvFFN, residual=True)
-    return build_model(
-        MSVMambaV3,
-        variant,
-        pretrained,
-        feature_indices=(0, 1, 2, 3),
-        stem=ConvStem,
-        block=partial(VSSBlock, mixer=mixer, mlp=mlp, mlp_ratio=mlp_ratio, mlp_post_norm=True),
-        downsample=ConvDownsample,
-        **kwargs,
-    )
+    scan, mlp = Scan.pop(kwargs, MULTI_SCALE), partial(ConvFFN, residual=True)
+    published = partial(MultiScaleSS2D, branch_norm=False, upsampling="nearest")
+    mixer = partial(published, scan=scan, d_state=d_state, ssm_ratio=ssm_ratio, gated=gated)
+    block = partial(VSSBlock, mixer=mixer, mlp=mlp, mlp_ratio=mlp_ratio, mlp_post_norm=True)
+    parts: dict[str, Any] = {"stem": ConvStem, "block": block, "downsample": ConvDownsample}
+    return build_model(MSVMambaV3, variant, pretrained, scan=scan, **parts, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("msvmamba"))

@@ -21,14 +21,22 @@ from timm.layers import ConvNormAct, DropPath, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from backbones.base import Constructor, HierarchicalBackbone
-from backbones.base.build import build_model
-from backbones.layers import DepthwiseConv2d, LayerNorm, SelectiveSSM, channels_first, channels_last, scan_grid
+from backbones.base import Constructor, HierarchicalBackbone, build_model
+from backbones.layers import (
+    DepthwiseConv2d,
+    LayerNorm,
+    Scan,
+    SelectiveSSM,
+    channels_first,
+    channels_last,
+    scan_grid,
+)
 from backbones.ops.fused.pointwise import silu_gate
-from backbones.patterns import FORWARD, ScanPattern, checked_pattern
+from backbones.patterns import FORWARD
 from backbones.weights import ONE_ORDER, KeyRule
 from backbones.zoo import default_cfgs as zoo_cfgs
 
+_FORWARD = Scan(FORWARD)
 _BLOCK = "layers.{}.blocks.{}."
 _MIXER = _BLOCK + "self_attention."
 _OUR_BLOCK = "stages.{}.blocks.{}."
@@ -148,28 +156,24 @@ class StructureAwareSSM(nn.Module):
 
     Args:
         dim: width of the map.
-        pattern: the one order to scan.
+        scan: the one order to scan, window and backend.
         ssm_ratio: inner width over ``dim``.
-        local_window: see :func:`backbones.ops.selective_scan`.
-        backend: see :func:`backbones.ops.selective_scan`.
     """
 
     def __init__(
         self,
         dim: int,
-        pattern: ScanPattern | str = FORWARD,
+        scan: Scan = _FORWARD,
         ssm_ratio: float = 2.0,
-        local_window: int = 0,
-        backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         d_inner = int(ssm_ratio * dim)
-        self.pattern, self.local_window = checked_pattern(pattern, FORWARD), local_window
+        self.scan = scan
         self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False, device=device, dtype=dtype)
         self.conv2d = DepthwiseConv2d(d_inner, silu=True, device=device, dtype=dtype)
-        self.ssm = StateScan(d_inner, 1, -(-dim // 16), 1, backend, device, dtype)
+        self.ssm = StateScan(d_inner, 1, -(-dim // 16), 1, scan.backend, device, dtype)
         self.fusion = StateFusion(d_inner, device, dtype)
         self.out_norm = LayerNorm(d_inner, autocast_out=True, device=device, dtype=dtype)
         self.out_proj = nn.Linear(d_inner, dim, bias=False, device=device, dtype=dtype)
@@ -178,7 +182,7 @@ class StructureAwareSSM(nn.Module):
         """(b, h, w, dim) to (b, h, w, dim)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = self.conv2d(x)
-        states = self.fusion(scan_grid(self.ssm, x, self.pattern, self.local_window))
+        states = self.fusion(scan_grid(self.ssm, x, self.scan))
         C = F.linear(x, self.ssm.x_proj_weight[0, -1:])
         y = states * C + x * self.ssm.D
         y = self.out_norm(y.to(self.out_norm.weight.dtype))  # float32 under autocast, as the states
@@ -258,28 +262,11 @@ class SpatialMamba(HierarchicalBackbone):
         return self
 
 
-def _create_spatialmamba(
-    variant: str,
-    pretrained: bool = False,
-    *,
-    pattern: ScanPattern | str = FORWARD,
-    mlp_ratio: float = 4.0,
-    local_window: int = 0,
-    scan_backend: str | None = None,
-    **kwargs: Any,
-) -> nn.Module:
-    mixer = partial(StructureAwareSSM, pattern=pattern, local_window=local_window, backend=scan_backend)
-    block = partial(Block, mixer=mixer, mlp_ratio=mlp_ratio)
-    return build_model(
-        SpatialMamba,
-        variant,
-        pretrained,
-        feature_indices=(0, 1, 2, 3),
-        stem=Stem,
-        block=block,
-        downsample=Downsample,
-        **kwargs,
-    )
+def _create_spatialmamba(variant: str, pretrained: bool = False, *, mlp_ratio: float = 4.0, **kwargs: Any) -> nn.Module:
+    scan = Scan.pop(kwargs, FORWARD)
+    block = partial(Block, mixer=partial(StructureAwareSSM, scan=scan), mlp_ratio=mlp_ratio)
+    parts: dict[str, Any] = {"stem": Stem, "block": block, "downsample": Downsample}
+    return build_model(SpatialMamba, variant, pretrained, scan=scan, **parts, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("spatialmamba"))

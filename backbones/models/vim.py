@@ -19,10 +19,9 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from backbones.base import PlainBackbone
-from backbones.base.build import build_model
-from backbones.layers import MambaMixer
-from backbones.patterns import BIDIRECTIONAL, ScanPattern, checked_pattern
+from backbones.base import PlainBackbone, build_model
+from backbones.layers import MambaBlock, MambaMixer, Scan
+from backbones.patterns import BIDIRECTIONAL
 from backbones.weights import SQUEEZE_1, KeyRule
 from backbones.zoo import default_cfgs as zoo_cfgs
 
@@ -54,19 +53,10 @@ class Vim(PlainBackbone):
             block.mixer.ssm.dt_proj_bias[1:].zero_()
 
 
-def _create_vim(
-    variant: str,
-    pretrained: bool = False,
-    *,
-    pattern: ScanPattern | str = BIDIRECTIONAL,
-    d_state: int = 16,
-    local_window: int = 0,
-    scan_backend: str | None = None,
-    **kwargs: Any,
-) -> nn.Module:
-    pattern = checked_pattern(pattern, BIDIRECTIONAL)
-    mixer = partial(MambaMixer, pattern=pattern, d_state=d_state, local_window=local_window, backend=scan_backend)
-    return build_model(Vim, variant, pretrained, feature_indices=3, mixer=mixer, **kwargs)
+def _create_vim(variant: str, pretrained: bool = False, *, d_state: int = 16, **kwargs: Any) -> nn.Module:
+    scan = Scan.pop(kwargs, BIDIRECTIONAL)
+    block = partial(MambaBlock, mixer=partial(MambaMixer, scan=scan, d_state=d_state))
+    return build_model(Vim, variant, pretrained, scan=scan, block=block, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("vim"))

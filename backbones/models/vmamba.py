@@ -20,9 +20,8 @@ from timm.layers import Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from backbones.base import HierarchicalBackbone
-from backbones.base.build import build_model
-from backbones.layers import SS2D, ConvDownsample, ConvStem, PatchMerging, PatchStem
+from backbones.base import HierarchicalBackbone, build_model
+from backbones.layers import SS2D, ConvDownsample, ConvStem, PatchMerging, PatchStem, Scan
 from backbones.layers.key_rules import (
     BLOCKS,
     CLASSIFIER,
@@ -34,7 +33,7 @@ from backbones.layers.key_rules import (
     ss2d_rules,
 )
 from backbones.layers.vss_block import VSSBlock
-from backbones.patterns import CROSS, ScanPattern, checked_pattern
+from backbones.patterns import CROSS
 from backbones.weights import KeyRule
 from backbones.zoo import default_cfgs as zoo_cfgs
 
@@ -62,65 +61,25 @@ def _create_vmamba(
     variant: str,
     pretrained: bool = False,
     *,
-    pattern: ScanPattern | str = CROSS,
     d_state: int = 1,
     ssm_ratio: float = 2.0,
     mlp_ratio: float = 4.0,
-    local_window: int = 0,
-    scan_backend: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    mixer = partial(
-        SS2D,
-        pattern=checked_pattern(pattern, CROSS),
-        d_state=d_state,
-        ssm_ratio=ssm_ratio,
-        gated=False,
-        conv_bias=False,
-        local_window=local_window,
-        backend=scan_backend,
-    )
-    return build_model(
-        VMamba,
-        variant,
-        pretrained,
-        feature_indices=(0, 1, 2, 3),
-        stem=ConvStem,
-        block=partial(VSSBlock, mixer=mixer, mlp=Mlp, mlp_ratio=mlp_ratio),
-        downsample=ConvDownsample,
-        **kwargs,
-    )
+    scan = Scan.pop(kwargs, CROSS)
+    mixer = partial(SS2D, scan=scan, d_state=d_state, ssm_ratio=ssm_ratio, gated=False, conv_bias=False)
+    block = partial(VSSBlock, mixer=mixer, mlp=Mlp, mlp_ratio=mlp_ratio)
+    parts: dict[str, Any] = {"stem": ConvStem, "block": block, "downsample": ConvDownsample}
+    return build_model(VMamba, variant, pretrained, scan=scan, **parts, **kwargs)
 
 
 def _create_vanilla_vmamba(
-    variant: str,
-    pretrained: bool = False,
-    *,
-    pattern: ScanPattern | str = CROSS,
-    d_state: int = 16,
-    ssm_ratio: float = 2.0,
-    local_window: int = 0,
-    scan_backend: str | None = None,
-    **kwargs: Any,
+    variant: str, pretrained: bool = False, *, d_state: int = 16, ssm_ratio: float = 2.0, **kwargs: Any
 ) -> nn.Module:
-    mixer = partial(
-        SS2D,
-        pattern=checked_pattern(pattern, CROSS),
-        d_state=d_state,
-        ssm_ratio=ssm_ratio,
-        local_window=local_window,
-        backend=scan_backend,
-    )
-    return build_model(
-        VanillaVMamba,
-        variant,
-        pretrained,
-        feature_indices=(0, 1, 2, 3),
-        stem=PatchStem,
-        block=partial(VSSBlock, mixer=mixer),
-        downsample=PatchMerging,
-        **kwargs,
-    )
+    scan = Scan.pop(kwargs, CROSS)
+    block = partial(VSSBlock, mixer=partial(SS2D, scan=scan, d_state=d_state, ssm_ratio=ssm_ratio))
+    parts: dict[str, Any] = {"stem": PatchStem, "block": block, "downsample": PatchMerging}
+    return build_model(VanillaVMamba, variant, pretrained, scan=scan, **parts, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("vmamba"))

@@ -89,6 +89,7 @@ _FAMILY = {
     "use": {"purpose": str, "limits": [str]},
     "notes": [str],
     "recipe": _SETTINGS,
+    "aliases?": dict,
     "models": dict,
 }
 _MEASURED = {
@@ -118,6 +119,9 @@ def load_family(name: str) -> dict[str, Any]:
     _check(f"{name}.yml", content, _FAMILY)
     for model, facts in content["models"].items():
         _check(f"{name}.yml, {model}", facts, _MODEL)
+    for alias, model in content.get("aliases", {}).items():
+        if model not in content["models"]:
+            raise ValueError(f"{name}.yml, aliases: {alias!r} stands for {model!r}, which is not among the models")
     return content
 
 
@@ -138,7 +142,8 @@ def load_measured() -> dict[str, Any]:
 def default_cfgs(name: str) -> dict[str, Any]:
     """timm's pretrained configurations of a family's models, for ``generate_default_cfgs``."""
     family = load_family(name)
-    return {model: _cfg(family, facts) for model, facts in family["models"].items()}
+    cfgs = {model: _cfg(family, facts) for model, facts in family["models"].items()}
+    return cfgs | {alias: cfgs[model] for alias, model in family.get("aliases", {}).items()}
 
 
 def _cfg(family: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import timm
 
-import backbones
 from backbones import zoo
+from backbones.models import family_names
 
 from .markdown import table
 
@@ -18,27 +18,17 @@ Facts = dict[str, Any]
 
 def families() -> tuple[str, ...]:
     """Names of the zoo's files: plain models first, then by age."""
-    order = ("vim", "lbmamba", "vmamba", "msvmamba", "efficientvmamba", "groupmamba", "spatialmamba")
-    assert set(order) == set(backbones.__all__)
-    return order
+    return family_names()
 
 
 def models(family: str) -> Iterator[tuple[str, Facts]]:
-    """Names and facts of a family's architectures, without further names of the same one."""
-    seen: list[int] = []
-    for name, facts in zoo.load_family(family)["models"].items():
-        if id(facts) not in seen:
-            seen.append(id(facts))
-            yield name, facts
+    """Names and facts of a family's architectures."""
+    yield from zoo.load_family(family)["models"].items()
 
 
 def aliases(family: str) -> dict[str, str]:
     """Further names of an architecture, and the name that its facts stand under."""
-    entries = zoo.load_family(family)["models"]
-    first: dict[int, str] = {}
-    for name, facts in entries.items():
-        first.setdefault(id(facts), name)
-    return {name: first[id(facts)] for name, facts in entries.items() if first[id(facts)] != name}
+    return zoo.load_family(family).get("aliases", {})
 
 
 @cache

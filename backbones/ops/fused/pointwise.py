@@ -29,15 +29,16 @@ def silu_gate(x: Tensor, z: Tensor, scale: float = 1.0, backend: str | None = No
     return y if scale == 1 else y * scale
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) weight over the last axis (Zhang and Sennrich 2019, equation 4).
 
     Args:
         x: (..., c), of which the kernel reads float32.
         weight: (c).
         eps: added to the mean of squares.
+        backend: "cpu" or None may use the kernel; any other name uses PyTorch's operations.
     """
-    if _kernel_runs(x, weight, None) and x.dtype == torch.float32 and weight.is_contiguous():
+    if _kernel_runs(x, weight, backend) and x.dtype == torch.float32 and weight.is_contiguous():
         return _norm_op(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
