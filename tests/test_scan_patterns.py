@@ -45,6 +45,7 @@ from backbones.patterns import (
     transposed,
     turned,
 )
+from backbones.patterns import pattern as pattern_module
 
 # Recorded from the public implementations: "source/traversal/HxW" -> cells in turn, -1 for a padded slot.
 RECORDED: dict[str, list[int]] = json.loads(
@@ -109,9 +110,9 @@ COUNTERPARTS = {
 
 @pytest.fixture(autouse=True)
 def _empty_cache() -> Iterator[None]:
-    scan_patterns._cached_table.cache_clear()
+    pattern_module._cached_table.cache_clear()
     yield
-    scan_patterns._cached_table.cache_clear()
+    pattern_module._cached_table.cache_clear()
 
 
 def step_lengths(order: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -246,7 +247,7 @@ def test_tables_are_cached_and_bounded() -> None:
     assert CROSS.orders(7, 5) is not first
     assert ATROUS.orders(5, 7, pad_index=35) is ATROUS.orders(5, 7, pad_index=35)
     assert ATROUS.orders(4, 6, pad_index=24) is ATROUS.orders(4, 6)
-    assert scan_patterns._cached_table.cache_parameters()["maxsize"] is not None
+    assert pattern_module._cached_table.cache_parameters()["maxsize"] is not None
 
 
 def test_same_name_and_size_but_another_function() -> None:
@@ -272,7 +273,7 @@ def test_fake_and_transformed_tensors_stay_out_of_the_cache() -> None:
     with FakeTensorMode():
         assert isinstance(CROSS.orders(3, 4, "cpu"), FakeTensor)
     torch.func.grad(lambda x: (x[CROSS.orders(3, 4)] ** 2).sum())(torch.ones(12))
-    assert scan_patterns._cached_table.cache_info().currsize == 0
+    assert pattern_module._cached_table.cache_info().currsize == 0
     with torch.device("meta"):
         orders = CROSS.orders(3, 4)
     assert orders.device.type == "cpu"
