@@ -12,6 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from backbones.weights import WEIGHT_KEYS, KeyRule, StateDict
 
 
+def run_block(block: Callable[..., Tensor], *args: Any, checkpointed: bool) -> Tensor:
+    """``block(*args)``, computed again in backward if ``checkpointed`` instead of keeping its activations."""
+    if checkpointed and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
 class Backbone(nn.Module):
     """The part of timm's contract that does not depend on the shape of the features."""
 
@@ -61,8 +68,3 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Image (b, in_chans, height, width) to logits (b, num_classes)."""
         return self.forward_head(self.forward_features(x))
-
-    def _block(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)

@@ -12,7 +12,7 @@ from timm.layers import ClassifierHead
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from backbones.base.contract import Backbone
+from backbones.base.contract import Backbone, run_block
 from backbones.layers.constructor import Constructor
 from backbones.layers.norm import LayerNorm
 
@@ -104,6 +104,12 @@ class HierarchicalBackbone(Backbone):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades time for memory: blocks are computed again in backward instead of keeping their activations."""
+        super().set_grad_checkpointing(enable)
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
 
     @property
     def global_pool(self) -> str:
@@ -208,9 +214,7 @@ class HierarchicalBackbone(Backbone):
     def _stage(self, i: int, x: Tensor) -> Tensor:
         if i > 0:
             x = self.downsamples[i - 1](x)
-        for block in self.stages[i].blocks:
-            x = self._block(block, x)
-        return self.stages[i].norm(x)
+        return self.stages[i](x)
 
 
 def _check_pool(global_pool: str | None) -> None:
@@ -219,9 +223,16 @@ def _check_pool(global_pool: str | None) -> None:
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution and the norm that ends them; run by the backbone, which may checkpoint each block."""
+    """Blocks at one resolution and the norm that ends them."""
 
     def __init__(self, blocks: Sequence[nn.Module], norm: nn.Module) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) to (b, h, w, dim)."""
+        for block in self.blocks:
+            x = run_block(block, x, checkpointed=self.grad_checkpointing)
+        return self.norm(x)

@@ -12,7 +12,7 @@ from timm.layers import lecun_normal_, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from backbones.base.contract import Backbone
+from backbones.base.contract import Backbone, run_block
 from backbones.layers.constructor import Constructor
 from backbones.layers.norm import RMSNorm
 from backbones.layers.patch_embed import PatchEmbed
@@ -165,7 +165,7 @@ class PlainBackbone(Backbone):
         """Image to normalised tokens (b, l, embed_dim)."""
         x, grid = self._embed(x)
         for block in self.blocks:
-            x = self._block(block, x, grid)
+            x = run_block(block, x, grid, checkpointed=self.grad_checkpointing)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -211,10 +211,10 @@ class PlainBackbone(Backbone):
         taken = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             if branch and i in take:
-                feature = self._block(block.branch, x, grid)
+                feature = run_block(block.branch, x, grid, checkpointed=self.grad_checkpointing)
                 x = x + block.drop_path(feature)
             else:
-                feature = x = self._block(block, x, grid)
+                feature = x = run_block(block, x, grid, checkpointed=self.grad_checkpointing)
             if i in take:
                 patches, prefix = self._split_class_token(self.norm(feature) if norm else feature)
                 if output_fmt == "NCHW":
