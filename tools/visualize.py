@@ -31,7 +31,8 @@ from PIL import Image
 from torch import Tensor
 
 from backbones.analysis.hidden_attention import Scan, hidden_attention, recorded_scans
-from backbones.patterns import PATTERNS, ScanPattern
+from backbones.layers import Scan
+from backbones.patterns import PATTERNS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tools are not installed
 
@@ -46,8 +47,8 @@ def picture_of_orders(args: argparse.Namespace) -> Figure:
     if args.model in PATTERNS:
         patterns = [PATTERNS[args.model]]
     else:
-        found = (getattr(module, "pattern", None) for module in load_subject(args).module.modules())
-        patterns = list(dict.fromkeys(pattern for pattern in found if isinstance(pattern, ScanPattern)))
+        found = (getattr(module, "scan", None) for module in load_subject(args).module.modules())
+        patterns = list(dict.fromkeys(scan.pattern for scan in found if isinstance(scan, Scan)))
         if not patterns:
             raise ValueError(f"{args.model} has no scan")
     height, width = args.size or (7, 7)
