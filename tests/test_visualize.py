@@ -16,7 +16,7 @@ from matplotlib.quiver import Quiver
 from PIL import Image
 from torch import Tensor, nn
 
-from backbones.analysis.hidden_attention import Scan, hidden_attention, recorded_scans
+from backbones.analysis.hidden_attention import RecordedScan, hidden_attention, recorded_scans
 from backbones.ops import selective_scan
 from backbones.patterns import PATTERNS, get_pattern
 
@@ -39,7 +39,7 @@ MODELS = {
 }
 
 
-def scans_of(name: str) -> list[Scan]:
+def scans_of(name: str) -> list[RecordedScan]:
     model = timm.create_model(name, **MODELS[name]).eval()
     with recorded_scans(model) as scans, torch.no_grad():
         model.forward_intermediates(torch.randn(2, 3, *MODELS[name].get("img_size", (32, 56))))

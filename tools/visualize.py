@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from backbones.analysis.hidden_attention import Scan, hidden_attention, recorded_scans
+from backbones.analysis.hidden_attention import RecordedScan, hidden_attention, recorded_scans
 from backbones.layers import Scan
 from backbones.patterns import PATTERNS
 
@@ -144,7 +144,7 @@ def picture_of_attention(args: argparse.Namespace) -> Figure:
     return figure
 
 
-def _chosen(scans: list[Scan], args: argparse.Namespace) -> Scan:
+def _chosen(scans: list[RecordedScan], args: argparse.Namespace) -> RecordedScan:
     if not scans:
         raise ValueError(f"{args.model} has no scan")
     if args.layer is None:

@@ -25,7 +25,7 @@ _SCAN = torch.ops.backbones.selective_scan.default
 
 
 @dataclass(frozen=True)
-class Scan:
+class RecordedScan:
     """One scan that a model made, with the tensors that it passed to the operator; shapes as there.
 
     Attributes:
@@ -67,9 +67,9 @@ class Scan:
 
 
 @contextmanager
-def recorded_scans(model: nn.Module) -> Iterator[list[Scan]]:
+def recorded_scans(model: nn.Module) -> Iterator[list[RecordedScan]]:
     """Every scan that ``model`` makes meanwhile, in turn; compiled models record nothing."""
-    scans: list[Scan] = []
+    scans: list[RecordedScan] = []
     place: dict[str, Any] = {}
 
     def enter_mixer(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -102,7 +102,7 @@ def recorded_scans(model: nn.Module) -> Iterator[list[Scan]]:
             handle.remove()
 
 
-def _scan(place: dict[str, Any], args: Sequence[Any]) -> Scan:
+def _scan(place: dict[str, Any], args: Sequence[Any]) -> RecordedScan:
     u, delta, A, B, C, _, orders, delta_bias, dt_weight, delta_softplus, _, local_window, *_ = args
     delta = delta if dt_weight is None else per_order_linear(delta, dt_weight)
     height, width = place["grid"]
@@ -113,7 +113,7 @@ def _scan(place: dict[str, Any], args: Sequence[Any]) -> Scan:
     if hasattr(place["mixer"], "scanned_grid"):
         height, width = place["mixer"].scanned_grid(place["name"].rpartition(".")[2], height, width)
     class_token = place["plain"] and delta.shape[1] == height * width + 1
-    return Scan(place["name"], (height, width), class_token, *tensors, delta_softplus, local_window)  # type: ignore
+    return RecordedScan(place["name"], (height, width), class_token, *tensors, delta_softplus, local_window)  # type: ignore
 
 
 def _by_token(x: Tensor, orders: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def _by_token(x: Tensor, orders: Tensor) -> Tensor:
     return tokens.scatter_(1, orders.t().long()[None, :, :, None].expand_as(x), x.detach())
 
 
-def hidden_attention(scan: Scan, tokens: Sequence[int], image: int = 0) -> Tensor:
+def hidden_attention(scan: RecordedScan, tokens: Sequence[int], image: int = 0) -> Tensor:
     """What reaches some tokens from all: weights (k, q, l, c) with ``y[i] = sum_kj weights[k, i, j] * u[j, k]``.
 
     All visits of a token count; D u is left out. The cost is linear in the number of asked tokens and in l.
