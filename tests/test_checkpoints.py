@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from backbones.weights import CheckpointError, KeyRule, files
 from backbones.weights import rules as key_rules
-from tests import recordings
-from tests.test_parity import MODELS
+from tools import recordings
+from tools.parity import MODELS
 
 
 def create(name: str, path: Path, **kwargs: object) -> nn.Module:

@@ -6,37 +6,15 @@ import pytest
 import timm
 import torch
 from mmengine.logging import MMLogger
-from mmengine.registry import MODELS
 from torch import nn
 
 import backbones.mm  # noqa: F401  (registers the backbones)
 from backbones.mm import UserError
 from backbones.weights import CheckpointError
 from backbones.weights.rules import to_ours
-from tests import recordings
-from tests.test_parity import official_file, relative
 from tests.tolerances import GROUPMAMBA_INPUT_GRADIENT, GROUPMAMBA_LOGITS, INPUT_GRADIENT, LOGITS
-
-RECORDED = {
-    "vmamba_tiny_s1l8_backbone_1x3x225x230": {"type": "VMamba", "arch": "vmamba_tiny_s1l8"},
-    "msvmamba_nano_backbone_1x3x225x230": {"type": "MSVMamba", "arch": "msvmamba_nano"},
-    "efficientvmamba_tiny_backbone_200x273": {"type": "EfficientVMamba", "arch": "efficientvmamba_tiny"},
-    "groupmamba_tiny_backbone_192x256": {"type": "GroupMamba", "arch": "groupmamba_tiny"},
-    "spatialmamba_tiny_backbone_230x226": {"type": "SpatialMamba", "arch": "spatialmamba_tiny"},
-    "lbvim_tiny_seg_256x320": {
-        "type": "LBVim",
-        "arch": "lbvim_tiny",
-        "out_indices": (5, 11, 17, 23),
-        "model_args": {"norm_layer": nn.LayerNorm},
-    },
-}
-
-
-def build(config: dict, path: Path | None = None, **kwargs: object) -> nn.Module:
-    init = {} if path is None else {"init_cfg": {"type": "Pretrained", "checkpoint": str(path)}}
-    backbone = MODELS.build({**config, **init, **kwargs})
-    backbone.init_weights()
-    return backbone
+from tools import recordings
+from tools.parity import RECORDED, build, official_file, relative
 
 
 @pytest.mark.parametrize("name", RECORDED)

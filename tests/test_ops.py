@@ -12,8 +12,8 @@ from backbones.ops import selective_scan
 from backbones.ops.scan import operator as dispatch
 from backbones.ops.scan.naive import selective_scan_naive
 from tests.operator_cases import CASES, PLAIN, Case
-from tests.recordings import load_arrays
 from tests.tolerances import OPERATOR
+from tools.recordings import load_arrays
 
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 

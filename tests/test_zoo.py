@@ -11,8 +11,7 @@ from backbones import zoo
 from backbones.analysis import flops
 from backbones.models import family_names
 from tests import tolerances
-from tests.test_dense import RECORDED
-from tests.test_parity import MODELS
+from tools.parity import MODELS, RECORDED
 
 FACTS = [
     (family, model, facts) for family in family_names() for model, facts in zoo.load_family(family)["models"].items()

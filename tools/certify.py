@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
 import platform
 import subprocess
 import sys
@@ -32,10 +31,9 @@ from backbones.ops.scan import cpu
 from backbones.ops.scan import operator as dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the recordings belong to the tests, which are not installed
-recordings, test_dense, test_parity = (
-    importlib.import_module(f"tests.{name}") for name in ("recordings", "test_dense", "test_parity")
-)
+sys.path.insert(0, str(ROOT))  # the tools are not installed
+
+from tools import parity, recordings  # noqa: E402
 
 HEADER = "# Written by tools/certify.py: what this library computes. Do not edit.\n"
 
@@ -48,12 +46,12 @@ def compute(name: str) -> dict[str, int]:
     return {"size": size, "flops": cost.flops, "scan": cost.scan, "activations": cost.activations}
 
 
-def parity() -> dict[str, list[dict[str, Any]]]:
+def replay_all() -> dict[str, list[dict[str, Any]]]:
     """Errors against every recording of a whole model, by model."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for name, model in test_parity.MODELS.items():
+    for name, model in parity.MODELS.items():
         found.setdefault(model, []).append(_replay(name, model))
-    for name, config in test_dense.RECORDED.items():
+    for name, config in parity.RECORDED.items():
         found.setdefault(config["arch"], []).append(_replay(name, config))
     return found
 
@@ -62,15 +60,16 @@ def _replay(name: str, model: str | dict[str, Any]) -> dict[str, Any]:
     recording = recordings.load(name)
     image = recording.image().requires_grad_()
     with tempfile.TemporaryDirectory() as folder:
-        path = test_parity.official_file(Path(folder), recording)
+        path = parity.official_file(Path(folder), recording)
         if isinstance(model, str):
             overlay = {"file": str(path)}
             logits = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay).eval()(image)
         else:
-            maps = test_dense.build(model, path).eval()(image)
+            maps = parity.build(model, path).eval()(image)
             logits = torch.cat([x.mean((-2, -1)) for x in maps], dim=1)
     logits.square().mean().backward()
-    expected, smooth = recording.arrays["logits"], slice(test_parity.KINKS.get(name, 0), None)
+    assert image.grad is not None
+    expected, smooth = recording.arrays["logits"], slice(parity.KINKS.get(name, 0), None)
     gradient, reference = image.grad[smooth, :, 8:24, 8:24], recording.arrays["input_grad_crop"][smooth]
     error = logits.detach() - expected
     found = {
@@ -116,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"certify.py: error: folder {args.out.parent} does not exist", file=sys.stderr)
         return 2
     MMLogger.get_current_instance().setLevel("WARNING")  # the names of weights that a backbone has no use for
-    certified = parity()
+    certified = replay_all()
     names = [name for family in family_names() for name in zoo.load_family(family)["models"]]
     models = {name: {"compute": compute(name), "parity": certified.get(name, [])} for name in names}
     text = yaml.safe_dump({"run": run_facts(), "models": models}, sort_keys=False, default_flow_style=None, width=200)

@@ -13,7 +13,15 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
-_PAGES = ("*.md", "model_cards/*.md", "model_cards/*.png", "benchmarks/results/*.csv", "backbones/*.py", "LICENSE")
+_PAGES = (
+    "*.md",
+    "model_cards/*.md",
+    "model_cards/*.png",
+    "benchmarks/results/*.csv",
+    "backbones/*.py",
+    "backbones/models/*.py",
+    "LICENSE",
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parent / "data" / "recordings"
+FOLDER = Path(__file__).parents[1] / "tests" / "data" / "recordings"
 _STEP_BIASES = ("dt_proj.bias", "dt_proj_b.bias", "dt_projs_bias", "dt_bias")
 _TOKENS = {"pos_embed", "cls_token", "dist_token", "mask_token", "absolute_pos_embed"}
 
