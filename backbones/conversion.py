@@ -6,7 +6,6 @@ the authors inside. Nothing but names and shapes decides.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from typing import Any, cast
 import timm
 from torch import Tensor, nn
 
+from backbones.base import HierarchicalBackbone
 from backbones.models import family_names
-from backbones.weights import CheckpointError, StateDict, loading, rules
+from backbones.weights import CheckpointError, Weights, loading, rules
+from backbones.weights.files import grids_of
 
-# Around the backbone of a detector: OpenMMLab's name for it, then our DenseBackbone, or the pyramid of detectron2.
-_OF_BACKBONE = ("backbone.", "model.", "net.")
-_OUTPUT_NORM = re.compile(r"(?:outnorm_?|out_norms\.|out_map_)(\d+)\.(.+)")
+_BEHIND_OUTPUT = re.compile(r"out_(?:norms|maps)\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Converted:
 
     model: str
     arguments: dict[str, Any]
-    weights: StateDict
+    weights: Weights
     dropped: tuple[str, ...]
 
 
@@ -46,7 +45,7 @@ def identify(weights: Mapping[str, Tensor]) -> str:
     Raises:
         CheckpointError: they resemble no model, or several alike.
     """
-    weights = {name: weights[whole].to("meta") for name, whole in _of_backbone(weights).items()}
+    weights = {name: weights[whole].to("meta") for name, whole in loading.inside_backbone(weights).items()}
     distances: dict[str, int] = {}
     for name in model_names():
         try:
@@ -65,7 +64,9 @@ def identify(weights: Mapping[str, Tensor]) -> str:
     return nearest[0]
 
 
-def convert(weights: Mapping[str, Tensor], model: str | None = None) -> Converted:
+def convert(
+    weights: Mapping[str, Tensor], model: str | None = None, img_size: tuple[int, int] | None = None
+) -> Converted:
     """``weights`` (see :func:`backbones.weights.files.read`) in our layout, held against the architecture in full.
 
     Another number of classes or channels, another image size of a plain model, a missing class token, classifier or
@@ -75,24 +76,37 @@ def convert(weights: Mapping[str, Tensor], model: str | None = None) -> Converte
     Args:
         weights: names and tensors, in the official layout or in ours.
         model: registered name; None finds it.
+        img_size: height and width of the images that the weights were made for; None where the weights tell, or
+            where it is a square.
 
     Raises:
-        CheckpointError: no model is recognised, or names or shapes do not fit; every one is named.
+        CheckpointError: no model is recognised, or names, shapes or values do not fit; every one is named.
     """
     name = model or identify(weights)
-    inside, reference = _of_backbone(weights), _on_meta(name)
-    ours, by_rule = rules.convert({own: weights[whole] for own, whole in inside.items()}, reference.key_rules)
-    ours, norms = _without_output_norms(ours, reference)
-    arguments = _arguments(ours, reference)
-    built = timm.create_model(name, device="meta", **{k: v for k, v in arguments.items() if k != "features_only"})
+    inside, reference = loading.inside_backbone(weights), _on_meta(name)
+    if img_size is not None and not hasattr(reference, "pos_embed"):
+        raise CheckpointError(f"img_size: got {img_size}, but {name} has no position embedding")
+    backbone = Weights(weights, getattr(weights, "grids", grids_of(weights))).renamed(inside)
+    tensors, by_rule = rules.convert(backbone, reference.key_rules)
+    tensors, norms = _without_output_norms(tensors, reference)
+    ours = Weights(tensors, backbone.grids)
+    arguments = _arguments(ours, reference, img_size)
+    built = cast(Any, timm.create_model(name, device="meta", **_but_features(arguments)))
+    headless = "features_only" in arguments
     try:
-        loading.check(
-            ours, built, loading.absent_head(ours, reference.pretrained_cfg) if "features_only" in arguments else ()
-        )
+        if "pos_embed" in ours and img_size is not None:
+            if ours.grids.get("pos_embed", built.grid_size) != built.grid_size:
+                raise CheckpointError(f"img_size: got {img_size}, but the file tells {ours.grids['pos_embed']} patches")
+            ours.grids["pos_embed"] = built.grid_size
+        loading.check(ours, built, loading.absent_head(ours, reference, reference.pretrained_cfg) if headless else ())
     except CheckpointError as error:
         raise CheckpointError(f"held against {name}, {error}") from None
     around = sorted(weights.keys() - set(inside.values()))
     return Converted(name, arguments, ours, (*(inside[x] for x in (*by_rule, *norms)), *around))
+
+
+def _but_features(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name != "features_only"}
 
 
 @cache
@@ -109,25 +123,15 @@ def _shapes(weights: Mapping[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
     return {(name, tuple(x.shape)) for name, x in weights.items()}
 
 
-def _of_backbone(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """The names of a detector's backbone without the detector's prefixes, and what each is in the file."""
-    inside = {name: name for name in weights}
-    for prefix in _OF_BACKBONE:
-        part = {name.removeprefix(prefix): whole for name, whole in inside.items() if name.startswith(prefix)}
-        if part:
-            inside = part | {name: whole for name, whole in inside.items() if _OUTPUT_NORM.fullmatch(name)}
-    return inside
-
-
-def _without_output_norms(weights: StateDict, model: nn.Module) -> tuple[StateDict, list[str]]:
+def _without_output_norms(weights: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """Leaves out the norms of a dense backbone's outputs, but for the one that is the model's own final norm."""
-    expected = model.state_dict()
-    last = str(len(cast(Any, model).feature_info) - 1)
-    hierarchical = hasattr(model, "stages")
-    kept: StateDict = {}
+    expected, backbone = model.state_dict(), cast(Any, model)
+    last = str(len(backbone.feature_info) - 1)
+    hierarchical = isinstance(model, HierarchicalBackbone)
+    kept: dict[str, Tensor] = {}
     dropped = []
     for name, x in weights.items():
-        match = _OUTPUT_NORM.fullmatch(name)
+        match = None if name in expected else _BEHIND_OUTPUT.fullmatch(rules.rename(name, backbone.dense_rules))
         if match is None:
             kept[name] = x
             continue
@@ -139,14 +143,14 @@ def _without_output_norms(weights: StateDict, model: nn.Module) -> tuple[StateDi
     return kept, dropped
 
 
-def _arguments(weights: StateDict, model: Any) -> dict[str, Any]:
+def _arguments(weights: Weights, model: Any, img_size: tuple[int, int] | None) -> dict[str, Any]:
     """What a model that takes these weights has to be told."""
     cfg, own = model.pretrained_cfg, model.state_dict()
     arguments: dict[str, Any] = {}
     first, *more = loading.as_tuple(cfg["classifier"])
     classifier = f"{first}.weight"
     if classifier not in weights:
-        lacking = {*loading.absent_head(weights, cfg)} - {*loading.absent_head(own, cfg), first, *more}
+        lacking = {*loading.absent_head(weights, model, cfg)} - {*loading.absent_head(own, model, cfg), first, *more}
         arguments |= {"features_only": True} if lacking else {"num_classes": 0}
     elif weights[classifier].dim() == 2 and len(weights[classifier]) != len(own[classifier]):
         arguments["num_classes"] = len(weights[classifier])
@@ -157,13 +161,22 @@ def _arguments(weights: StateDict, model: Any) -> dict[str, Any]:
         arguments["in_chans"] = weights[stem].shape[1]
     if "cls_token" in own and "cls_token" not in weights:
         arguments |= {"class_token": False, "global_pool": "avg"}
-    if "pos_embed" in own and "pos_embed" in weights and weights["pos_embed"].dim() == 3:
-        cells = weights["pos_embed"].shape[1] - ("cls_token" in weights)
-        side = math.isqrt(max(cells, 0))
-        size = (side - 1) * model.patch_embed.stride + model.patch_embed.patch_size
-        if side * side == cells and size != model.img_size[0]:
-            arguments["img_size"] = size
+    pos_embed = weights.get("pos_embed")
+    if "pos_embed" in own and pos_embed is not None and pos_embed.dim() == 3:
+        height, width = img_size or _image_size(weights, model)
+        if (height, width) != tuple(model.img_size):
+            arguments["img_size"] = height if height == width else (height, width)
     return arguments
+
+
+def _image_size(weights: Weights, model: Any) -> tuple[int, int]:
+    """Height and width in pixels that a plain model's position embedding is made for."""
+    patches = weights["pos_embed"].shape[1] - ("cls_token" in weights)
+    grid = weights.grids.get("pos_embed") or (model.source_grid(patches) if patches > 0 else model.grid_size)
+    if grid == model.grid_size:
+        return model.img_size
+    height, width = ((n - 1) * model.patch_embed.stride + model.patch_embed.patch_size for n in grid)
+    return height, width
 
 
 def load_call(converted: Converted, path: str) -> str:

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from backbones.weights import CheckpointError, KeyRule, files
+from backbones import conversion
+from backbones.models import family_names
+from backbones.weights import CheckpointError, KeyRule, files, loading
 from backbones.weights import rules as key_rules
 from tools import recordings
 from tools.parity import MODELS
@@ -268,3 +270,169 @@ def test_rules_unbind_and_report_duplicates() -> None:
     assert torch.equal(key_rules.to_official(ours, rules)["both.x"], torch.arange(6.0).view(2, 3))
     with pytest.raises(CheckpointError, match=r"hold these in two layouts: first\.x"):
         key_rules.to_ours({"both.x": torch.zeros(2, 3), "first.x": torch.zeros(3)}, rules)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "network.", "module.network."])
+def test_a_name_that_stands_there_twice_is_refused(prefix: str, official: dict[str, Tensor], tmp_path: Path) -> None:
+    name = "norm_f.weight"
+    weights = {**official, prefix + name: official[name] + 1}
+    for content in (weights, {"model": weights}, dict(reversed(weights.items()))):
+        path = save(tmp_path, content)
+        with pytest.raises(
+            CheckpointError, match=r"weights\.pth: expected every weight once, got .*norm_f\.weight"
+        ) as error:
+            create("vim_tiny", path)
+        assert f"{prefix}{name}" in str(error.value)
+    with pytest.raises(CheckpointError, match="state_dict: expected every weight once"):
+        timm.create_model("vim_tiny", pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
+
+
+@pytest.mark.parametrize("pair", [("backbone.a.weight", "a.weight"), ("backbone.model.a.weight", "backbone.a.weight")])
+def test_a_backbone_that_stands_there_twice_is_refused(pair: tuple[str, str]) -> None:
+    with pytest.raises(CheckpointError, match="expected every weight once") as error:
+        loading.inside_backbone(pair)
+    assert all(name in str(error.value) for name in pair)
+
+
+# One of every family, shallow: names of a floating point weight, of one of a layout of its own, and of a buffer.
+SHALLOW = {
+    "vim": ("vim_tiny", {"depth": 1}),
+    "lbmamba": ("lbvim_tiny", {"depth": 1}),
+    "vmamba": ("vmamba_tiny_s1l8", {"depths": (1, 1, 1, 1)}),
+    "msvmamba": ("msvmamba_nano", {"depths": (1, 1, 1, 1)}),
+    "efficientvmamba": ("efficientvmamba_tiny", {"depths": (1, 1, 1, 1)}),
+    "groupmamba": ("groupmamba_tiny", {"depths": (1, 1, 1, 1)}),
+    "spatialmamba": ("spatialmamba_tiny", {"depths": (1, 1, 1, 1)}),
+}
+
+
+def test_every_family_has_a_shallow_model() -> None:
+    assert SHALLOW.keys() == set(family_names())
+
+
+def in_every_way(name: str, kwargs: dict, weights: dict[str, Tensor], folder: Path) -> list:
+    """Ways into a model, each a function without arguments."""
+    model = timm.create_model(name, **kwargs)
+    path = save(folder, weights)
+    ways = [
+        lambda: create(name, path, **kwargs),
+        lambda: timm.create_model(name, True, pretrained_cfg_overlay={"state_dict": weights}, **kwargs),
+        lambda: timm.create_model(name, checkpoint_path=path, **kwargs),
+        lambda: model.load_state_dict(weights),
+        lambda: loading.load(model, key_rules.to_ours(weights, model.key_rules)),
+    ]
+    try:
+        import backbones.mm.models.classifier as mm
+    except ImportError:
+        return ways
+    init = {"type": "Pretrained", "checkpoint": str(path)}
+    loss = {"type": "LabelSmoothingCrossEntropy"}
+    ways.append(lambda: mm.ImageClassifier({"name": name, **kwargs}, loss, init_cfg=init).init_weights())
+    return ways
+
+
+@pytest.mark.parametrize("family", SHALLOW)
+@pytest.mark.parametrize("layout", ["ours", "official"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.int64])
+def test_weights_of_another_kind_are_refused(dtype: torch.dtype, layout: str, family: str, tmp_path: Path) -> None:
+    name, kwargs = SHALLOW[family]
+    model = timm.create_model(name, **kwargs)
+    ours = next(key for key, x in model.named_parameters() if x.dim() == 2)
+    weights = {**model.state_dict(), ours: model.state_dict()[ours].to(dtype)}
+    if layout == "official":
+        weights = key_rules.to_official(weights, model.key_rules)
+    kind = str(dtype).removeprefix("torch.")
+    for way in in_every_way(name, kwargs, weights, tmp_path):
+        with pytest.raises(CheckpointError, match=rf"of another type: {ours} {kind}, expected float32"):
+            way()
+
+
+@pytest.mark.parametrize("family", SHALLOW)
+@pytest.mark.parametrize("layout", ["ours", "official"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+def test_values_that_are_not_finite_are_refused(value: float, layout: str, family: str, tmp_path: Path) -> None:
+    name, kwargs = SHALLOW[family]
+    model = timm.create_model(name, **kwargs)
+    ours = next(key for key, x in reversed(list(model.named_parameters())) if x.dim() == 2)
+    weights = model.state_dict()
+    weights[ours] = weights[ours].double()  # 1e300 overflows in the model
+    weights[ours][-1, -1] = value
+    if layout == "official":
+        weights = key_rules.to_official(weights, model.key_rules)
+    for way in in_every_way(name, kwargs, weights, tmp_path):
+        with pytest.raises(CheckpointError, match=rf"these are not finite: {ours}"):
+            way()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("family", SHALLOW)
+def test_floats_of_any_width_load(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    name, kwargs = SHALLOW[family]
+    source = timm.create_model(name, **kwargs)
+    weights = {key: x.to(dtype) for key, x in source.state_dict().items()}  # counters of batch norms among them
+    for way in in_every_way(name, kwargs, weights, tmp_path):
+        way()
+    loaded = create(name, save(tmp_path, weights), **kwargs).state_dict()
+    assert all(torch.equal(x, weights[key].to(x.dtype)) for key, x in loaded.items())
+    assert {x.dtype for key, x in loaded.items() if "num_batches" not in key} == {torch.float32}
+
+
+def test_convert_refuses_them_too() -> None:
+    model = timm.create_model("efficientvmamba_tiny")
+    for change, words in (
+        (torch.full((384,), torch.nan), "not finite: norm.weight"),
+        (torch.zeros(384, dtype=torch.int8), "norm.weight int8, expected float32"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            conversion.convert({**model.state_dict(), "norm.weight": change})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({0: torch.zeros(1)}, r"these are no names: 0 \(int\)"),
+        ({("a", "b"): torch.zeros(1)}, r"these are no names: \('a', 'b'\) \(tuple\)"),
+        ({"cls_token": torch.zeros(1, 1, 192).to_sparse()}, r"no values in memory: cls_token \(torch\.sparse_coo\)"),
+        ({"cls_token": torch.empty(1, 1, 192, device="meta")}, r"no values in memory: cls_token \(meta\)"),
+        (
+            {"cls_token": torch.quantize_per_tensor(torch.zeros(1, 1, 192), 1.0, 0, torch.qint8)},
+            r"no values in memory: cls_token \(quantized\)",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings(
+    "ignore:TypedStorage:UserWarning", "ignore:.*quantiz.*:UserWarning", "ignore:Sparse:UserWarning"
+)
+def test_what_is_no_weight_is_named(change: dict, words: str, official: dict[str, Tensor], tmp_path: Path) -> None:
+    path = save(tmp_path, {"model": {**official, **change}})
+    with pytest.raises(
+        CheckpointError, match=rf"weights\.pth: expected names and tensors under 'model', but .*{words}"
+    ) as error:
+        create("vim_tiny", path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_an_unknown_bias_is_named(official: dict[str, Tensor], tmp_path: Path) -> None:
+    """No ending is forgiven: LBVim's layer norms for segmentation are another model."""
+    for name in ("layers.0.norm.bias", "norm_f.bias", "pos_embed.bias"):
+        ours = name.replace("layers", "blocks")
+        for kwargs in ({}, {"features_only": True}, {"num_classes": 10}):
+            with pytest.raises(CheckpointError, match=rf"unknown: {ours}"):
+                create("vim_tiny", save(tmp_path, {**official, name: torch.zeros(192)}), **kwargs)
+    # The converter knows rules of its own: it drops what stands around a backbone, nothing inside of it.
+    model = timm.create_model("efficientvmamba_tiny")
+    for name in ("norm.extra.bias", "stages.0.blocks.0.mixer.ssm.bias", "head.bias", "out_proj.bias"):
+        with pytest.raises(CheckpointError, match=r"unknown: |in two layouts: head\.fc\.bias"):
+            conversion.convert({**model.state_dict(), name: torch.zeros(1)}, "efficientvmamba_tiny")
+
+
+def test_colours_are_adapted_between_any_numbers(tmp_path: Path) -> None:
+    source = timm.create_model("efficientvmamba_tiny", in_chans=4)
+    path = save(tmp_path, source.state_dict())
+    overlay = {"file": str(path), "input_size": (4, 224, 224)}
+    conv = source.stem.proj.weight if hasattr(source.stem, "proj") else source.stem.conv1.weight
+    one = timm.create_model("efficientvmamba_tiny", True, pretrained_cfg_overlay=overlay, in_chans=1)
+    found = one.stem.proj.weight if hasattr(one.stem, "proj") else one.stem.conv1.weight
+    torch.testing.assert_close(found, conv.sum(1, keepdim=True))
+    with pytest.raises(CheckpointError, match="misshapen"):  # three of its four colours would be a guess
+        create("efficientvmamba_tiny", path)

@@ -276,7 +276,7 @@ def test_a_detector_starts_from_published_weights(tmp_path: Path, monkeypatch: p
     torch.save({"state_dict": source.state_dict()}, tmp_path / "weights.pth")
     asked = []
     monkeypatch.setattr(
-        "backbones.mm.models.dense.hf_hub_download", lambda *names: asked.append(names) or str(tmp_path / "weights.pth")
+        "timm.models._hub.hf_hub_download", lambda *names, **_: asked.append(names) or str(tmp_path / "weights.pth")
     )
     model = build(MODELS, config, config.model)
     assert not asked
@@ -305,5 +305,5 @@ def test_layer_norms_start_from_rms_norms(tmp_path: Path) -> None:
 def test_an_unknown_architecture_is_named_with_its_neighbours() -> None:
     config = load(EFFICIENTVMAMBA)
     config.model.backbone.arch = "efficientvmamba_tinny"
-    with pytest.raises(UserError, match="no model of EfficientVMamba; near names are efficientvmamba_tiny"):
+    with pytest.raises(UserError, match="no model of EfficientVMamba; did you mean efficientvmamba_tiny"):
         build(MODELS, config, config.model)

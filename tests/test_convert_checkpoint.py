@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from backbones import conversion
 from backbones.models import family_names
-from backbones.weights import files, rules
+from backbones.weights import CheckpointError, files, rules
 from tests.scripts import load_tool
 
 ROOT = Path(__file__).parents[1]
@@ -322,3 +323,82 @@ def test_failed_write_leaves_the_old_file(
     assert "no space left" in tool("good.pth", "out.safetensors", status=2)
     assert Path("out.safetensors").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.pth", "out.safetensors"]
+
+
+def test_failed_checksum_leaves_the_old_files(
+    tool: Tool, tmp_path: Path, tiny: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(official(tiny), "good.pth")
+    names = ["good.pth", "out.safetensors", "out.safetensors.sha256"]
+    for name in names[1:]:
+        Path(name).write_text("old")
+
+    def full(self: Path, text: str, **_: object) -> int:
+        with self.open("w") as file:
+            file.write(text[:5])
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        assert "no space left" in tool("good.pth", "out.safetensors", status=2)
+    assert [Path(name).read_text() for name in names[1:]] == ["old", "old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_the_umask_says_who_may_read(mask: int, tool: Tool, tiny: nn.Module) -> None:
+    torch.save(official(tiny), "good.pth")
+    before = os.umask(mask)
+    try:
+        tool("good.pth", "out.safetensors")
+    finally:
+        os.umask(before)
+    for name in ("out.safetensors", "out.safetensors.sha256"):
+        assert Path(name).stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("what", ["folder", "folder of the checksum", "read-only folder"])
+def test_a_target_that_cannot_be_written_is_told_at_once(
+    what: str, module: ModuleType, tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if what == "read-only folder":
+
+        def touch(self: Path, **_: object) -> None:
+            raise PermissionError(13, "Permission denied", str(self))
+
+        monkeypatch.setattr(Path, "touch", touch)
+    else:
+        Path("out.safetensors" if what == "folder" else "out.safetensors.sha256").mkdir()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(module.files, "load", lambda path: pytest.fail("read the input first"))
+    error = tool("absent.pth", "out.safetensors", status=2)
+    assert len(error.splitlines()) == 1
+    assert "out.safetensors" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["lbvim_tiny", "efficientvmamba_tiny", "groupmamba_tiny", "spatialmamba_tiny"])
+def test_half_of_the_weights_are_too_few_to_recognise(name: str) -> None:
+    weights = timm.create_model(name, device="meta").state_dict()
+    names = sorted(weights)
+    below = dict.fromkeys(names[: len(names) // 2])
+    above = dict.fromkeys(names[: len(names) // 2 + 1])
+    with pytest.raises(CheckpointError, match="belongs to no model of this library"):
+        conversion.identify({key: weights[key] for key in below})
+    assert conversion.identify({key: weights[key] for key in above}) == name
+    # What a file holds besides makes no family of it, and no other one.
+    foreign = {f"other.{i}.weight": torch.empty(1, device="meta") for i in range(2 * len(names))}
+    assert conversion.identify({**weights, **foreign}) == name
+    with pytest.raises(CheckpointError, match="belongs to no model of this library"):
+        conversion.identify({**{key: weights[key] for key in below}, **foreign})
+
+
+def test_a_rectangular_grid_goes_all_the_way(tool: Tool) -> None:
+    model = timm.create_model("lbvim_tiny", img_size=(32, 96), num_classes=3)
+    torch.save(dict(model.state_dict()), "unknown.pth")
+    assert "12 patches are no square" in tool("unknown.pth", "out.safetensors", status=2)
+    printed = tool("unknown.pth", "out.safetensors", "--img-size", 32, 96, "--check")
+    assert "num_classes=3, img_size=(32, 96))" in printed
+    assert same(loaded_as_printed(printed), model.state_dict())
+    torch.save(model.state_dict(), "known.pth")
+    assert same(loaded_as_printed(tool("known.pth", "out.safetensors", "--check")), model.state_dict())

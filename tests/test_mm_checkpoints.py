@@ -43,6 +43,44 @@ def test_failed_write_leaves_the_old_file(
     assert path.read_bytes() == b"new"
 
 
+def test_text_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "best.txt"
+    checkpoints.write_text(path, "old")
+    write = Path.write_text
+
+    def full(file: Path, text: str, **_: object) -> None:
+        write(file, text[:1])
+        raise OSError("disk full")
+
+    for owner, function, failing in (
+        (os, "replace", lambda source, target: full(source, "n")),
+        (Path, "write_text", full),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, function, failing)
+            with pytest.raises(OSError, match="disk full"):
+                checkpoints.write_text(path, "new")
+        assert path.read_text() == "old"
+        assert [file.name for file in tmp_path.iterdir()] == ["best.txt"]
+    checkpoints.write_text(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_names_that_stand_there_twice_are_refused() -> None:
+    for wrapper in ("module.", "_orig_mod.", "module._orig_mod."):
+        content = {"state_dict": {"a.weight": torch.zeros(1), f"{wrapper}a.weight": torch.ones(1)}}
+        with pytest.raises(CheckpointError, match=rf"x\.pth: expected every weight once, got a\.weight and {wrapper}a"):
+            checkpoints.select_state_dict(content, "x.pth")
+
+
+@pytest.mark.parametrize("value", [torch.zeros(3, dtype=torch.int8), torch.full((3,), torch.nan)])
+def test_values_that_no_weight_has_are_refused(value: torch.Tensor) -> None:
+    model = nn.Linear(2, 3)
+    weights = {**model.state_dict(), "bias": value}
+    with pytest.raises(CheckpointError, match=r"checkpoint x\.pth: .*(bias int8, expected float32|not finite: bias)"):
+        checkpoints.load_weights(model, weights, "x.pth")
+
+
 def test_removal_waits_for_the_next_whole_file(
     backend: checkpoints.AtomicBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -235,7 +235,7 @@ def error_of(tool: Callable[..., None], capsys: pytest.CaptureFixture[str], *arg
         ("detection", ["train_dataloader.dataset.data_root=nowhere"], ["nowhere does not exist", "--task detection"]),
         ("detection", ["model.roi_head.mask_head.num_classes=9"], ["mask_head has num_classes=9", "10 classes"]),
         ("segmentation", ["model.decode_head.num_classes=12"], ["decode_head has num_classes=12", "11 classes"]),
-        ("segmentation", ["model.backbone.arch=efficientvmamba"], ["near names are efficientvmamba"]),
+        ("segmentation", ["model.backbone.arch=efficientvmamba"], ["did you mean efficientvmamba"]),
     ],
 )
 def test_mistakes_in_a_config(

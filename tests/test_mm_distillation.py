@@ -188,14 +188,14 @@ def test_a_classifier_starts_from_a_file(tmp_path: Path) -> None:
 
 
 def test_published_weights_are_fetched_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backbones.mm.models.dense.hf_hub_download", lambda repo, file: f"{repo}/{file}")
-    monkeypatch.setattr("backbones.mm.models.dense.download_cached_file", lambda url: url.rsplit("/", 1)[-1])
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda repo, file, **_: f"{repo}/{file}")
+    monkeypatch.setattr("timm.models._hub.download_cached_file", lambda url, **_: url.rsplit("/", 1)[-1])
     assert fetch_weights("published:vim_tiny", "vim_tiny_stride8").endswith("vim_t_midclstok_76p1acc.pth")
     assert fetch_weights("published", "vmamba_tiny_s1l8") == "vssm1_tiny_0230s_ckpt_epoch_264.pth"
     assert fetch_weights("https://example.org/x.pth", "vim_tiny") == "x.pth"
     with pytest.raises(UserError, match=r"by hand from https://drive\.google.*set checkpoint to a file in init_cfg"):
         fetch_weights("published", "spatialmamba_tiny")
-    with pytest.raises(UserError, match="none were released"):
+    with pytest.raises(UserError, match="its authors released no weights"):
         fetch_weights("published", "lbvim_tiny")
     with pytest.raises(UserError, match="there is no model 'vim_tinny'"):
         fetch_weights("published:vim_tinny", "vim_tiny")

@@ -208,6 +208,25 @@ def test_checkpoint_of_another_model_is_refused(whole: Runner, data_root: Path, 
     assert all(torch.equal(value, before[name]) for name, value in runner.model.state_dict().items())
 
 
+@pytest.mark.parametrize("content", ["classifier", "training state"])
+def test_the_weights_of_a_network_alone_belong_elsewhere(
+    content: str, whole: Runner, data_root: Path, tmp_path: Path
+) -> None:
+    weights = whole.model.network.state_dict()
+    path = tmp_path / "network.pth"
+    torch.save({"model": weights, "epoch": 3} if content == "training state" else weights, path)
+    runner = Runner.from_cfg(make_config(data_root, tmp_path, load_from=str(path)))
+    with pytest.raises(
+        CheckpointError, match=r"network\.pth.*; load_from wants .* go to init_cfg=dict\(type='Pretrained'"
+    ) as error:
+        runner.test()
+    assert len(str(error.value).splitlines()) == 1
+    resumed = Runner.from_cfg(make_config(data_root, tmp_path, load_from=str(path), resume=True))
+    with pytest.raises(CheckpointError) as error:
+        resumed.train()
+    assert "init_cfg" not in str(error.value)
+
+
 def test_ignored_modules_may_differ(whole: Runner, data_root: Path, tmp_path: Path) -> None:
     best = str(find_best(whole.work_dir))
     config = make_config(data_root, tmp_path, load_from=best, load_ignore=["network.head"])

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
@@ -39,12 +40,18 @@ def build_model(
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     features_only = kwargs.get("features_only", False)
+    # The registered size is that of the published weights, which a file need not be.
+    stated = cfg.source in ("hf-hub", "local-dir") or "input_size" in (pretrained_cfg_overlay or {})
+    saved = kwargs.get("pretrained_model_args") or {}  # of a model that timm saved
+    img_size = to_2tuple(saved.get("img_size") or cfg.input_size[-2:]) if stated else None
 
     def construct(**model_kwargs: Any) -> Backbone:
         model = model_cls(**model_kwargs)
         set_backend(model, scan.backend)
         if pretrained:
-            load_pretrained(model, cfg.to_dict(), variant, headless=features_only, cache_dir=cache_dir)
+            # to_dict() copies a state dict without the grids that it tells.
+            fields = {**cfg.to_dict(), "state_dict": cfg.state_dict}
+            load_pretrained(model, fields, variant, features_only, cache_dir, img_size)
         return model
 
     return build_model_with_cfg(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from backbones.weights import WEIGHT_KEYS, KeyRule, StateDict
+from backbones.weights import WEIGHT_KEYS, KeyRule, Weights
+from backbones.weights.loading import accept
 
 
 def run_block(block: Callable[..., Tensor], *args: Any, checkpointed: bool) -> Tensor:
@@ -27,6 +28,9 @@ class Backbone(nn.Module):
     weight_keys: ClassVar[Sequence[str]] = WEIGHT_KEYS  # where the authors' training states keep the published weights
 
     feature_indices: ClassVar[int | tuple[int, ...]]  # what ``features_only=True`` returns unless told
+    head_modules: ClassVar[Sequence[str]] = ("norm",)  # behind the features, besides the classifier
+    # Names in the authors' dense models of what stands behind each output: its norm is our `out_norms.{}`.
+    dense_rules: ClassVar[Sequence[KeyRule]] = (KeyRule("outnorm{}.{}", "out_norms.{}.{}"),)
 
     num_classes: int
     in_chans: int
@@ -53,9 +57,21 @@ class Backbone(nn.Module):
             if getattr(module, name) is not None
         }
 
-    def adapt_state_dict(self, state_dict: StateDict) -> StateDict:
-        """Fits weights of another input size to this model; raises nothing, the check that follows does."""
-        return state_dict
+    def adapt_state_dict(self, weights: Weights, img_size: tuple[int, int] | None = None) -> Weights:
+        """Fits weights of another input size to this model; names and shapes are checked afterwards.
+
+        Args:
+            weights: in our layout.
+            img_size: height and width of the images that they were made for, where known.
+        """
+        return weights
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        """Lets ``load_state_dict`` and timm's ``checkpoint_path`` take the official layout, as strictly as ours."""
+        accept(self, state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (b, in_chans, height, width) to normalised features."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -16,7 +17,8 @@ from backbones.base.contract import Backbone, run_block
 from backbones.layers.constructor import Constructor
 from backbones.layers.norm import RMSNorm
 from backbones.layers.patch_embed import PatchEmbed
-from backbones.weights import StateDict
+from backbones.weights import CheckpointError, KeyRule, Weights
+from backbones.weights.files import GRID
 
 _POSITIONS = ("first", "middle", "last")
 _logger = logging.getLogger(__name__)
@@ -50,6 +52,11 @@ class PlainBackbone(Backbone):
 
     feature_indices: ClassVar[int | tuple[int, ...]] = 3
     no_decay: ClassVar[tuple[str, ...]] = ("pos_embed", "cls_token")
+    head_modules = ("norm", "attn_pool")
+    dense_rules: ClassVar[Sequence[KeyRule]] = (
+        KeyRule("outnorm_{}.{}", "out_norms.{}.{}"),
+        KeyRule("out_map_{}.{}", "out_maps.{}.{}"),
+    )
 
     def __init__(
         self,
@@ -150,16 +157,56 @@ class PlainBackbone(Backbone):
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
-    def adapt_state_dict(self, state_dict: StateDict) -> StateDict:
-        """Resamples the position embedding of a square grid to this model's grid."""
-        pos_embed = state_dict.get("pos_embed")
-        if pos_embed is None or pos_embed.dim() != 3 or pos_embed.shape[1] == self.pos_embed.shape[1]:
-            return state_dict
-        side = round((pos_embed.shape[1] - self.num_prefix_tokens) ** 0.5)
-        if side * side + self.num_prefix_tokens != pos_embed.shape[1]:
-            return state_dict
-        _logger.info("position embedding resampled from %d x %d to %d x %d", side, side, *self.grid_size)
-        return {**state_dict, "pos_embed": self._resample(pos_embed, (side, side), self.grid_size)}
+    def adapt_state_dict(self, weights: Weights, img_size: tuple[int, int] | None = None) -> Weights:
+        """Resamples the position embedding to the grid of this model.
+
+        State dicts of ours tell the grid of their embedding. Otherwise ``img_size`` does, or it is a square, as in all
+        official files, or this model's grid.
+
+        Raises:
+            CheckpointError: the grid is unknown; it may be a square as well as have this model's proportions.
+        """
+        pos_embed = weights.get("pos_embed")
+        if (
+            pos_embed is None
+            or pos_embed.dim() != 3
+            or not pos_embed.is_floating_point()
+            or ("cls_token" in weights) != bool(self.num_prefix_tokens)
+            or pos_embed.shape[1] <= self.num_prefix_tokens
+        ):
+            return weights
+        patches = pos_embed.shape[1] - self.num_prefix_tokens
+        grid = weights.grids.get("pos_embed") or self.source_grid(patches, img_size)
+        if grid[0] * grid[1] != patches:
+            raise CheckpointError(f"pos_embed: {patches} patches, expected {grid[0]} x {grid[1]} as the file says")
+        weights = Weights(weights, {**weights.grids, "pos_embed": self.grid_size})
+        if grid != self.grid_size:
+            _logger.info("position embedding resampled from %d x %d to %d x %d", *grid, *self.grid_size)
+            weights["pos_embed"] = self._resample(pos_embed, grid, self.grid_size)
+        return weights
+
+    def source_grid(self, patches: int, img_size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Rows and columns of a position embedding whose file does not tell, see :meth:`adapt_state_dict`."""
+        if img_size is not None:
+            stated = self.patch_embed.grid_size(*img_size)
+            if stated[0] * stated[1] == patches:
+                return stated
+        side, (rows, columns) = math.isqrt(patches), self.grid_size
+        alike = math.isqrt(patches * rows // columns)  # rows in the proportions of this model
+        candidates = {(side, side), (alike, alike * columns // rows)}
+        possible = sorted(grid for grid in candidates if grid[0] * grid[1] == patches)
+        if possible in ([(side, side)], [self.grid_size]):
+            return possible[0]
+        grids = " or ".join(f"{height} x {width}" for height, width in possible) or "no square"
+        raise CheckpointError(
+            f"pos_embed: {patches} patches are {grids}, and the file does not tell their rows and columns; "
+            "`tools/convert_checkpoint.py --img-size HEIGHT WIDTH` writes a file that does"
+        )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][GRID] = self.grid_size
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image to normalised tokens (b, l, embed_dim)."""

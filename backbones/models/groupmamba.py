@@ -298,6 +298,9 @@ class GroupMamba(HierarchicalBackbone):
     The final norm belongs to the head: features of the last stage are not normalised.
     """
 
+    head_modules = ("head.norm", "head.class_block")
+    dense_rules = (KeyRule("head.norm.{}", "out_norms.3.{}"),)  # stages before the last end in a norm of the model
+
     key_rules = (
         KeyRule("patch_embed1.conv.{*}", "stem.conv.{*}"),
         KeyRule("patch_embed1.{*}", "stem.downsample.{*}"),

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from backbones.base import PlainBackbone, build_model
 from backbones.layers import LayerNorm, MambaBlock, MambaMixer, Scan
 from backbones.patterns import FORWARD, REVERSE, OrderFn, ScanPattern
-from backbones.weights import ONE_ORDER, KeyRule, Layout, StateDict
+from backbones.weights import ONE_ORDER, KeyRule, Layout, Weights
 from backbones.zoo import default_cfgs as zoo_cfgs
 
 _logger = logging.getLogger(__name__)
@@ -110,13 +110,14 @@ class LBVimAttentionHead(LBVim):
         *LBVim.key_rules,
     )
 
-    def adapt_state_dict(self, state_dict: StateDict) -> StateDict:
+    def adapt_state_dict(self, weights: Weights, img_size: tuple[int, int] | None = None) -> Weights:
         """As the base; also leaves the pooling's weights out where the model has another pooling."""
-        state_dict = super().adapt_state_dict(state_dict)
+        weights = super().adapt_state_dict(weights, img_size)
         if self.attn_pool is not None:
-            return state_dict
+            return weights
         _logger.info("attn_pool of the weight file is not used: global_pool is %r", self.global_pool)
-        return {name: x for name, x in state_dict.items() if not name.startswith("attn_pool.")}
+        kept = {name: x for name, x in weights.items() if not name.startswith("attn_pool.")}
+        return Weights(kept, weights.grids)
 
 
 def _create_lbvim(

@@ -1,17 +1,18 @@
 """Weight files, read without running code from them: what a file is, and where in it the weights are."""
 
+from __future__ import annotations
+
 import argparse
 import pickle
 import re
 import struct
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from backbones.weights.rules import CheckpointError, StateDict, enumerate_names
@@ -19,7 +20,8 @@ from backbones.weights.rules import CheckpointError, StateDict, enumerate_names
 # Where files keep their weights, the first found wins. Averaged weights come last: the published accuracies
 # of the families that store both belong to the plain ones.
 WEIGHT_KEYS = ("model", "state_dict", "model_ema", "state_dict_ema", "ema_model")
-_WRAPPERS = ("module.", "_orig_mod.", "network.")  # the last is our own ImageClassifier
+WRAPPERS = ("module.", "_orig_mod.")  # what PyTorch puts before the names of a wrapped model
+_CLASSIFIER = "network."  # our own ImageClassifier
 # What a download leaves behind that went wrong.
 _NO_WEIGHTS = {"a web page": b"<", "a pointer of Git LFS": b"version https://git-lfs"}
 # What PyTorch's reader raises on damaged bytes, found by damaging some.
@@ -28,8 +30,38 @@ _BROKEN = (
     struct.error, SafetensorError,
 )  # fmt: skip
 
+# The configuration in Swin-style training states is read as a plain dict, which needs no yacs; also where timm reads
+# a file, for `create_model(checkpoint_path=)`.
+if hasattr(torch.serialization, "safe_globals"):  # torch 2.4 takes no pairs
+    torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
 
-def read(path: str | Path, keys: Sequence[str] = WEIGHT_KEYS) -> StateDict:
+Grid = tuple[int, int]
+GRID = "grid_size"
+"""The entry in a state dict's ``_metadata``, and in a safetensors file, for rows and columns of ``pos_embed``."""
+
+
+class Weights(StateDict):
+    """Names and tensors, and what a file tells about them besides.
+
+    Attributes:
+        grids: rows and columns of the position embeddings, by name, as far as the file tells.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], grids: Mapping[str, Grid] | None = None) -> None:
+        super().__init__(tensors)
+        self.grids = dict(grids or {})
+
+    def renamed(self, names: Mapping[str, str]) -> Weights:
+        """The weights that ``names`` maps new names to, under these."""
+        grids = {new: self.grids[name] for new, name in names.items() if name in self.grids}
+        return Weights({new: self[name] for new, name in names.items()}, grids)
+
+
+class NoWeightFileError(CheckpointError, FileNotFoundError):
+    """There is no weight file where one was expected."""
+
+
+def read(path: str | Path, keys: Sequence[str] = WEIGHT_KEYS) -> Weights:
     """Reads the weights of a ``.safetensors`` file or of a PyTorch checkpoint, without running code from it.
 
     Args:
@@ -41,24 +73,45 @@ def read(path: str | Path, keys: Sequence[str] = WEIGHT_KEYS) -> StateDict:
         Names and tensors on the CPU, without the prefixes of modules that wrap a model.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: the file is truncated, holds foreign classes, or no dict of tensors.
+        NoWeightFileError: there is no such file.
+        CheckpointError: the file is truncated, holds foreign classes, no dict of tensors, or a name twice.
     """
     return select(load(path), path, keys)
 
 
-def select(content: Any, path: str | Path, keys: Sequence[str] = WEIGHT_KEYS) -> StateDict:
-    """The weights in the content of a file, see :func:`read`; ``path`` is for messages."""
+def select(
+    content: Any,
+    path: str | Path,
+    keys: Sequence[str] = WEIGHT_KEYS,
+    wrappers: Sequence[str] = (*WRAPPERS, _CLASSIFIER),
+) -> Weights:
+    """The weights in the content of a file, see :func:`read`; ``path`` is for messages, ``wrappers`` are peeled off."""
     key = weight_key(content, keys)
     content = content if key is None else content[key]
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{path}: holds {type(content).__name__}, expected names and tensors")
-    foreign = [str(name) for name, x in content.items() if not isinstance(x, Tensor)]
-    if foreign:
-        raise CheckpointError(
-            f"{path}: expected names and tensors, but these are no tensors: {enumerate_names(foreign)}"
-        )
-    return {_unwrap(name): x for name, x in content.items()}
+    for what, entries in {
+        "these are no tensors": [str(name) for name, x in content.items() if not isinstance(x, Tensor)],
+        "these are no names": [f"{name!r} ({type(name).__name__})" for name in content if not isinstance(name, str)],
+        "these have no values in memory": [
+            f"{name} ({kind})" for name, x in content.items() if isinstance(x, Tensor) and (kind := _unusable(x))
+        ],
+    }.items():
+        if entries:
+            where = "" if key is None else f" under {key!r}"
+            raise CheckpointError(f"{path}: expected names and tensors{where}, but {what}: {enumerate_names(entries)}")
+    whole = {name: name.removeprefix(_prefix(name, wrappers)) for name in content}
+    refuse_duplicates(whole, path)
+    grids = {whole[name]: grid for name, grid in grids_of(content).items() if name in whole}
+    return Weights({whole[name]: x for name, x in content.items()}, grids)
+
+
+def refuse_duplicates(short: Mapping[str, str], path: str | Path = "the weights") -> None:
+    """Raises :class:`CheckpointError` where two names in a file (keys) stand for one weight (values)."""
+    first: dict[str, str] = {}
+    twice = [f"{first[own]} and {name}" for name, own in short.items() if first.setdefault(own, name) != name]
+    if twice:
+        raise CheckpointError(f"{path}: expected every weight once, got {enumerate_names(twice)}")
 
 
 def weight_key(content: Any, keys: Sequence[str] = WEIGHT_KEYS) -> str | None:
@@ -68,11 +121,30 @@ def weight_key(content: Any, keys: Sequence[str] = WEIGHT_KEYS) -> str | None:
     return next((key for key in keys if isinstance(content.get(key), Mapping)), None)
 
 
+def grids_of(state_dict: Any) -> dict[str, Grid]:
+    """Rows and columns of the position embeddings, by name, that a state dict of ours carries in its ``_metadata``.
+
+    Raises:
+        CheckpointError: an entry is no pair of positive numbers.
+    """
+    metadata = getattr(state_dict, "_metadata", None) or {}
+    entries = {f"{module}.pos_embed".lstrip("."): entry for module, entry in metadata.items()}
+    return {name: grid for name, entry in entries.items() if (grid := grid_in(entry, name))}
+
+
+def grid_in(metadata: Mapping[str, Any], name: str = "pos_embed") -> Grid | None:
+    """Rows and columns in a module's ``_metadata``, see :func:`grids_of`; None where it does not tell."""
+    grid = metadata.get(GRID)
+    if grid is None or (isinstance(grid, tuple) and len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in grid)):
+        return grid
+    raise CheckpointError(f"{name}: its {GRID} is {grid!r}, expected rows and columns")
+
+
 def load(path: str | Path, map_location: Any = "cpu") -> Any:
     """The whole content of a ``.safetensors`` file or of a PyTorch checkpoint, see :func:`read`."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no weight file at {path}")
+        raise NoWeightFileError(f"no weight file at {path}")
     with path.open("rb") as file:
         start = file.read(64).lstrip()
     for what, mark in _NO_WEIGHTS.items():
@@ -81,7 +153,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> Any:
     if not start:
         raise CheckpointError(f"{path}: empty, not weights; download it again")
     try:
-        return load_file(path) if path.suffix == ".safetensors" else _torch_load(path, map_location)
+        return _load_safetensors(path) if path.suffix == ".safetensors" else _torch_load(path, map_location)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it needs the class {named[1]}" if named else "it is no plain pickle of tensors"
@@ -91,18 +163,31 @@ def load(path: str | Path, map_location: Any = "cpu") -> Any:
         raise CheckpointError(f"{path}: truncated or no weight file: {reason}") from error
 
 
+def _load_safetensors(path: Path) -> OrderedDict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        content = OrderedDict((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        grid = re.fullmatch(r"(\d+) x (\d+)", (file.metadata() or {}).get(GRID, ""))
+    if grid:
+        content._metadata = {"": {GRID: (int(grid[1]), int(grid[2]))}}  # type: ignore[attr-defined]
+    return content
+
+
 def _torch_load(path: Path, map_location: Any) -> Any:
-    allowed: list[Any] = [argparse.Namespace]
     if hasattr(torch.serialization, "safe_globals"):
-        # The configuration in Swin-style training states; as a plain dict it needs no yacs.
-        allowed.append((OrderedDict, "yacs.config.CfgNode"))
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location=map_location, weights_only=True)
-    torch.serialization.add_safe_globals(allowed)  # torch 2.4 has no scoped form
+    torch.serialization.add_safe_globals([argparse.Namespace])  # torch 2.4 has no scoped form
     return torch.load(path, map_location=map_location, weights_only=True)
 
 
-def _unwrap(name: str) -> str:
-    while name.startswith(_WRAPPERS):
-        name = name.split(".", 1)[1]
-    return name
+def _prefix(name: str, wrappers: Iterable[str]) -> str:
+    prefix = ""
+    while more := next((wrapper for wrapper in wrappers if name.startswith(prefix + wrapper)), ""):
+        prefix += more
+    return prefix
+
+
+def _unusable(x: Tensor) -> str:
+    if x.is_meta:
+        return "meta"
+    return "quantized" if x.is_quantized else str(x.layout) if x.layout is not torch.strided else ""

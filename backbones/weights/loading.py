@@ -1,58 +1,35 @@
-"""Weights into a model: converted, adapted, held against it in full, and only then loaded."""
+"""Weights into a model: converted, adapted, held against it in full, and only then loaded.
+
+Every way into a model leads through :func:`fit` and :func:`load`: timm's ``pretrained=True``, OpenMMLab's ``init_cfg``
+and ``load_from``, a teacher for distillation, and the converter.
+"""
+
+from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from timm.models import adapt_input_conv
-from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
-from backbones.weights.files import read
-from backbones.weights.rules import CheckpointError, StateDict, enumerate_names, to_ours
+from backbones.weights import sources
+from backbones.weights.files import Grid, Weights, grid_in, grids_of, read, refuse_duplicates, select
+from backbones.weights.rules import CheckpointError, enumerate_names, to_ours
 
 _logger = logging.getLogger(__name__)
 
-# Behind the features: the backbone of a detector has none of these.
-_HEAD_MODULES = ("norm", "attn_pool", "head.norm", "head.class_block")
-
-
-def check(state_dict: Mapping[str, Tensor], model: nn.Module, ignore: Sequence[str] = ()) -> None:
-    """Raises :class:`CheckpointError` and names every missing, unknown and misshapen key.
-
-    Args:
-        state_dict: weights in our layout.
-        model: the model that is to load them; it is not changed.
-        ignore: modules whose weights may differ, such as a classifier for another number of classes.
-    """
-    expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-    given = {name: tuple(x.shape) for name, x in state_dict.items()}
-
-    def names(these: Iterable[str]) -> list[str]:
-        return sorted(x for x in these if not x.startswith(tuple(f"{module}." for module in ignore)))
-
-    problems = [
-        f"{what}: {enumerate_names(keys)}"
-        for what, keys in (
-            ("missing", names(expected.keys() - given.keys())),
-            ("unknown", names(given.keys() - expected.keys())),
-            (
-                "misshapen",
-                [
-                    f"{name} {given[name]}, expected {expected[name]}"
-                    for name in names(expected.keys() & given.keys())
-                    if given[name] != expected[name]
-                ],
-            ),
-        )
-        if keys
-    ]
-    if problems:
-        raise CheckpointError(f"the weights do not fit {type(model).__name__}; " + "; ".join(problems))
+# Around the backbone of a detector: OpenMMLab's name for it, then our DenseBackbone, or the pyramid of detectron2.
+_AROUND = ("backbone.", "model.", "net.")
 
 
 def load_pretrained(
-    model: Any, cfg: dict[str, Any], variant: str, headless: bool = False, cache_dir: str | None = None
+    model: Any,
+    cfg: Mapping[str, Any],
+    variant: str,
+    headless: bool = False,
+    cache_dir: str | None = None,
+    img_size: Grid | None = None,
 ) -> None:
     """Loads the weights that ``cfg`` points to, in the official layout or in ours; all or nothing.
 
@@ -60,63 +37,205 @@ def load_pretrained(
     keeps its fresh initialisation, and that is logged. With ``headless`` the classifier does not matter, and the
     file may lack what else stands behind the features.
 
+    Args:
+        model: a :class:`backbones.base.Backbone`.
+        cfg: fields of timm's ``PretrainedCfg``.
+        variant: registered name, for messages.
+        headless: only features are wanted.
+        cache_dir: where downloads are kept.
+        img_size: height and width of the images that the weights were made for, where known.
+
     Raises:
         CheckpointError: no source of weights is known, or its weights do not fit; every key is named.
-        FileNotFoundError: ``cfg["file"]`` does not exist.
     """
-    state_dict = to_ours(_read(cfg, variant, model.weight_keys, cache_dir), model.key_rules)
-    state_dict = model.adapt_state_dict(state_dict)
-    _adapt_first_conv(state_dict, cfg, model.in_chans)
+    if cfg.get("state_dict"):
+        weights = select(cfg["state_dict"], "state_dict", model.weight_keys)
+    else:
+        hint = f'timm.create_model("{variant}", pretrained=True, pretrained_cfg_overlay=dict(file=PATH)) loads a file'
+        weights = read(sources.fetch(cfg, variant, hint, cache_dir), model.weight_keys)
+    weights = fit(weights, model, cfg, img_size)
+    _adapt_first_conv(weights, cfg, model.in_chans)
     own = model.state_dict()
-    ignore = absent_head(state_dict, cfg) if headless else []
+    ignore = absent_head(weights, model, cfg) if headless else []
     for name in as_tuple(cfg["classifier"]):
-        given, expected = (len(x.get(f"{name}.weight", ())) for x in (state_dict, own))
+        given, expected = (len(x.get(f"{name}.weight", ())) for x in (weights, own))
         if headless or given not in (0, expected):
             ignore.append(name)
         if not headless and given not in (0, expected) and expected:
             text = "%s: %s starts from random weights: the file has %d classes, the model %d"
             _logger.warning(text, variant, name, given, expected)
-    check(state_dict, model, ignore)
-    dropped = tuple(f"{name}." for name in ignore)
-    kept = {name: x for name, x in state_dict.items() if not name.startswith(dropped)}
-    model.load_state_dict(kept | {name: x for name, x in own.items() if name.startswith(dropped)})
+    load(model, weights, ignore)
 
 
-def absent_head(state_dict: StateDict, cfg: dict[str, Any]) -> list[str]:
-    """The modules behind the features of which ``state_dict``, in our layout, holds nothing."""
-    modules = (*_HEAD_MODULES, *as_tuple(cfg["classifier"]))
-    return [module for module in modules if not any(name.startswith(f"{module}.") for name in state_dict)]
+def fit(weights: Weights, model: Any, cfg: Mapping[str, Any], img_size: Grid | None = None) -> Weights:
+    """``weights`` with our names and layouts, adapted to the input size of ``model``; nothing is loaded.
+
+    Args:
+        weights: in the official layout of the model's family, or in ours.
+        model: a :class:`backbones.base.Backbone`.
+        cfg: its pretrained configuration, with the size of the images that official files were made for.
+        img_size: that of ``weights``, where known.
+
+    Raises:
+        CheckpointError: a tensor has another shape than its layout, or the grid of a position embedding is unknown.
+    """
+    ours = Weights(to_ours(weights, model.key_rules), weights.grids)
+    if img_size is None and ours.keys() != weights.keys():
+        img_size = (cfg["input_size"][1], cfg["input_size"][2])
+    return model.adapt_state_dict(ours, img_size)
 
 
-def _read(cfg: dict[str, Any], variant: str, keys: Sequence[str], cache_dir: str | None) -> StateDict:
-    if cfg.get("state_dict"):
-        return cfg["state_dict"]
-    return read(cfg.get("file") or _download(cfg, variant, cache_dir), keys)
+def load(
+    model: nn.Module, weights: Mapping[str, Tensor], ignore: Sequence[str] = (), optional: Collection[str] = ()
+) -> list[str]:
+    """Loads ``weights`` into ``model``, or raises and leaves it as it was; arguments as in :func:`check`.
+
+    Returns:
+        The names of the weights that keep their present value.
+    """
+    check(weights, model, ignore, optional)
+    own = model.state_dict()
+    fitting = {name: x for name, x in weights.items() if name in own and own[name].shape == x.shape}
+    model.load_state_dict({**own, **fitting})
+    return sorted(own.keys() - fitting.keys())
 
 
-def _download(cfg: dict[str, Any], variant: str, cache_dir: str | None) -> str:
-    if cfg.get("hf_hub_id"):
-        from huggingface_hub import hf_hub_download
+def check(
+    weights: Mapping[str, Tensor], model: nn.Module, ignore: Sequence[str] = (), optional: Collection[str] = ()
+) -> None:
+    """Raises :class:`CheckpointError` and names every weight that does not fit.
 
-        return hf_hub_download(cfg["hf_hub_id"], cfg["hf_hub_filename"], cache_dir=cache_dir)
-    url = cfg.get("url")
-    call = f'timm.create_model("{variant}", pretrained=True, pretrained_cfg_overlay=dict(file=PATH))'
-    if not url:
-        origin = cfg.get("origin_url")
-        raise CheckpointError(f"{variant}: its authors released no weights ({origin}); {call} loads a file")
-    if "drive.google.com" in url:
-        raise CheckpointError(f"{variant}: download its weights by hand from {url}; {call} loads the file")
-    return download_cached_file(url, cache_dir=cache_dir)
+    Weights may be missing, unknown, of another shape, grid or type, or not finite in the type of the model.
+
+    Args:
+        weights: in our layout.
+        model: the model that is to load them; it is not changed.
+        ignore: modules whose weights may be missing, unknown or misshapen, such as a classifier for another number
+            of classes.
+        optional: names that may be missing.
+    """
+    own = model.state_dict()
+
+    def names(these: Iterable[str]) -> list[str]:
+        return sorted(x for x in these if not x.startswith(tuple(f"{module}." for module in ignore)))
+
+    problems = {
+        "missing": names(own.keys() - weights.keys() - set(optional)),
+        "unknown": names(weights.keys() - own.keys()),
+        "misshapen": [
+            f"{name} {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
+            for name in names(own.keys() & weights.keys())
+            if weights[name].shape != own[name].shape
+        ],
+        **_unlike(weights, own, getattr(weights, "grids", {})),
+    }
+    text = "; ".join(f"{what}: {enumerate_names(which)}" for what, which in problems.items() if which)
+    if text:
+        raise CheckpointError(f"the weights do not fit {type(model).__name__}; {text}")
 
 
-def _adapt_first_conv(state_dict: StateDict, cfg: dict[str, Any], in_chans: int) -> None:
-    for name in as_tuple(cfg["first_conv"]):
-        weight = state_dict.get(f"{name}.weight")
-        if weight is not None and weight.dim() == 4 and weight.shape[1] == cfg["input_size"][0] != in_chans:
-            state_dict[f"{name}.weight"] = adapt_input_conv(in_chans, weight)
-            _logger.info("%s adapted from %d to %d channels", name, weight.shape[1], in_chans)
+def accept(model: Any, state_dict: MutableMapping[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
+    """What ``model.load_state_dict`` does first: turns official names and layouts into ours, in place.
+
+    PyTorch's own check of names and shapes follows. Our own names stay untouched.
+
+    Args:
+        model: a :class:`backbones.base.Backbone`.
+        state_dict: weights of ``model`` under ``prefix``, and of other modules.
+        prefix: where ``model`` stands in the module that loads.
+        metadata: of ``model``, as its ``state_dict`` saved it.
+
+    Raises:
+        CheckpointError: weights of another type or grid, or that are not finite, or one that stands there twice.
+    """
+    own = model.state_dict()
+    given = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
+    foreign = {name: x for name, x in given.items() if name not in own and isinstance(x, Tensor)}
+    converted = to_ours(foreign, model.key_rules)
+    if converted.keys() != foreign.keys():
+        if twice := sorted(converted.keys() & given.keys() & own.keys()):
+            raise CheckpointError(f"the weights hold these in two layouts: {enumerate_names(twice)}")
+        for name in foreign:
+            del state_dict[prefix + name]
+        state_dict.update({prefix + name: x for name, x in converted.items()})
+        given = {name: x for name, x in given.items() if name not in foreign} | converted
+    grid = grid_in(metadata)
+    grids = {"pos_embed": grid} if grid else {}
+    text = "; ".join(f"{what}: {enumerate_names(which)}" for what, which in _unlike(given, own, grids).items() if which)
+    if text:
+        raise CheckpointError(f"the weights do not fit {type(model).__name__}; {text}")
+
+
+def inside_backbone(names: Iterable[str]) -> dict[str, str]:
+    """The names of a detector's or segmentor's backbone without the prefixes around it, and what each is in the file.
+
+    Other files have all their names. The norms of our dense models' outputs stay.
+
+    Raises:
+        CheckpointError: two names stand for one weight.
+    """
+    inside = {name: name for name in names}
+    for prefix in _AROUND:
+        part = {name.removeprefix(prefix): whole for name, whole in inside.items() if name.startswith(prefix)}
+        if part:
+            both = {whole: own for own, whole in part.items()} | {inside[name]: name for name in part if name in inside}
+            refuse_duplicates(both)
+            inside = part | {name: whole for name, whole in inside.items() if name.startswith("out_norms.")}
+    return inside
+
+
+def absent_head(weights: Mapping[str, Tensor], model: Any, cfg: Mapping[str, Any]) -> list[str]:
+    """The modules of ``model`` behind its features of which ``weights``, in our layout, hold nothing."""
+    modules = (*model.head_modules, *as_tuple(cfg["classifier"]))
+    return [module for module in modules if not any(name.startswith(f"{module}.") for name in weights)]
 
 
 def as_tuple(names: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...]:
     """The module names in a field of a pretrained configuration."""
     return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def _unlike(weights: Mapping[str, Any], own: Mapping[str, Any], grids: Mapping[str, Grid]) -> dict[str, list[str]]:
+    """Weights that have the right name and shape, and still are not what the model has."""
+    expected = grids_of(own)
+    pairs = {
+        name: (x, own[name])
+        for name, x in weights.items()
+        if name in own and isinstance(x, Tensor) and isinstance(own[name], Tensor) and x.shape == own[name].shape
+    }
+    other_type = [name for name, (x, like) in pairs.items() if not _same_kind(x, like)]
+    return {
+        "of another grid": [
+            f"{name} {grid[0]} x {grid[1]}, expected {expected[name][0]} x {expected[name][1]}"
+            for name, grid in grids.items()
+            if name in pairs and name in expected and grid != expected[name]
+        ],
+        "of another type": [f"{name} {_type(pairs[name][0])}, expected {_type(pairs[name][1])}" for name in other_type],
+        "these are not finite": [
+            name
+            for name, (x, like) in pairs.items()
+            if name not in other_type and like.is_floating_point() and not x.is_meta
+            if not x.to(like.dtype).isfinite().all()
+        ],
+    }
+
+
+def _same_kind(x: Tensor, like: Tensor) -> bool:
+    """Whether values of ``x`` may become those of ``like``: floats of any width, and whole numbers of any type."""
+    if like.is_floating_point() or like.is_complex():
+        return x.is_floating_point() == like.is_floating_point() and x.is_complex() == like.is_complex()
+    return x.dtype == like.dtype or x.is_meta or (not x.is_complex() and bool((x.to(like.dtype) == x).all()))
+
+
+def _type(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _adapt_first_conv(weights: Weights, cfg: Mapping[str, Any], in_chans: int) -> None:
+    for name in as_tuple(cfg["first_conv"]):
+        weight = weights.get(f"{name}.weight")
+        if weight is not None and weight.dim() == 4 and weight.shape[1] == cfg["input_size"][0] != in_chans:
+            # timm 1.0.22 knows three channels alone.
+            source = {} if weight.shape[1] == 3 else {"base_chans": weight.shape[1]}
+            weights[f"{name}.weight"] = adapt_input_conv(in_chans, weight, **source)
+            _logger.info("%s adapted from %d to %d channels", name, weight.shape[1], in_chans)

@@ -118,6 +118,15 @@ def to_official(state_dict: Mapping[str, Tensor], rules: Iterable[KeyRule]) -> S
     return left | converted
 
 
+def rename(name: str, rules: Iterable[KeyRule]) -> str:
+    """Our name for ``name`` by the first rule, of one name each, that matches; ``name`` itself where none does."""
+    for rule in rules:
+        if isinstance(rule.official, str) and isinstance(rule.ours, str):
+            for binding in _bindings(rule.official, [name]):
+                return _fill(rule.ours, binding)
+    return name
+
+
 def _names(template: str | tuple[str, ...]) -> tuple[str, ...]:
     return (template,) if isinstance(template, str) else template
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
-from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
-from backbones.weights import CheckpointError
-from backbones.weights.files import load
-from backbones.weights.loading import check
+from backbones.weights import CheckpointError, Weights
+from backbones.weights.files import WRAPPERS, load, select
+from backbones.weights.loading import load as load_into
+from backbones.weights.sources import fetch, locate
 
 # One name per folder: what a killed process leaves behind is overwritten by the next checkpoint.
 _PARTIAL = ".checkpoint.partial"
@@ -57,64 +57,47 @@ register_backend("atomic", AtomicBackend, force=True)
 def write_text(path: str | Path, text: str) -> None:
     """Replace the small text file ``path`` in one step."""
     partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a PyTorch checkpoint, a file or a URL, that holds tensors and plain Python values only.
+    """Read a PyTorch checkpoint that holds tensors and plain Python values only.
+
+    Args:
+        path: a file, a folder, a URL or a repository, see :func:`backbones.weights.sources.locate`.
+        map_location: see ``torch.load``.
 
     Raises:
         CheckpointError: no such file, a truncated or foreign file, or a pickle that holds other objects.
     """
-    if str(path).startswith(("http://", "https://")):
-        path = download_cached_file(str(path))
-    try:
-        checkpoint = load(path, map_location)
-    except FileNotFoundError as error:
-        raise CheckpointError(str(error)) from error
+    hint = "download it by hand and give its path"
+    checkpoint = load(fetch(locate(str(path), ""), str(path), hint), map_location)
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"checkpoint {path} holds a {type(checkpoint).__name__}, expected a dict")
     return checkpoint
 
 
-def select_state_dict(checkpoint: Mapping[str, Any], source: str | Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint, without the prefix that ``DistributedDataParallel`` adds to the names.
+def select_state_dict(checkpoint: Mapping[str, Any], source: str | Path) -> Weights:
+    """The weights of a checkpoint, without the prefixes that ``DistributedDataParallel`` and ``compile`` add.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there are none, or one stands there twice.
     """
-    state_dict = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(state_dict, Mapping) or not all(isinstance(v, Tensor) for v in state_dict.values()):
-        raise CheckpointError(
-            f"checkpoint {source} has no 'state_dict'; its entries are {', '.join(map(str, checkpoint))}"
-        )
-    return {re.sub(r"^module\.", "", key): value for key, value in state_dict.items()}
+    return select(checkpoint, f"checkpoint {source}", ("state_dict",), WRAPPERS)
 
 
 def load_weights(
-    module: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path, ignore: Sequence[str] = ()
+    module: nn.Module, weights: Mapping[str, Tensor], source: str | Path, ignore: Sequence[str] = ()
 ) -> list[str]:
-    """Load every weight of ``module`` from ``state_dict``, or raise and leave ``module`` as it was.
-
-    Args:
-        source: where the weights come from, for the message.
-        ignore: modules whose weights may differ; those that do keep their present value.
-
-    Returns:
-        The names of the weights that keep their value.
-
-    Raises:
-        CheckpointError: names that are missing, unknown, or of another shape.
-    """
+    """As :func:`backbones.weights.loading.load`; ``source`` says in the message where the weights come from."""
     try:
-        check(state_dict, module, ignore)
+        return load_into(module, weights, ignore)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {source}: {error}") from None
-    own = module.state_dict()
-    fitting = {name: x for name, x in state_dict.items() if name in own and own[name].shape == x.shape}
-    module.load_state_dict({**own, **fitting})
-    return sorted(own.keys() - fitting.keys())
 
 
 def find_latest(work_dir: str | Path) -> Path | None:

@@ -20,6 +20,7 @@ from backbones.mm.app.console import hidden_prints
 from backbones.mm.engine.checkpoints import load_weights, read_checkpoint, select_state_dict
 from backbones.mm.engine.hooks import LabelRangeHook
 from backbones.mm.errors import UserError
+from backbones.weights import CheckpointError
 
 _DETECTION_HEAD = re.compile(r"(^|\.)(rpn_head|bbox_head|mask_head)(\.\d+)?$")
 
@@ -128,12 +129,21 @@ class Runner(mmengine.runner.Runner):
         checkpoint = read_checkpoint(filename, map_location)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model = self.model.module if is_model_wrapper(self.model) else self.model
-        weights = select_state_dict(checkpoint, filename)
         ignore = () if self._resume else self.cfg.get("load_ignore", ())
         meta = checkpoint.get("meta")
         # Tells at once what a checkpoint that does not fit is made for.
         run = f" (written by {_run_name(meta['experiment_name'])})" if meta and "experiment_name" in meta else ""
-        if ignored := load_weights(model, weights, f"{filename}{run}", ignore):
+        try:
+            weights = select_state_dict(checkpoint, filename)
+            ignored = load_weights(model, weights, f"{filename}{run}", ignore)
+        except CheckpointError as error:
+            if self._resume:
+                raise
+            raise CheckpointError(
+                f"{error}; load_from wants the weights of the whole model, those of a classifier or a backbone alone "
+                "go to init_cfg=dict(type='Pretrained', checkpoint=...)"
+            ) from None
+        if ignored:
             self.logger.warning(f"not loaded from {filename} (load_ignore): {', '.join(ignored)}")
         self._has_loaded = True
         self.logger.info(f"loaded {filename}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, cast
 
 import timm
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from backbones.base import Backbone
 from backbones.mm.errors import UserError
 from backbones.mm.models.dense import fetch_weights
+from backbones.suggest import did_you_mean
 from backbones.weights.loading import load_pretrained
 
 for _loss in (BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy):
@@ -29,9 +29,7 @@ def create_network(name: str, **kwargs: Any) -> nn.Module:
         UserError: ``name`` is not registered in timm.
     """
     if ":" not in name and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise UserError(f"unknown model {name!r}{hint}")
+        raise UserError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}")
     return timm.create_model(name, **kwargs)
 
 
@@ -116,7 +114,7 @@ class ImageClassifier(BaseModel):
             raise UserError(f"init_cfg: {self.name} is not of this library, use network=dict(pretrained=True, ...)")
         file = fetch_weights(self.init_cfg["checkpoint"], self.name)
         cfg = cast(dict[str, Any], self.network.pretrained_cfg)
-        load_pretrained(self.network, {**cfg, "file": file}, self.name)
+        load_pretrained(self.network, {**cfg, "state_dict": None, "file": file}, self.name)
 
     def forward(
         self, inputs: Tensor, targets: Any = None, mode: str = "tensor"

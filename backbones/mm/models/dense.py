@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import timm
-from huggingface_hub import hf_hub_download
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import backbones  # noqa: F401  (registers the models in timm)
 from backbones.mm.errors import UserError
-from backbones.weights import KeyRule, StateDict, files, loading, rules
+from backbones.suggest import did_you_mean
+from backbones.weights import CheckpointError, KeyRule, files, loading, rules, sources
 
 
 class DenseBackbone(BaseModule):
@@ -35,8 +32,8 @@ class DenseBackbone(BaseModule):
         out_norm: put a LayerNorm on every output; False returns the maps as they are.
         model_args: further arguments of ``timm.create_model``.
         init_cfg: ``dict(type="Pretrained", checkpoint=...)`` loads the weights of a classifier or of a
-            backbone, in the official layout or in ours, when ``init_weights`` is called: from a file, from a
-            URL, or with "published" those that the authors of ``arch`` released.
+            backbone, in the official layout or in ours, when ``init_weights`` is called: see
+            :func:`backbones.weights.sources.locate`; "published" are those that the authors of ``arch`` released.
 
     Raises:
         UserError: ``arch`` is no model of this family, or an index is out of range.
@@ -60,8 +57,7 @@ class DenseBackbone(BaseModule):
         super().__init__(init_cfg)
         known = timm.list_models(module=self.module)
         if arch not in known:
-            near = ", ".join(difflib.get_close_matches(arch, known, n=3, cutoff=0))
-            raise UserError(f"arch: {arch!r} is no model of {type(self).__name__}; near names are {near}")
+            raise UserError(f"arch: {arch!r} is no model of {type(self).__name__}{did_you_mean(arch, known)}")
         self.arch, self.out_indices = arch, tuple(out_indices)
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
         self._model_args = {"drop_path_rate": drop_path_rate, **(model_args or {})}
@@ -117,22 +113,30 @@ class DenseBackbone(BaseModule):
             CheckpointError: the file cannot be read, or weights are missing, unknown or misshapen; all named.
             UserError: the published weights must be downloaded by hand, or there are none.
         """
-        path = fetch_weights(path, self.arch)
+        file = fetch_weights(path, self.arch)
         whole = cast(Any, timm.create_model(self.arch, device="meta", **self._model_args))
-        weights = rules.to_ours(_of_backbone(files.read(path, whole.weight_keys)), whole.key_rules)
-        weights = rules.to_ours(self.model.adapt_state_dict(weights), self._norm_rules())
+        read = files.read(file, whole.weight_keys)
+        inside = loading.inside_backbone(read)
+        fitted = loading.fit(read.renamed(inside), self.model, whole.pretrained_cfg)
+        weights = rules.to_ours(fitted, self._norm_rules())
         weights = {x if x.startswith("out_norms.") else f"model.{x}": value for x, value in weights.items()}
+        # Beside the backbone stand a neck and heads, but inside of it nothing may be left over.
+        around = sorted(read.keys() - set(inside.values()))
+        part = "backbone." if any(name.startswith("backbone.") for name in read) else ""
+        weights |= {name.removeprefix(part): read[name] for name in around if name.startswith(part)}
         own = self.state_dict()
         unused = sorted(weights.keys() & {f"model.{name}" for name in whole.state_dict()} - own.keys())
-        fresh = sorted(name for name in own.keys() - weights.keys() if self._may_be_fresh(name))
-        weights = {name: x for name, x in weights.items() if name not in unused}
-        weights |= {name: own[name] for name in fresh}
-        loading.check(weights, self)
-        self.load_state_dict(weights)
+        fresh = [name for name in own if self._may_be_fresh(name)]
+        fresh = loading.load(self, {name: x for name, x in weights.items() if name not in unused}, optional=fresh)
 
         logger = MMLogger.get_current_instance()
-        logger.info("loaded %s into %s", path, self.arch)
-        for what, names in (("of no use in a backbone", unused), ("not in the file, left fresh", fresh)):
+        logger.info("loaded %s into %s", file, self.arch)
+        outside = [name for name in around if not name.startswith(part)]
+        for what, names in (
+            ("outside the backbone", outside),
+            ("of no use in a backbone", unused),
+            ("not in the file, left fresh", fresh),
+        ):
             if names:
                 logger.info("%s: %s", what, ", ".join(names))
 
@@ -144,7 +148,7 @@ class DenseBackbone(BaseModule):
 
     def _norm_rules(self) -> tuple[KeyRule, ...]:
         """Names of the output norms in the authors' dense models, applied after the model's own rules."""
-        return (KeyRule("outnorm{}.{}", "out_norms.{}.{}"),)
+        return tuple(self.model.dense_rules)
 
     def _may_be_fresh(self, name: str) -> bool:
         """Whether the parameter ``name`` may be missing in a file and keep its initialisation."""
@@ -212,8 +216,11 @@ class PlainDenseBackbone(DenseBackbone):
         return [feature.unflatten(1, grid) for feature in features]
 
     def _norm_rules(self) -> tuple[KeyRule, ...]:
+        # Officially counted by position among the outputs, here by block.
         return tuple(
-            KeyRule(f"outnorm_{position}.{{}}", f"out_norms.{i}.{{}}") for position, i in enumerate(self.out_indices)
+            KeyRule(rule.official.replace("{}", str(position), 1), rule.ours.replace("{}", str(i), 1))
+            for rule in self.model.dense_rules
+            for position, i in enumerate(self.out_indices)
         )
 
     def _may_be_fresh(self, name: str) -> bool:
@@ -225,45 +232,21 @@ class PlainDenseBackbone(DenseBackbone):
 
 
 def fetch_weights(checkpoint: str, arch: str) -> str:
-    """Path of the weight file that ``checkpoint`` stands for, downloaded into a cache if it is not local.
+    """The weight file that ``checkpoint`` stands for, downloaded into a cache if it is not local.
 
     Args:
-        checkpoint: a path, a URL, "published" for the ImageNet weights that the authors of ``arch`` released, or
-            "published:NAME" for those of another model.
+        checkpoint: see :func:`backbones.weights.sources.locate`.
+        arch: registered name.
 
     Raises:
-        UserError: there is no such file, or the published weights cannot be downloaded by a program.
+        UserError: there is no such file, or the weights cannot be downloaded.
     """
-    published, _, name = checkpoint.partition(":")
-    if checkpoint.startswith(("http://", "https://")):
-        return download_cached_file(checkpoint)
-    if published != "published":
-        if not Path(checkpoint).is_file():
-            raise UserError(f"checkpoint: no weight file at {checkpoint}")
-        return checkpoint
-    name = name or arch
-    if not timm.is_model(name):
-        raise UserError(f"checkpoint: got {checkpoint!r}, but there is no model {name!r}")
-    cfg = cast(Any, timm.get_pretrained_cfg(name))
-    if cfg.hf_hub_id:
-        return hf_hub_download(cfg.hf_hub_id, cfg.hf_hub_filename)
-    if cfg.url and "drive.google.com" not in cfg.url:
-        return download_cached_file(cfg.url)
-    how = f"download them by hand from {cfg.url}" if cfg.url else f"none were released ({cfg.origin_url})"
-    raise UserError(
-        f"checkpoint: the published weights of {name} cannot be downloaded automatically, {how}; set checkpoint to "
-        "a file in init_cfg, or init_cfg=None to start from random weights"
-    )
-
-
-def _of_backbone(weights: StateDict) -> StateDict:
-    """The part of a detector's or segmentor's weights that is the backbone's; other files as they are.
-
-    Names beside our ``model.`` stay, so that the check names those that no backbone has.
-    """
-    part = {x.removeprefix("backbone."): value for x, value in weights.items() if x.startswith("backbone.")}
-    weights = part or weights
-    return {x.removeprefix("model."): value for x, value in weights.items()}
+    hint = "set checkpoint to a file in init_cfg, or init_cfg=None to start from random weights"
+    try:
+        where = sources.locate(checkpoint, arch)
+        return str(sources.fetch(where, where.get("architecture", arch), hint))
+    except CheckpointError as error:
+        raise UserError(f"checkpoint: {error}") from error
 
 
 @MODELS.register_module()
@@ -306,9 +289,6 @@ class GroupMamba(DenseBackbone):
     """GroupMamba for dense prediction; all but its last stage end in a norm of the model itself."""
 
     module = "groupmamba"
-
-    def _norm_rules(self) -> tuple[KeyRule, ...]:
-        return (KeyRule("head.norm.{}", "out_norms.3.{}"),)
 
     def _normed(self) -> Iterable[int]:
         return [i for i in self.out_indices if i == 3]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,13 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from backbones.base import Backbone
 from backbones.mm.engine.checkpoints import load_weights
 from backbones.mm.errors import UserError
 from backbones.mm.models.classifier import ImageClassifier, create_network, mean_logits
 from backbones.mm.models.dense import fetch_weights
 from backbones.weights import files
+from backbones.weights.loading import fit
 
 
 class Teacher:
@@ -83,8 +85,13 @@ class HardDistillation(ImageClassifier):
         classes = self.network.num_classes
         if network.num_classes != classes:
             raise UserError(f"teacher: {kwargs['name']} has {network.num_classes} classes, the network {classes}")
-        weights = files.read(fetch_weights(checkpoint, kwargs["name"]))
-        load_weights(network, weights, checkpoint)
+        keys = network.weight_keys if isinstance(network, Backbone) else files.WEIGHT_KEYS
+        weights = files.read(fetch_weights(checkpoint, kwargs["name"]), keys)
+        load_weights(
+            network,
+            fit(weights, network, cast(Any, network.pretrained_cfg)) if isinstance(network, Backbone) else weights,
+            checkpoint,
+        )
         self.teacher = Teacher(network)
 
     def losses(self, outputs: Any, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
