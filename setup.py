@@ -118,7 +118,16 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["backbones", "backbones.*"]),
     package_data={"backbones": ["py.typed", "zoo/*.yml", "ops/csrc/*"]},
-    install_requires=["torch>=2.4", "timm>=1.0.22", "einops", "numpy", "pyyaml", "safetensors"],
+    install_requires=[
+        "torch>=2.4",
+        "timm>=1.0.22",
+        "einops",
+        "huggingface_hub",
+        "numpy",
+        "packaging",
+        "pyyaml",
+        "safetensors",
+    ],
     extras_require={
         "mm": [
             "onedl-mmengine",
@@ -127,6 +136,7 @@ setup(
             "onedl-mmsegmentation",
             "opencv-python-headless",
             "matplotlib",
+            "pillow",
             "rich",
             "scikit-learn",
             "tensorboard",
@@ -136,7 +146,6 @@ setup(
         "dev": [
             "matplotlib",
             "mypy",
-            "packaging",
             "pre-commit",
             "pytest",
             "pytest-xdist",

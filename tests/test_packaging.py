@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -50,6 +51,33 @@ def pinned(*names: str) -> dict[str, Requirement]:
     return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, lines)}
 
 
+def declared() -> tuple[set[str], set[str]]:
+    """Return what setup.py says every installation needs, and what any of its extras needs, by distribution name."""
+    call = next(
+        node
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setup"
+    )
+    values = {keyword.arg: keyword.value for keyword in call.keywords}
+    extras = ast.literal_eval(values["extras_require"]).values()
+    return (
+        {canonicalize_name(Requirement(line).name) for line in ast.literal_eval(values["install_requires"])},
+        {canonicalize_name(Requirement(line).name) for extra in extras for line in extra},
+    )
+
+
+def imported(path: Path) -> set[str]:
+    """Return the distributions that a module imports, anywhere in it."""
+    names = {"PIL": "pillow", "yaml": "pyyaml", "mmengine": "onedl-mmengine", "huggingface_hub": "huggingface-hub"}
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            modules.add(node.module.partition(".")[0])
+    return {names.get(name, name) for name in modules - sys.stdlib_module_names - {"backbones"}}
+
+
 def exact_version(requirement: Requirement) -> str:
     (specifier,) = requirement.specifier
     assert specifier.operator == "==", f"{requirement} is not pinned exactly"
@@ -79,6 +107,16 @@ def test_pins_satisfy_the_declared_minimums():
         pin = pins.get(canonicalize_name(requirement.name))
         if pin is not None:
             assert requirement.specifier.contains(pin), f"pinned {pin}, declared {requirement}"
+
+
+def test_what_is_imported_is_declared():
+    mandatory, optional = declared()
+    assert mandatory <= pinned("base").keys()
+    for path in (ROOT / "backbones").rglob("*.py"):
+        where = path.relative_to(ROOT / "backbones")
+        assert imported(path) <= mandatory | optional, where
+        if where.parts[0] != "mm" and not {"triton", "onnx"} & set(re.split(r"[/_.]", where.as_posix())):
+            assert imported(path) - {"triton", "onnxscript"} <= mandatory, where
 
 
 def test_import_leaves_openmmlab_and_cuda_packages_alone():
