@@ -10,7 +10,6 @@ as one operator: import backbones.ops before torch.export.load.
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
 import sys
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from backbones import ops
 from backbones.export import export_onnx, export_program
 from backbones.models import family_names
+from backbones.suggest import did_you_mean
 from backbones.weights import CheckpointError
 
 TOLERANCE = 1e-4  # of the largest output; float32 in another order of summation
@@ -82,8 +82,7 @@ def run(args: argparse.Namespace) -> None:
 def _check_arguments(args: argparse.Namespace) -> None:
     names = timm.list_models(module=list(family_names()))
     if args.name not in names:
-        near = ", ".join(difflib.get_close_matches(args.name, names, n=3, cutoff=0))
-        raise ExportError(f"unknown model {args.name!r}, near names are {near}")
+        raise ExportError(f"unknown model {args.name!r}{did_you_mean(args.name, names)}")
     if args.onnx is None and args.pt2 is None:
         raise ExportError("nothing to write: give --onnx FILE, --pt2 FILE, or both")
     for option, path, suffix in (("--onnx", args.onnx, ".onnx"), ("--pt2", args.pt2, ".pt2")):

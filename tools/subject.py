@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 import backbones  # noqa: F401  (registers the models in timm)
 from backbones.patterns import PATTERNS
+from backbones.suggest import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
     if args.model.endswith(".py"):
         return _from_config(args)
     if not timm.is_model(args.model):
-        near = difflib.get_close_matches(args.model, [*timm.list_models(), *PATTERNS], n=4, cutoff=0.5)
-        raise ValueError(f"unknown model {args.model!r}{'; did you mean ' + ', '.join(near) + '?' if near else ''}")
+        raise ValueError(f"unknown model {args.model!r}{did_you_mean(args.model, [*timm.list_models(), *PATTERNS])}")
     cfg = timm.get_pretrained_cfg(args.model) or PretrainedCfg(input_size=(3, 224, 224))
     size = args.size or cfg.input_size[1:]
     sized: dict[str, Any] = {"img_size": size} if cfg.fixed_input_size else {}

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import backbones  # noqa: F401  (registers the models in timm)
+from backbones.suggest import did_you_mean
 
 _SCAN = torch.ops.backbones.selective_scan
 _MOST_PARTS = 8  # a list of more modules is a plain model's blocks: one row
@@ -73,8 +73,7 @@ def count(name: str, size: int | tuple[int, int] | None = None, **model_args: An
         ValueError: no such model (near names are offered), or a size that it cannot take.
     """
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
-        raise ValueError(f"unknown model {name!r}{'; did you mean ' + ', '.join(near) + '?' if near else ''}")
+        raise ValueError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}")
     cfg = timm.get_pretrained_cfg(name) or PretrainedCfg(input_size=(3, 224, 224))
     height, width = cfg.input_size[1:] if size is None else (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from functools import partial
 
 from backbones.patterns.pattern import PATTERNS, ScanPattern, checked_int
@@ -23,6 +22,7 @@ from backbones.patterns.traversals import (
     turned,
     windows,
 )
+from backbones.suggest import did_you_mean
 
 
 def local_windows(size: int) -> ScanPattern:
@@ -82,9 +82,7 @@ def get_pattern(name: str | ScanPattern) -> ScanPattern:
     if isinstance(name, ScanPattern):
         return name
     if name not in PATTERNS:
-        near = get_close_matches(str(name), PATTERNS)
-        offer = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(PATTERNS)}"
-        raise ValueError(f"unknown scan pattern {name!r}; {offer}")
+        raise ValueError(f"unknown scan pattern {name!r}{did_you_mean(str(name), PATTERNS)}")
     return PATTERNS[name]
 
 

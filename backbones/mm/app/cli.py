@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from argparse import ArgumentParser, Namespace
@@ -16,6 +15,7 @@ from mmengine.config import Config, DictAction
 from backbones.mm.app.console import hidden_prints
 from backbones.mm.data.annotations import check_annotations
 from backbones.mm.errors import UserError
+from backbones.suggest import did_you_mean
 from backbones.weights import CheckpointError
 
 # What a config may need beyond mmengine.
@@ -49,8 +49,8 @@ def load_config(args: Namespace, loaders: Sequence[str] = ()) -> Config:
     """
     path = Path(args.config)
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, (p.name for p in path.parent.glob("*.py")), n=3)
-        raise UserError(f"config {path} does not exist{'; did you mean ' + ', '.join(near) + '?' if near else ''}")
+        known = sorted(other.name for other in path.parent.glob("*.py"))
+        raise UserError(f"config {path} does not exist{did_you_mean(path.name, known)}")
     try:
         config = Config.fromfile(path)
     except ImportError as error:
