@@ -1,15 +1,20 @@
 """Dense backbones of OpenMMLab against recordings of the originals' maps, and what configs expect of them."""
 
+import pickle
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from mmengine.logging import MMLogger
+from mmengine.registry import MODELS
 from torch import nn
 
-import backbones.mm  # noqa: F401  (registers the backbones)
+from backbones.base import Backbone, PlainBackbone
 from backbones.mm import UserError
+from backbones.mm.models import dense
+from backbones.models import FAMILIES
+from backbones.models.vmamba import VMamba
 from backbones.weights import CheckpointError
 from backbones.weights.rules import to_ours
 from tests.tolerances import GROUPMAMBA_INPUT_GRADIENT, GROUPMAMBA_LOGITS, INPUT_GRADIENT, LOGITS
@@ -107,6 +112,28 @@ def test_our_own_files_and_detectors_load(tmp_path: Path) -> None:
     torch.save({"state_dict": {f"backbone.{key}": x for key, x in backbone.state_dict().items()}}, tmp_path / "det.pth")
     loaded = build(NANO, tmp_path / "det.pth")
     assert all(torch.equal(x, y) for x, y in zip(backbone.parameters(), loaded.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_a_backbone_of_its_name(family: type[Backbone]) -> None:
+    cls = getattr(dense, family.__name__)
+    assert MODELS.get(family.__name__) is cls
+    assert cls.family is family and family.__name__ in cls.__doc__
+    assert issubclass(cls, dense.PlainDenseBackbone) == issubclass(family, PlainBackbone)
+    assert pickle.loads(pickle.dumps(cls)) is cls
+
+
+def test_backbones_can_be_pickled() -> None:
+    backbone = build(NANO)
+    loaded = pickle.loads(pickle.dumps(backbone))
+    assert type(loaded) is type(backbone)
+    assert all(torch.equal(x, y) for x, y in zip(backbone.parameters(), loaded.parameters(), strict=True))
+
+
+def test_a_module_of_two_families_keeps_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense.VMamba, "family", type("Other", (VMamba,), {"__module__": VMamba.__module__}))
+    with pytest.raises(UserError, match="'vmamba_tiny_s1l8' is a VMamba, no model of VMamba"):
+        build({"type": "VMamba", "arch": "vmamba_tiny_s1l8"})
 
 
 def test_frozen_stages_stay_in_eval_mode() -> None:

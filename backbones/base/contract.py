@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from backbones.layers.constructor import Constructor
 from backbones.weights import WEIGHT_KEYS, KeyRule, Weights
 from backbones.weights.loading import accept
 
@@ -29,6 +30,7 @@ class Backbone(nn.Module):
 
     feature_indices: ClassVar[int | tuple[int, ...]]  # what ``features_only=True`` returns unless told
     head_modules: ClassVar[Sequence[str]] = ("norm",)  # behind the features, besides the classifier
+    dense_norm: ClassVar[Constructor] = nn.LayerNorm  # behind each output of a dense model, called with its width
     # Names in the authors' dense models of what stands behind each output: its norm is our `out_norms.{}`.
     dense_rules: ClassVar[Sequence[KeyRule]] = (KeyRule("outnorm{}.{}", "out_norms.{}.{}"),)
 

@@ -1,7 +1,7 @@
 """The mmengine side of the library; importing it fills mmengine's root registries.
 
-They get the dense backbones ``Vim``, ``LBVim``, ``VMamba``, ``MSVMamba``, ``EfficientVMamba``, ``GroupMamba`` and
-``SpatialMamba``, the neck ``SimpleFeaturePyramid``, the models ``ImageClassifier``, ``HardDistillation``,
+They get a dense backbone for each of :data:`backbones.models.FAMILIES`, under its name (``Vim``, ..., ``VMamba``),
+the neck ``SimpleFeaturePyramid``, the models ``ImageClassifier``, ``HardDistillation``,
 ``SelfDistillation``, ``ImagePreprocessor`` and timm's losses, the dataset ``ImageFolder`` with ``collate_images``,
 ``keep_worker_seed`` and ``RepeatedAugmentationSampler``, ``ClassificationMetric``, ``TimmOptimWrapperConstructor``,
 ``BFloat16OptimWrapper``, the hooks ``ResumeHook``, ``FiniteLossHook``, ``ProgressHook``, ``ReportHook`` and

@@ -299,6 +299,7 @@ class GroupMamba(HierarchicalBackbone):
     """
 
     head_modules = ("head.norm", "head.class_block")
+    dense_norm = _norm
     dense_rules = (KeyRule("head.norm.{}", "out_norms.3.{}"),)  # stages before the last end in a norm of the model
 
     key_rules = (

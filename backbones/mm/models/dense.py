@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import timm
@@ -13,14 +13,15 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import backbones  # noqa: F401  (registers the models in timm)
+from backbones.base import Backbone, PlainBackbone
 from backbones.mm.errors import UserError
+from backbones.models import FAMILIES
 from backbones.suggest import did_you_mean
 from backbones.weights import CheckpointError, KeyRule, files, loading, rules, sources
 
 
 class DenseBackbone(BaseModule):
-    """Features of a registered model, each with a norm of its own.
+    """Features of a registered model, each with a norm of its own, unless the stage itself ends in one.
 
     Args:
         arch: registered name, such as "vmamba_tiny_s1l8".
@@ -39,8 +40,8 @@ class DenseBackbone(BaseModule):
         UserError: ``arch`` is no model of this family, or an index is out of range.
     """
 
-    module: ClassVar[str]
-    """Module of :mod:`backbones` that registers the family's models."""
+    family: ClassVar[type[Backbone]]
+    """Class of the family's models."""
 
     def __init__(
         self,
@@ -55,19 +56,28 @@ class DenseBackbone(BaseModule):
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        known = timm.list_models(module=self.module)
+        known = timm.list_models(module=self.family.__module__.rpartition(".")[2])
         if arch not in known:
             raise UserError(f"arch: {arch!r} is no model of {type(self).__name__}{did_you_mean(arch, known)}")
         self.arch, self.out_indices = arch, tuple(out_indices)
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
         self._model_args = {"drop_path_rate": drop_path_rate, **(model_args or {})}
-        self.model = cast(Any, timm.create_model(arch, **self._model_args))
+        model = timm.create_model(arch, **self._model_args)
+        if not isinstance(model, self.family):  # two families may share a module
+            raise UserError(f"arch: {arch!r} is a {type(model).__name__}, no model of {type(self).__name__}")
+        self.model = cast(Any, model)
         info = self.model.feature_info
         if not self.out_indices or not all(0 <= i < len(info) for i in self.out_indices):
             raise UserError(f"out_indices: got {self.out_indices}, expected numbers within 0..{len(info) - 1}")
         self.model.prune_intermediate_layers(list(self.out_indices), prune_norm=True)
         self.model.set_grad_checkpointing(with_cp)
-        self.out_norms = nn.ModuleDict({str(i): self._norm(info[i]["num_chs"]) for i in self._normed() if out_norm})
+        self.out_norms = nn.ModuleDict(
+            {
+                str(i): self.family.dense_norm(info[i]["num_chs"])
+                for i in self.out_indices
+                if out_norm and not self._ends_in_norm(i)
+            }
+        )
         self.train()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -154,11 +164,9 @@ class DenseBackbone(BaseModule):
         """Whether the parameter ``name`` may be missing in a file and keep its initialisation."""
         return name.startswith("out_norms.")
 
-    def _normed(self) -> Iterable[int]:
-        return self.out_indices
-
-    def _norm(self, channels: int) -> nn.Module:
-        return nn.LayerNorm(channels)
+    def _ends_in_norm(self, index: int) -> bool:
+        """Whether the model itself normalises the output ``index``."""
+        return not isinstance(self.model.stages[index].norm, nn.Identity)
 
     def _stem_and_stages(self, count: int) -> list[nn.Module | nn.Parameter]:
         return [self.model.stem, *self.model.stages[:count], *self.model.downsamples[: max(count - 1, 0)]]
@@ -223,6 +231,9 @@ class PlainDenseBackbone(DenseBackbone):
             for position, i in enumerate(self.out_indices)
         )
 
+    def _ends_in_norm(self, index: int) -> bool:
+        return False  # the tokens of blocks are the stream itself
+
     def _may_be_fresh(self, name: str) -> bool:
         return super()._may_be_fresh(name) or re.fullmatch(r"model\.blocks\.\d+\.norm\.bias", name) is not None
 
@@ -249,56 +260,13 @@ def fetch_weights(checkpoint: str, arch: str) -> str:
         raise UserError(f"checkpoint: {error}") from error
 
 
-@MODELS.register_module()
-class Vim(PlainDenseBackbone):
-    """Vim for dense prediction."""
-
-    module = "vim"
-
-
-@MODELS.register_module()
-class LBVim(PlainDenseBackbone):
-    """LBVim for dense prediction."""
-
-    module = "lbmamba"
+def _backbone_of(family: type[Backbone]) -> type[DenseBackbone]:
+    """The dense backbone of a family, under the family's name."""
+    name = family.__name__
+    base = PlainDenseBackbone if issubclass(family, PlainBackbone) else DenseBackbone
+    doc = f"{name} for dense prediction; see :class:`{base.__name__}`."
+    return type(name, (base,), {"__module__": __name__, "__doc__": doc, "family": family})
 
 
-@MODELS.register_module()
-class VMamba(DenseBackbone):
-    """VMamba for dense prediction."""
-
-    module = "vmamba"
-
-
-@MODELS.register_module()
-class MSVMamba(DenseBackbone):
-    """MSVMamba for dense prediction."""
-
-    module = "msvmamba"
-
-
-@MODELS.register_module()
-class EfficientVMamba(DenseBackbone):
-    """EfficientVMamba for dense prediction."""
-
-    module = "efficientvmamba"
-
-
-@MODELS.register_module()
-class GroupMamba(DenseBackbone):
-    """GroupMamba for dense prediction; all but its last stage end in a norm of the model itself."""
-
-    module = "groupmamba"
-
-    def _normed(self) -> Iterable[int]:
-        return [i for i in self.out_indices if i == 3]
-
-    def _norm(self, channels: int) -> nn.Module:
-        return nn.LayerNorm(channels, eps=1e-6)
-
-
-@MODELS.register_module()
-class SpatialMamba(DenseBackbone):
-    """Spatial-Mamba for dense prediction."""
-
-    module = "spatialmamba"
+for _family in FAMILIES:
+    globals()[_family.__name__] = MODELS.register_module(module=_backbone_of(_family))
