@@ -169,7 +169,7 @@ def test_plain_backbones_take_any_size(tap: str) -> None:
     ("config", "message"),
     [
         ({"arch": "msvmamba_tinny"}, "'msvmamba_tinny' is no model of MSVMamba; did you mean msvmamba_tiny"),
-        ({"out_indices": (0, 4)}, r"out_indices: got \(0, 4\), expected numbers within 0..3"),
+        ({"out_indices": (0, 4)}, r"out_indices: got \(0, 4\), expected different numbers within 0..3"),
         ({"init_cfg": {"type": "Kaiming"}}, "init_cfg: got .*, expected dict"),
     ],
 )

@@ -148,9 +148,8 @@ class EfficientVMamba(HierarchicalBackbone):
     def key_rules(self) -> Sequence[KeyRule]:  # type: ignore[override]
         """Official names, which depend on the depths of the convolutional stages."""
         rules: list[KeyRule] = []
-        for stage in (2, 3):
-            blocks = self.get_submodule(f"stages.{stage}.blocks")
-            rules += _convolutional_stage_rules(stage, len(list(blocks.children())))
+        for stage in range(2, len(self.stages)):  # fewer where stages are pruned
+            rules += _convolutional_stage_rules(stage, len(self.stages[stage].blocks))
         return (*rules, *PATCH_STEM, *PATCH_MERGING, *ss2d_rules(), *BLOCKS, *CLASSIFIER)
 
 

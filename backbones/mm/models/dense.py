@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, ClassVar, cast
 
 import timm
@@ -25,7 +26,7 @@ class DenseBackbone(BaseModule):
 
     Args:
         arch: registered name, such as "vmamba_tiny_s1l8".
-        out_indices: stages (blocks of a plain model) whose outputs are returned.
+        out_indices: stages (blocks of a plain model) whose outputs are returned, in this order.
         drop_path_rate: stochastic depth of the last block.
         frozen_stages: -1 trains everything, 0 freezes the stem, i also the first i stages (blocks).
         norm_eval: keep batch norms in eval mode, with the statistics that they have.
@@ -59,16 +60,16 @@ class DenseBackbone(BaseModule):
         known = timm.list_models(module=self.family.__module__.rpartition(".")[2])
         if arch not in known:
             raise UserError(f"arch: {arch!r} is no model of {type(self).__name__}{did_you_mean(arch, known)}")
-        self.arch, self.out_indices = arch, tuple(out_indices)
-        self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
+        self.arch, self.frozen_stages, self.norm_eval = arch, frozen_stages, norm_eval
         self._model_args = {"drop_path_rate": drop_path_rate, **(model_args or {})}
         model = timm.create_model(arch, **self._model_args)
         if not isinstance(model, self.family):  # two families may share a module
             raise UserError(f"arch: {arch!r} is a {type(model).__name__}, no model of {type(self).__name__}")
         self.model = cast(Any, model)
         info = self.model.feature_info
-        if not self.out_indices or not all(0 <= i < len(info) for i in self.out_indices):
-            raise UserError(f"out_indices: got {self.out_indices}, expected numbers within 0..{len(info) - 1}")
+        self.out_indices = _checked_indices(out_indices, len(info))
+        if not isinstance(frozen_stages, Integral) or not -1 <= frozen_stages <= len(info):
+            raise UserError(f"frozen_stages: got {frozen_stages}, expected a number within -1..{len(info)}")
         self.model.prune_intermediate_layers(list(self.out_indices), prune_norm=True)
         self.model.set_grad_checkpointing(with_cp)
         self.out_norms = nn.ModuleDict(
@@ -82,12 +83,13 @@ class DenseBackbone(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image (b, in_chans, h, w) to one map (b, c, h / stride, w / stride) for each of ``out_indices``."""
-        maps = []
-        for i, feature in zip(self.out_indices, self._features(x), strict=True):
+        maps = {}
+        # The model returns its features from the image to the head, whatever the order of the indices.
+        for i, feature in zip(sorted(self.out_indices), self._features(x), strict=True):
             if str(i) in self.out_norms:
                 feature = self.out_norms[str(i)](feature)
-            maps.append(feature.permute(0, 3, 1, 2).contiguous())
-        return tuple(maps)
+            maps[i] = feature.permute(0, 3, 1, 2).contiguous()
+        return tuple(maps[i] for i in self.out_indices)
 
     def train(self, mode: bool = True) -> DenseBackbone:
         """Sets training mode, except in what is frozen and, with ``norm_eval``, in batch norms."""
@@ -228,7 +230,7 @@ class PlainDenseBackbone(DenseBackbone):
         return tuple(
             KeyRule(rule.official.replace("{}", str(position), 1), rule.ours.replace("{}", str(i), 1))
             for rule in self.model.dense_rules
-            for position, i in enumerate(self.out_indices)
+            for position, i in enumerate(sorted(self.out_indices))
         )
 
     def _ends_in_norm(self, index: int) -> bool:
@@ -258,6 +260,13 @@ def fetch_weights(checkpoint: str, arch: str) -> str:
         return str(sources.fetch(where, where.get("architecture", arch), hint))
     except CheckpointError as error:
         raise UserError(f"checkpoint: {error}") from error
+
+
+def _checked_indices(out_indices: Sequence[int], count: int) -> tuple[int, ...]:
+    given = tuple(out_indices) if isinstance(out_indices, Iterable) else (out_indices,)
+    if not given or not all(isinstance(i, Integral) and 0 <= i < count for i in given) or len({*given}) < len(given):
+        raise UserError(f"out_indices: got {out_indices}, expected different numbers within 0..{count - 1}")
+    return tuple(map(int, given))
 
 
 def _backbone_of(family: type[Backbone]) -> type[DenseBackbone]:

@@ -1,0 +1,102 @@
+"""Dense backbones: the order of their maps, and the exact parts that ``frozen_stages`` freezes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+pytest.importorskip("mmengine")
+
+from mmengine.registry import MODELS
+
+from backbones.mm import DenseBackbone, PlainDenseBackbone, UserError
+
+BACKBONES = {
+    "Vim": ("vim_tiny", {"depth": 4, "embed_dim": 32}),
+    "LBVim": ("lbvim_tiny", {"depth": 4, "embed_dim": 32}),
+    "VMamba": ("vmamba_tiny_s1l8", {"dims": (16, 32, 64, 128), "depths": (1, 1, 2, 1)}),
+    "MSVMamba": ("msvmamba_nano", {"dims": (16, 32, 64, 128), "depths": (1, 1, 2, 1)}),
+    "EfficientVMamba": ("efficientvmamba_tiny", {}),
+    "GroupMamba": ("groupmamba_tiny", {}),
+    "SpatialMamba": ("spatialmamba_tiny", {"depths": (1, 1, 2, 1)}),
+}
+
+
+def build(family: str, **settings: Any) -> DenseBackbone:
+    arch, args = BACKBONES[family]
+    backbone = MODELS.build({"type": family, "arch": arch, "model_args": args, "out_indices": (0, 1, 2, 3), **settings})
+    with torch.no_grad():  # norms that differ, so that a map under another's norm shows
+        for name, parameter in backbone.out_norms.named_parameters():
+            parameter.add_(0.1 * (1 + int(name.partition(".")[0])))
+    return backbone.eval()
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize("order", [(1, 0), [3, 0, 2, 1], np.array([2, 0])], ids=str)
+def test_maps_come_in_the_order_asked(family: str, order: Sequence[int]) -> None:
+    whole = build(family)
+    some = build(family, out_indices=order)
+    own = some.state_dict()
+    some.load_state_dict({name: value for name, value in whole.state_dict().items() if name in own})
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected, found = whole(image), some(image)
+    assert len(found) == len(order)
+    for i, x in zip(order, found, strict=True):
+        torch.testing.assert_close(x, expected[i], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["Vim", "VMamba"])
+@pytest.mark.parametrize("indices", [(0, 0), (1, -3), (-1,), (), (0.5,), 4, ("0",)], ids=str)
+def test_other_indices_are_refused(family: str, indices: Any) -> None:
+    with pytest.raises(UserError, match=r"out_indices: got .*, expected different numbers within 0..3"):
+        build(family, out_indices=indices)
+
+
+def frozen_parts(backbone: DenseBackbone, frozen: int) -> tuple[str, ...]:
+    if frozen < 0:
+        return ()
+    if isinstance(backbone, PlainDenseBackbone):
+        tokens = ("model.patch_embed", "model.pos_embed", "model.cls_token")
+        return (*tokens, *(f"model.blocks.{i}" for i in range(frozen)))
+    stages = (f"model.stages.{i}" for i in range(frozen))
+    # A downsampling belongs to the stage that it leads to.
+    return ("model.stem", *stages, *(f"model.downsamples.{i}" for i in range(frozen - 1)))
+
+
+@pytest.mark.parametrize("frozen", range(-1, 5))
+@pytest.mark.parametrize("family", BACKBONES)
+def test_exactly_the_stem_and_the_stages_asked_are_frozen(family: str, frozen: int) -> None:
+    backbone = build(family, frozen_stages=frozen)
+    backbone.train()
+    parts = frozen_parts(backbone, frozen)
+
+    def within(name: str) -> bool:
+        return any(f"{name}.".startswith(f"{part}.") for part in parts)
+
+    names = [name for name, _ in backbone.named_parameters()]
+    assert {name for name, p in backbone.named_parameters() if not p.requires_grad} == set(filter(within, names))
+    modules = [name for name, _ in backbone.named_modules()]
+    assert {name for name, m in backbone.named_modules() if not m.training} == set(filter(within, modules))
+    backbone.train(False)
+    assert not any(module.training for module in backbone.modules())
+
+
+@pytest.mark.parametrize("family", ["EfficientVMamba", "GroupMamba"])
+def test_norm_eval_keeps_batch_norms_and_nothing_else(family: str) -> None:
+    backbone = build(family, norm_eval=True).train()
+    kinds = {isinstance(module, _BatchNorm) for module in backbone.modules() if not module.training}
+    assert kinds == {True}
+    assert all(p.requires_grad for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("frozen", [-2, 5, 1.5])
+@pytest.mark.parametrize("family", ["Vim", "VMamba"])
+def test_other_numbers_of_stages_are_refused(family: str, frozen: Any) -> None:
+    with pytest.raises(UserError, match=f"frozen_stages: got {frozen}, expected a number within -1..4"):
+        build(family, frozen_stages=frozen)
