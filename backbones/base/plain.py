@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from timm.layers import lecun_normal_, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from backbones.base.contract import Backbone, run_block
 from backbones.layers.constructor import Constructor
 from backbones.layers.norm import RMSNorm
 from backbones.layers.patch_embed import PatchEmbed
+from backbones.layers.rotary import RotaryEmbedding, resampled, rotate
 from backbones.weights import CheckpointError, KeyRule, Weights
 from backbones.weights.files import GRID
 
@@ -41,6 +41,9 @@ class PlainBackbone(Backbone):
         depth: number of blocks.
         class_token: whether there is a learned class token.
         class_token_position: where it stands in the sequence: "first", "middle" or "last".
+        rope: turn the tokens by their place in the grid before every block, see
+            :class:`backbones.layers.RotaryEmbedding`; the turns of the residual stream add up over the blocks. A class
+            token is not turned.
         dynamic_img_size: take images of any size and resample the position embedding to their grid.
         dynamic_img_pad: pad an image to whole patches, instead of dropping its remainder.
         norm_layer: constructor of the norms.
@@ -71,6 +74,7 @@ class PlainBackbone(Backbone):
         depth: int = 24,
         class_token: bool = True,
         class_token_position: str = "middle",
+        rope: bool = False,
         dynamic_img_size: bool = False,
         dynamic_img_pad: bool = False,
         norm_layer: Constructor = RMSNorm,
@@ -100,6 +104,7 @@ class PlainBackbone(Backbone):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if class_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, embed_dim, **dd))
         self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.rope = RotaryEmbedding(embed_dim, self.grid_size, **dd) if rope else None
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks: Any = nn.ModuleList(
             blocks[i % len(blocks)](embed_dim, norm_layer=norm_layer, drop_path=rate, **dd)
@@ -158,7 +163,7 @@ class PlainBackbone(Backbone):
             nn.init.zeros_(self.head.bias)
 
     def adapt_state_dict(self, weights: Weights, img_size: tuple[int, int] | None = None) -> Weights:
-        """Resamples the position embedding to the grid of this model.
+        """Resamples the position embedding, and rotary tables beside it, to the grid of this model.
 
         State dicts of ours tell the grid of their embedding. Otherwise ``img_size`` does, or it is a square, as in all
         official files, or this model's grid.
@@ -183,7 +188,7 @@ class PlainBackbone(Backbone):
         if grid != self.grid_size:
             _logger.info("position embedding resampled from %d x %d to %d x %d", *grid, *self.grid_size)
             weights["pos_embed"] = self._resample(pos_embed, grid, self.grid_size)
-        return weights
+        return self._with_rotary_tables(weights, grid)
 
     def source_grid(self, patches: int, img_size: tuple[int, int] | None = None) -> tuple[int, int]:
         """Rows and columns of a position embedding whose file does not tell, see :meth:`adapt_state_dict`."""
@@ -208,10 +213,21 @@ class PlainBackbone(Backbone):
         if hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]][GRID] = self.grid_size
 
+    def _with_rotary_tables(self, weights: Weights, grid: tuple[int, int]) -> Weights:
+        """Tables of this model's grid; where the file has none, they are computed, as they hold nothing learned."""
+        if self.rope is None:
+            return weights
+        for name, own in self.rope.named_buffers(prefix="rope"):
+            table = weights.setdefault(name, own)
+            if grid != self.grid_size and table.dim() == 2 and table.shape[0] == grid[0] * grid[1]:
+                weights[name] = resampled(table, grid, self.grid_size)
+        return weights
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Image to normalised tokens (b, l, embed_dim)."""
-        x, grid = self._embed(x)
+        x, grid, tables = self._embed(x)
         for block in self.blocks:
+            x = rotate(x, *tables) if tables else x
             x = run_block(block, x, grid, checkpointed=self.grad_checkpointing)
         return self.norm(x)
 
@@ -254,9 +270,10 @@ class PlainBackbone(Backbone):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'")
         take, last = feature_take_indices(len(self.blocks), indices)
-        x, grid = self._embed(x)
+        x, grid, tables = self._embed(x)
         taken = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            x = rotate(x, *tables) if tables else x
             if branch and i in take:
                 feature = run_block(block.branch, x, grid, checkpointed=self.grad_checkpointing)
                 x = x + block.drop_path(feature)
@@ -286,26 +303,34 @@ class PlainBackbone(Backbone):
         if height < smallest or width < smallest:
             raise ValueError(f"x: got an image of {height} x {width} pixels, expected at least one patch of {smallest}")
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Tokens with position embedding and class token, and the grid of the patches."""
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[Tensor, Tensor] | None]:
+        """Tokens with position embedding and class token, the grid of the patches, and the tokens' rotary tables."""
         height, width = x.shape[-2:]
-        pos_embed: Tensor = self.pos_embed
-        grid = self.grid_size
+        grid, same = self.grid_size, True
         if self.dynamic_img_size:
             self._check_image(height, width)
             grid = self.patch_embed.grid_size(height, width)
-            dynamic = any(isinstance(side, torch.SymInt) for side in grid)  # a comparison would fix the size
-            if dynamic or grid != self.grid_size:
-                pos_embed = self._resample(pos_embed, self.grid_size, grid)
+            # A comparison would fix a dynamic size.
+            same = not any(isinstance(side, torch.SymInt) for side in grid) and grid == self.grid_size
         elif (height, width) != self.img_size:
             raise ValueError(
                 f"x: got an image of {height} x {width} pixels, expected {self.img_size[0]} x "
                 f"{self.img_size[1]}; a model made with dynamic_img_size=True takes any size"
             )
+        pos_embed = self.pos_embed if same else self._resample(self.pos_embed, self.grid_size, grid)
         x = self.patch_embed(x)
         if self.cls_token is not None:
             x = self._insert_class_token(x, self.cls_token.expand(x.shape[0], -1, -1))
-        return self.pos_drop(x + pos_embed), grid
+        return self.pos_drop(x + pos_embed), grid, self._rotary_tables(grid, same)
+
+    def _rotary_tables(self, grid: tuple[int, int], same: bool) -> tuple[Tensor, Tensor] | None:
+        if self.rope is None:
+            return None
+        cos, sin = self.rope.tables(grid, same)
+        if self.cls_token is None:
+            return cos, sin
+        still = cos.new_ones(1, 1, self.embed_dim), sin.new_zeros(1, 1, self.embed_dim)
+        return self._insert_class_token(cos[None], still[0])[0], self._insert_class_token(sin[None], still[1])[0]
 
     def _split_class_token(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Patches (b, l, c) and class token (b, 1, c)."""
@@ -327,7 +352,5 @@ class PlainBackbone(Backbone):
         The official code resizes everything but slot 0, which with a middle class token is a patch.
         """
         patches, prefix = self._split_class_token(pos_embed)
-        maps = patches.float().transpose(1, 2).unflatten(2, old)
-        maps = F.interpolate(maps, size=new, mode="bicubic", align_corners=False).to(pos_embed.dtype)
-        patches = maps.flatten(2).transpose(1, 2)
+        patches = resampled(patches, old, new)
         return patches if prefix is None else self._insert_class_token(patches, prefix)

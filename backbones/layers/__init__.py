@@ -1,5 +1,6 @@
 """Building blocks that two families or more share."""
 
+from backbones.layers.bi_attn import BiAttn
 from backbones.layers.feed_forward import ConvFFN
 from backbones.layers.mamba import MambaBlock, MambaMixer
 from backbones.layers.norm import LayerNorm
@@ -12,12 +13,14 @@ from backbones.layers.resolution import (
     channels_first,
     channels_last,
 )
+from backbones.layers.rotary import RotaryEmbedding
 from backbones.layers.scan import Scan, set_backend
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.layers.ss2d import SS2D, DepthwiseConv2d, scan_grid
 
 __all__ = [
     "SS2D",
+    "BiAttn",
     "ConvDownsample",
     "ConvFFN",
     "ConvStem",
@@ -28,6 +31,7 @@ __all__ = [
     "PatchEmbed",
     "PatchMerging",
     "PatchStem",
+    "RotaryEmbedding",
     "Scan",
     "SelectiveSSM",
     "channels_first",

@@ -12,7 +12,7 @@ from backbones.layers.constructor import Constructor
 from backbones.layers.norm import RMSNorm
 from backbones.layers.scan import Scan
 from backbones.layers.selective_ssm import SelectiveSSM
-from backbones.ops import depthwise_conv
+from backbones.ops import Visits, depthwise_conv
 from backbones.ops.fused.pointwise import silu_gate
 from backbones.patterns import BIDIRECTIONAL, FORWARD, REVERSE, ScanPattern, is_traced
 from backbones.patterns.taps import causal_taps
@@ -25,7 +25,8 @@ class MambaMixer(nn.Module):
     """Mamba over image tokens, each order with its own convolution and state-space parameters (Vim, section 3.2).
 
     Tokens are a height x width grid in raster order, possibly with one class token in the middle. Orders of
-    the grid visit the class token at their middle step.
+    the grid visit the class token at their middle step. Padded slots of an order are steps of their own: the
+    convolution runs over them, so each has an input, a step size and weights, and drives the state.
 
     Args:
         dim: width of the tokens.
@@ -34,6 +35,11 @@ class MambaMixer(nn.Module):
         d_conv: taps of the causal convolution along an order.
         expand: inner width over ``dim``.
         dt_rank: rank of the step size's projection; None is ceil(dim / 16).
+        merge: constructor called as ``merge(d_inner, device=, dtype=)``, of what takes the gated outputs of k orders
+            (b, l, k, d_inner) to one (b, l, d_inner); None is their mean.
+
+    Raises:
+        ValueError: in ``forward``, an order does not visit each cell once.
     """
 
     no_decay: ClassVar[tuple[str, ...]] = ("conv_bias",)  # 2-D, as it is stacked over orders
@@ -46,6 +52,7 @@ class MambaMixer(nn.Module):
         d_conv: int = 4,
         expand: int = 2,
         dt_rank: int | None = None,
+        merge: Constructor | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -57,6 +64,7 @@ class MambaMixer(nn.Module):
         self.conv_bias = nn.Parameter(torch.empty(num_orders, d_inner, device=device, dtype=dtype))
         dt_rank = -(-dim // 16) if dt_rank is None else dt_rank
         self.ssm = SelectiveSSM(d_inner, d_state, dt_rank, num_orders, scan.backend, device, dtype)
+        self.merge = None if merge is None else merge(d_inner, device=device, dtype=dtype)
         self.out_proj = nn.Linear(d_inner, dim, bias=False, device=device, dtype=dtype)
         nn.init.uniform_(
             self.conv_weight, -(d_conv**-0.5), d_conv**-0.5
@@ -67,25 +75,38 @@ class MambaMixer(nn.Module):
         """(b, l, dim) to (b, l, dim), where l is height * width of ``grid``, or one more with a class
         token.
         """
+        pattern, window = self.scan.pattern, self.scan.window(x.shape[1])
+        visits = _visits(pattern, grid)
         in_weight, gate_weight = self.in_proj.weight.chunk(2)  # two products write contiguous rows, one would not
         z = F.linear(x, gate_weight)
         x = F.linear(x, in_weight)
         make = _tables if is_traced(x) else _cached_tables
-        pattern = self.scan.pattern
         orders, *taps = make(pattern, *grid, x.shape[1], self.d_conv, x.device)
         u = depthwise_conv(x, self.conv_weight, self.conv_bias, *taps, silu=True, backend=self.ssm.backend)
-        # A class token is one more that every order of the grid visits once: the facts stay the same.
-        walked = (1, x.shape[1]) if pattern in _SEQUENCE_PATTERNS else grid
-        y = self.ssm(u, orders, local_window=self.scan.window(x.shape[1]), visits=pattern.visits(*walked))
-        return self.out_proj(silu_gate(y, z, 1 / pattern.num_orders, self.ssm.backend))
+        y = self.ssm(u, orders, "sum" if self.merge is None else "per_order", window, visits)[:, : x.shape[1]]
+        if self.merge is None:
+            return self.out_proj(silu_gate(y, z, 1 / pattern.num_orders, self.ssm.backend))
+        return self.out_proj(self.merge(y * F.silu(z).unsqueeze(2)))
+
+
+def _visits(pattern: ScanPattern, grid: tuple[int, int]) -> Visits | None:
+    """What the scan may know: with class token and padded slots, every order visits every step's token once."""
+    known = pattern.visits_each_cell_once(*grid)
+    if known is False:
+        raise ValueError(
+            f"pattern: {pattern.name!r} does not visit each cell of a {grid[0]} x {grid[1]} grid once, which "
+            "a causal convolution along its orders needs"
+        )
+    return known and Visits(repeats=False, complete=True, disjoint=pattern.num_orders == 1, covers=True)
 
 
 def _tables(
     pattern: ScanPattern, height: int, width: int, tokens: int, num_taps: int, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """The orders, and the taps of causal convolutions along them."""
+    """The orders, and the taps of causal convolutions along them, whose outputs are the tokens, then padded slots."""
     orders = _token_orders(pattern, height, width, tokens, device)
-    return orders, *causal_taps(orders, num_taps)
+    taps, inverse_taps = causal_taps(orders, num_taps)
+    return orders, taps.masked_fill(taps >= tokens, -1), inverse_taps[:, :, :tokens]
 
 
 @lru_cache(maxsize=128)
@@ -99,22 +120,20 @@ def _cached_tables(
 
 
 def _token_orders(pattern: ScanPattern, height: int, width: int, tokens: int, device: torch.device) -> Tensor:
-    """Orders of the grid as orders of the tokens, with the class token, if there is one, in the middle."""
+    """Orders of the grid as orders of the tokens: a class token in the middle, each order's padded slots at the end."""
     if pattern in _SEQUENCE_PATTERNS:
         return pattern.orders(1, tokens, device)
     cells = height * width
     orders = pattern.orders(height, width, device)
-    if pattern.padded(height, width) or orders.shape[1] != cells:
-        raise ValueError(
-            f"pattern: {pattern.name!r} does not visit each cell of a {height} x {width} grid once, which "
-            "a causal convolution along its orders needs"
-        )
-    if tokens == cells:
-        return orders
-    middle = cells // 2
-    orders = orders + (orders >= middle).to(orders.dtype)
-    class_token = orders.new_full((orders.shape[0], 1), middle)
-    return torch.cat([orders[:, :middle], class_token, orders[:, middle:]], dim=1)
+    if tokens != cells:
+        middle = cells // 2
+        orders = orders + (orders >= middle).to(orders.dtype)
+        class_token = orders.new_full((orders.shape[0], 1), middle)
+        orders = torch.cat([orders[:, :middle], class_token, orders[:, middle:]], dim=1)
+    if pattern.padded(height, width):
+        slots = orders < 0
+        orders = torch.where(slots, tokens - 1 + slots.cumsum(1), orders).int()
+    return orders
 
 
 class MambaBlock(nn.Module):

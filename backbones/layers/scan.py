@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -35,6 +35,17 @@ class Scan:
         """
         pattern = checked_pattern(options.pop("pattern", default), default)
         return cls(pattern, options.pop("local_window", 0), options.pop("scan_backend", None))
+
+    @classmethod
+    def pop_each(cls, options: dict[str, Any], defaults: Sequence[ScanPattern]) -> list[Scan]:
+        """As `pop`, for layers of different patterns; the model's argument ``pattern`` stands in for them all.
+
+        Raises:
+            ValueError: as `pop`.
+        """
+        given = "pattern" in options
+        scan = cls.pop(options, defaults[0])
+        return [scan if given else replace(scan, pattern=pattern) for pattern in defaults]
 
     def window(self, tokens: int) -> int:
         """The window for ``tokens`` tokens, in steps."""

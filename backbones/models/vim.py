@@ -12,8 +12,9 @@ the classifier.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.models import generate_default_cfgs, register_model
@@ -32,7 +33,7 @@ _OURS = "blocks.{}.mixer."
 class Vim(PlainBackbone):
     """Vision Mamba. See :class:`backbones.base.PlainBackbone` for its arguments."""
 
-    key_rules = (
+    key_rules: ClassVar[Sequence[KeyRule]] = (
         KeyRule((_MIXER + "conv1d.weight", _MIXER + "conv1d_b.weight"), _OURS + "conv_weight", SQUEEZE_1),
         KeyRule((_MIXER + "conv1d.bias", _MIXER + "conv1d_b.bias"), _OURS + "conv_bias"),
         KeyRule((_MIXER + "x_proj.weight", _MIXER + "x_proj_b.weight"), _OURS + "ssm.x_proj_weight"),
@@ -53,10 +54,17 @@ class Vim(PlainBackbone):
             block.mixer.ssm.dt_proj_bias[1:].zero_()
 
 
+class RotaryVim(Vim):
+    """Vim as the authors' dense models use it, with rotary embeddings; its tables are part of the weights."""
+
+    key_rules = Vim.key_rules[:-1]
+
+
 def _create_vim(variant: str, pretrained: bool = False, *, d_state: int = 16, **kwargs: Any) -> nn.Module:
+    """``rope=True`` turns the tokens, see :class:`backbones.base.PlainBackbone`."""
     scan = Scan.pop(kwargs, BIDIRECTIONAL)
     block = partial(MambaBlock, mixer=partial(MambaMixer, scan=scan, d_state=d_state))
-    return build_model(Vim, variant, pretrained, scan=scan, block=block, **kwargs)
+    return build_model(RotaryVim if kwargs.get("rope") else Vim, variant, pretrained, scan=scan, block=block, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("vim"))

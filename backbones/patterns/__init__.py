@@ -7,7 +7,7 @@ An *order* is one traversal: the raster index ``i * width + j`` of the cell visi
 An order is written as a function of the grid, the ``(H, W)`` tensor of raster indices, that returns the
 ``(T,)`` cells in turn. So the same function on a transposed or flipped grid is another order: see
 `transposed`, `mirrored`, `turned` and `reversed_order`. `concatenated` joins several into one long order;
-`stacked` and `both_ways` make the ``(K, T)`` table of a pattern::
+`stacked`, `filled_up` and `both_ways` make the ``(K, T)`` table of a pattern::
 
     zigzag_and_back = ScanPattern("zigzag_and_back", 2, both_ways(diagonal))
 """
@@ -26,6 +26,7 @@ from backbones.patterns.catalogue import (
     SNAKE,
     SPIRAL,
     checked_pattern,
+    directions,
     get_pattern,
     local_windows,
 )
@@ -35,6 +36,7 @@ from backbones.patterns.traversals import (
     column_major,
     concatenated,
     diagonal,
+    filled_up,
     hilbert,
     mirrored,
     raster,
@@ -68,6 +70,8 @@ __all__ = [
     "column_major",
     "concatenated",
     "diagonal",
+    "directions",
+    "filled_up",
     "get_pattern",
     "hilbert",
     "is_traced",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
+import re
+from functools import cache, partial
+from math import lcm
 
-from backbones.patterns.pattern import PATTERNS, ScanPattern, checked_int
+from backbones.patterns.pattern import COMPOSED, PATTERNS, OrderFn, ScanPattern, checked_int
 from backbones.patterns.traversals import (
     _every_second,
     both_ways,
     column_major,
     concatenated,
     diagonal,
+    filled_up,
     hilbert,
     mirrored,
     raster,
@@ -29,6 +32,40 @@ def local_windows(size: int) -> ScanPattern:
     """Windows row by row and column by column, both ways (K = 4), on the grid padded to whole windows."""
     order = partial(windows, size=checked_int("size", size))
     return ScanPattern(f"local_windows_{size}", 4, both_ways(order, transposed(order)), pad_to=size)
+
+
+_DIRECTION = re.compile(r"(?:(h)|(v)|w([1-9]\d*))(_flip)?")
+
+
+@cache
+def directions(*names: str) -> ScanPattern:
+    """One order for each name (LocalMamba, arXiv 2403.09338); called alike it returns the same pattern.
+
+    Args:
+        names: "h" is row by row, "v" column by column, "w2" or "w7" windows of that side in raster order, on the grid
+            padded to whole windows; "_flip" behind any of them reverses it, padded slots included. Shorter orders end
+            in padded slots.
+
+    Raises:
+        ValueError: a name is none of these, or there is none.
+    """
+    if not names:
+        raise ValueError("names: got no direction, expected at least one")
+    orders: list[OrderFn] = []
+    sides = [1]
+    for name in names:
+        match = _DIRECTION.fullmatch(name)
+        if match is None:
+            raise ValueError(
+                f"names: got direction {name!r}, expected 'h', 'v', 'w2', 'w7' or another window, or any with '_flip'"
+            )
+        horizontal, vertical, side, flip = match.groups()
+        order = raster if horizontal else column_major if vertical else partial(windows, size=int(side))
+        orders.append(reversed_order(order) if flip else order)
+        sides.append(int(side or 1))
+    # On sides that all windows divide, every order is as long as the grid has cells; on others one at least is longer.
+    pattern = ScanPattern(" ".join(names), len(names), filled_up(*orders), pad_to=lcm(*sides))
+    return COMPOSED.setdefault(pattern.name, pattern)
 
 
 FORWARD = ScanPattern("forward", 1, stacked(raster))
@@ -74,7 +111,7 @@ PATTERNS |= {
 
 
 def get_pattern(name: str | ScanPattern) -> ScanPattern:
-    """The catalogue's pattern of that name; a pattern is returned as it is.
+    """The catalogue's pattern of that name, or the `directions` that it lists; a pattern is returned as it is.
 
     Raises:
         ValueError: no such pattern; the message offers near names.
@@ -82,6 +119,9 @@ def get_pattern(name: str | ScanPattern) -> ScanPattern:
     if isinstance(name, ScanPattern):
         return name
     if name not in PATTERNS:
+        names = str(name).split()
+        if names and all(map(_DIRECTION.fullmatch, names)):
+            return directions(*names)
         raise ValueError(f"unknown scan pattern {name!r}{did_you_mean(str(name), PATTERNS)}")
     return PATTERNS[name]
 

@@ -99,9 +99,20 @@ class ScanPattern:
     def _visits(self, height: int, width: int) -> tuple[bool, ...]:
         return _cached_visits(self, height, width)
 
+    def visits_each_cell_once(self, height: int, width: int) -> bool | None:
+        """Whether every order visits every cell once, padded slots aside; None: not known yet, see `visits`."""
+        sides = checked_int("height", height), checked_int("width", width)
+        if torch.jit.is_tracing() or not _static(*sides):  # type: ignore[attr-defined]
+            return None
+        return self._visits_each_cell_once(*sides)
+
+    @torch.compiler.assume_constant_result
+    def _visits_each_cell_once(self, height: int, width: int) -> bool:
+        return _cached_visits_each_cell_once(self, height, width)
+
     @torch.compiler.assume_constant_result
     def _is_catalogued(self) -> bool:
-        return PATTERNS.get(self.name) is self
+        return _named(self.name) is self
 
     def padded(self, height: int, width: int) -> bool:
         """Whether `orders` may hold padded slots on this grid (with dynamic sides: on some grid)."""
@@ -110,6 +121,17 @@ class ScanPattern:
 
 
 PATTERNS: dict[str, ScanPattern] = {}  # the catalogue, by name
+COMPOSED: dict[str, ScanPattern] = {}  # what `catalogue.directions` made, by name
+
+
+def _named(name: str) -> ScanPattern | None:
+    return PATTERNS.get(name) or COMPOSED.get(name)
+
+
+def _checked_name(name: str) -> ScanPattern:
+    pattern = _named(name)
+    assert pattern is not None
+    return pattern
 
 
 @torch.compiler.assume_constant_result  # traced, PyTorch's own is True whether one exports or not
@@ -184,6 +206,16 @@ def _cached_visits(pattern: ScanPattern, height: int, width: int) -> tuple[bool,
         return tuple(Visits.of(table, cells + padded))
 
 
+@lru_cache(maxsize=1024)
+def _cached_visits_each_cell_once(pattern: ScanPattern, height: int, width: int) -> bool:
+    cells = height * width
+    with _untraced():
+        table = _cached_table(pattern, height, width, torch.device("cpu"), None).long()
+        counts = torch.zeros(pattern.num_orders, cells + 1, dtype=torch.int64)
+        counts.scatter_add_(1, table.where(table >= 0, cells), torch.ones_like(table))
+        return bool((counts[:, :cells] == 1).all())
+
+
 _library = torch.library.Library("backbones", "FRAGMENT")
 _library.define(
     "scan_orders(Tensor like, str pattern, int height, int width, int? pad_index) -> Tensor",
@@ -194,11 +226,11 @@ _library.define(
 @torch.library.impl(_library, "scan_orders", "CompositeExplicitAutograd")
 def _(like: Tensor, pattern: str, height: int, width: int, pad_index: int | None) -> Tensor:
     # A copy, because compilers may write into what an operator gave them.
-    return _cached_table(PATTERNS[pattern], height, width, like.device, pad_index).clone()
+    return _cached_table(_checked_name(pattern), height, width, like.device, pad_index).clone()
 
 
 @torch.library.register_fake("backbones::scan_orders", lib=_library)
 def _(like: Tensor, pattern: str, height: int, width: int, pad_index: int | None) -> Tensor:
     with _untraced():
-        shape = _cached_table(PATTERNS[pattern], height, width, torch.device("cpu"), pad_index).shape
+        shape = _cached_table(_checked_name(pattern), height, width, torch.device("cpu"), pad_index).shape
     return like.new_empty(shape, dtype=torch.int32)

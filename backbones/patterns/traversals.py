@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from functools import partial
+from functools import partial, reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.patterns.pattern import OrderFn
@@ -157,6 +158,11 @@ def stacked(*orders: OrderFn) -> OrderFn:
     return partial(_stacked, orders)
 
 
+def filled_up(*orders: OrderFn) -> OrderFn:
+    """The ``(K, T)`` table of K orders of any lengths: shorter ones end in padded slots."""
+    return partial(_filled_up, orders)
+
+
 def both_ways(*orders: OrderFn) -> OrderFn:
     """The table of these orders, followed by the reverse of each."""
     return partial(_both_ways, orders)
@@ -180,6 +186,12 @@ def _concatenated(orders: tuple[OrderFn, ...], grid: Tensor) -> Tensor:
 
 def _stacked(orders: tuple[OrderFn, ...], grid: Tensor) -> Tensor:
     return torch.stack([order(grid) for order in orders])
+
+
+def _filled_up(orders: tuple[OrderFn, ...], grid: Tensor) -> Tensor:
+    cells = [order(grid) for order in orders]
+    longest = reduce(torch.sym_max, [x.shape[0] for x in cells])
+    return torch.stack([F.pad(x, (0, longest - x.shape[0]), value=-1) for x in cells])
 
 
 def _both_ways(orders: tuple[OrderFn, ...], grid: Tensor) -> Tensor:
