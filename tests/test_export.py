@@ -42,6 +42,8 @@ MODELS = {
     "efficientvmamba_tiny": ((50, 37), FLAT),
     "groupmamba_tiny": ((45, 50), FLAT),
     "spatialmamba_tiny": ((50, 37), FLAT),
+    "localvim_tiny": ((50, 32), {"depth": 2}),
+    "localvim_tiny_midcls": ((48, 48), {"depth": 2}),
 }
 QUICK = "vim_tiny"
 
@@ -54,7 +56,7 @@ def run_onnx(path: Path, *inputs: Tensor) -> list[Tensor]:
 
 
 def create(name: str, size: tuple[int, int], **arguments: object) -> nn.Module:
-    if name.startswith(("vim", "lbvim")):
+    if name.startswith(("vim", "lbvim", "localvim")):
         arguments["img_size"] = size
     return timm.create_model(name, num_classes=10, scan_backend="naive", **arguments).eval()
 

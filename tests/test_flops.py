@@ -48,6 +48,7 @@ VIM = {
     "vim_small_stride8": (17.976, 3.929),
     "vim_base": (18.766, 2.121),
 }
+LOCALVIM = {"localvim_tiny": (1.261, 0.879), "localvim_tiny_midcls": (1.267, 0.884), "localvim_small": (4.550, 1.758)}
 # The same; their scans count 12 l e n + 2 l e, as looking back inside a window takes 3 more operations a state.
 LBVIM = {
     "lbvim_tiny": (1.178, 0.350),
@@ -79,6 +80,14 @@ def test_vim(name: str) -> None:
     total = count(name).total
     assert total.macs / 1e9 == pytest.approx(macs, rel=1e-3)
     assert total.scan / 1e9 == pytest.approx(scan, rel=0.01)  # one l e less: D u, where they count the gate too
+
+
+@pytest.mark.parametrize("name", slow_if_large(LOCALVIM))
+def test_localvim(name: str) -> None:
+    macs, scan = LOCALVIM[name]
+    total = count(name).total
+    assert total.macs / 1e9 == pytest.approx(macs, rel=1e-3)
+    assert total.scan / 1e9 == pytest.approx(scan, rel=0.01)
 
 
 @pytest.mark.parametrize("name", slow_if_large(LBVIM))

@@ -14,7 +14,7 @@ from backbones.patterns import ATROUS, HILBERT, REVERSE, SNAKE, ScanPattern
 from tests.tolerances import AUTOCAST, SAME_FUNCTION
 
 NAMES = sorted(name for module in family_names() for name in timm.list_models(module=module))
-PLAIN = ("vim", "lbvim")
+PLAIN = ("vim", "lbvim", "localvim")
 # One of every generation of every family, for what does not depend on the size; and how to make it shallow.
 SMALLEST = {
     "vim_tiny": {"depth": 4},
@@ -27,6 +27,8 @@ SMALLEST = {
     "efficientvmamba_tiny": {"depths": (1, 1, 2, 1)},
     "groupmamba_tiny": {"depths": (1, 1, 2, 1)},
     "spatialmamba_tiny": {"depths": (1, 1, 2, 1)},
+    "localvim_tiny": {"depth": 2},
+    "localvim_tiny_midcls": {"depth": 2},
 }
 PROMISED = [
     "vim_tiny",
@@ -65,6 +67,11 @@ PROMISED = [
     "spatialmamba_tiny",
     "spatialmamba_small",
     "spatialmamba_base",
+    "localvim_tiny",
+    "localvim_tiny_midcls",
+    "localvim_tiny_unsearched",
+    "localvim_small",
+    "localvim_small_unsearched",
 ]
 
 
@@ -273,7 +280,7 @@ def test_images_that_do_not_fit_are_named(name: str, shallow: nn.Module) -> None
         shallow(images(1, 3, 31, 64))
     if is_plain(name):
         with pytest.raises(ValueError, match="expected at least one patch of 16"):
-            create_shallow(name, dynamic_img_size=True)(images(1, 3, 64, 15))
+            create_shallow(name, dynamic_img_size=True, dynamic_img_pad=False)(images(1, 3, 64, 15))
 
 
 @torch.no_grad()

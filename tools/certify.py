@@ -63,7 +63,8 @@ def _replay(name: str, model: str | dict[str, Any]) -> dict[str, Any]:
         path = parity.official_file(Path(folder), recording)
         if isinstance(model, str):
             overlay = {"file": str(path)}
-            logits = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay).eval()(image)
+            args = parity.ARGUMENTS.get(name, {})
+            logits = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **args).eval()(image)
         else:
             maps = parity.build(model, path).eval()(image)
             logits = torch.cat([x.mean((-2, -1)) for x in maps], dim=1)

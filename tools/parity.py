@@ -34,7 +34,12 @@ MODELS = {
     "groupmamba_base_224x224": "groupmamba_base",
     "spatialmamba_tiny_224": "spatialmamba_tiny",
     "spatialmamba_base_224": "spatialmamba_base",
+    "localvim_tiny_224x224": "localvim_tiny",
+    "localvim_tiny_midcls_224x224": "localvim_tiny_midcls",
+    "localvim_tiny_nosearch_192x256": "localvim_tiny_unsearched",
 }
+# Arguments of the models of recordings at another size than the registered one.
+ARGUMENTS: dict[str, dict[str, Any]] = {"localvim_tiny_nosearch_192x256": {"dynamic_img_size": True}}
 # Images whose gradient sits on the kink of a ReLU, where float32 may take either side: exact float64 differs from
 # the record by 5e-3 there. A pre-activation in downsamples.0 (tiny) or downsamples.1 (base) is as good as zero.
 KINKS = {"spatialmamba_tiny_224": 1, "spatialmamba_base_224": 1}
@@ -64,6 +69,13 @@ RECORDED: dict[str, dict[str, Any]] = {
         "arch": "lbvim_tiny",
         "out_indices": (5, 11, 17, 23),
         "model_args": {"norm_layer": nn.LayerNorm},
+    },
+    "localvim_tiny_backbone_256x256": {
+        "type": "LocalVim",
+        "arch": "localvim_tiny",
+        "out_indices": (4, 9, 14, 19),
+        "norm_layer": "layernorm",
+        "model_args": {"img_size": 256},
     },
 }
 

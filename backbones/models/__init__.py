@@ -7,13 +7,23 @@ from backbones.base import Backbone
 from backbones.models.efficientvmamba import EfficientVMamba
 from backbones.models.groupmamba import GroupMamba
 from backbones.models.lbmamba import LBVim
+from backbones.models.localvim import LocalVim
 from backbones.models.msvmamba import MSVMamba
 from backbones.models.spatialmamba import SpatialMamba
 from backbones.models.vim import Vim
 from backbones.models.vmamba import VMamba
 
 # Plain models first, then by age: the order of every table and list.
-FAMILIES: tuple[type[Backbone], ...] = (Vim, LBVim, VMamba, MSVMamba, EfficientVMamba, GroupMamba, SpatialMamba)
+FAMILIES: tuple[type[Backbone], ...] = (
+    Vim,
+    LBVim,
+    VMamba,
+    MSVMamba,
+    EfficientVMamba,
+    GroupMamba,
+    SpatialMamba,
+    LocalVim,
+)
 
 __all__ = ["FAMILIES", "family_names"]
 

@@ -1,0 +1,14 @@
+_base_ = "../_base_/upernet_160k_ade20k-512x512.py"
+
+model = dict(
+    # Layer norms start from the scales of the RMS norms that the published models were pretrained with.
+    backbone=dict(
+        type="LocalVim",
+        arch="localvim_small",
+        out_indices=(4, 9, 14, 19),
+        drop_path_rate=0.1,
+        norm_layer="layernorm",
+    ),
+    decode_head=dict(in_channels=[384, 384, 384, 384]),
+    auxiliary_head=dict(in_channels=384, in_index=3),
+)
