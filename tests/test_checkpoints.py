@@ -437,3 +437,24 @@ def test_colours_are_adapted_between_any_numbers(tmp_path: Path) -> None:
     torch.testing.assert_close(found, conv.sum(1, keepdim=True))
     with pytest.raises(CheckpointError, match="misshapen"):  # three of its four colours would be a guess
         create("efficientvmamba_tiny", path)
+
+
+@pytest.mark.parametrize("name", [*(name for name, _ in SHALLOW.values()), "lbvim_528"])
+def test_features_of_every_family_need_no_head(name: str, tmp_path: Path) -> None:
+    kwargs = {"depth": 1} if "vim" in name else {"depths": (1, 1, 1, 1)}
+    model = timm.create_model(name, **kwargs)
+    body = {key: x for key, x in model.state_dict().items() if not key.startswith(("norm.", "attn_pool.", "head."))}
+    path = save(tmp_path, body)
+    features = create(name, path, **kwargs, features_only=True, out_indices=(0,))
+    assert all(torch.equal(x, body[key]) for key, x in features.model.state_dict().items() if key in body)
+    with pytest.raises(CheckpointError, match=r"missing: .*head\."):
+        create(name, path, **kwargs, num_classes=3)
+    last = next(reversed(body))
+    with pytest.raises(CheckpointError, match=rf"missing: {last}"):
+        create(
+            name,
+            save(tmp_path, {k: x for k, x in body.items() if k != last}),
+            **kwargs,
+            features_only=True,
+            out_indices=0,
+        )

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from backbones import conversion
@@ -309,15 +309,21 @@ def test_bad_files_get_one_line_and_nothing_is_written(
     assert sorted(path.name for path in bad_files.iterdir()) == before
 
 
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
 def test_failed_write_leaves_the_old_file(
-    module: ModuleType, tool: Tool, tmp_path: Path, tiny: nn.Module, monkeypatch: pytest.MonkeyPatch
+    kind: type[Exception],
+    module: ModuleType,
+    tool: Tool,
+    tmp_path: Path,
+    tiny: nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.save(official(tiny), "good.pth")
     Path("out.safetensors").write_text("old")
 
     def full(weights: object, path: Path, metadata: object) -> None:
         path.write_text("half")
-        raise OSError("no space left on device")
+        raise kind("no space left on device")
 
     monkeypatch.setattr(module, "save_file", full)
     assert "no space left" in tool("good.pth", "out.safetensors", status=2)

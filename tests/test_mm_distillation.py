@@ -20,6 +20,7 @@ from backbones.mm import HardDistillation, ImageClassifier, UserError
 from backbones.mm.models.classifier import create_network
 from backbones.mm.models.dense import fetch_weights
 from backbones.weights import CheckpointError
+from backbones.weights.rules import to_official
 
 TEACHER = {"name": "test_efficientnet", "num_classes": 5}
 STUDENT = {"name": "groupmamba_tiny", "num_classes": 5, "depths": (1, 1, 1, 1), "dims": (16, 16, 16, 32), "stem_dim": 8}
@@ -55,6 +56,33 @@ def test_the_teacher_labels_the_second_classifier(teacher_file: str) -> None:
     # The batch norms of the stem use the statistics of the batch, the same in both passes.
     torch.testing.assert_close(losses["loss_label"], 0.7 * F.cross_entropy(first, targets))
     torch.testing.assert_close(losses["loss_teacher"], 0.3 * F.cross_entropy(second, labels))
+
+
+def test_a_teacher_of_this_library_may_stand_in_its_authors_layout(tmp_path: Path) -> None:
+    """Also with a position embedding for another grid; and what does not fit is named."""
+    args = {"name": "vim_tiny", "num_classes": 5, "depth": 1, "embed_dim": 16}
+    source = create_network(**args, img_size=(32, 96))
+    path = tmp_path / "teacher.pth"
+    torch.save({"model": to_official(source.state_dict(), source.key_rules)}, path)
+    model = MODELS.build(
+        {
+            "type": "HardDistillation",
+            "network": STUDENT,
+            "loss": LOSS,
+            "teacher": {**args, "img_size": (32, 96), "checkpoint": str(path)},
+        }
+    )
+    model.init_weights()
+    assert all(torch.equal(x, model.teacher.network.state_dict()[name]) for name, x in source.state_dict().items())
+
+    torch.save({"model": source.state_dict()}, path)
+    model.teacher_cfg["img_size"] = (64, 64)
+    model.init_weights()
+    assert model.teacher.network.pos_embed.shape[1] == 17
+    torch.save({"model": {**source.state_dict(), "head.bias": torch.full((5,), torch.nan)}}, path)
+    model.teacher_cfg["img_size"] = (32, 96)
+    with pytest.raises(CheckpointError, match=r"not finite: head.bias"):
+        model.init_weights()
 
 
 def test_the_teacher_stays_frozen_and_apart(teacher_file: str) -> None:

@@ -17,7 +17,7 @@ from backbones import conversion
 from backbones.weights import CheckpointError, files, rules
 from tests.scripts import load_tool
 
-NAMES = ["vim_tiny", "vim_tiny_stride8", "lbvim_tiny", "lbvim_528"]
+NAMES = ["vim_tiny", "vim_tiny_stride8", "lbvim_tiny", "lbvim_528", "localvim_tiny", "localvim_tiny_midcls"]
 SMALL = {"depth": 1, "embed_dim": 48, "num_classes": 3, "patch_size": 4}
 
 

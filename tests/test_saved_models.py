@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,8 @@ MODELS = {
     "vim_tiny_stride8": {"depth": 1, "img_size": (48, 32)},
     "lbvim_tiny": {"depth": 2, "img_size": (32, 96)},
     "lbvim_528": {"depth": 1, "img_size": 64},
+    "localvim_tiny": {"depth": 2, "img_size": (32, 96)},
+    "localvim_tiny_midcls": {"depth": 1, "img_size": (64, 32)},
     "vanilla_vmamba_tiny": HIERARCHICAL,
     "vmamba_tiny_s1l8": HIERARCHICAL,
     "msvmamba_nano": HIERARCHICAL,
@@ -220,6 +223,17 @@ def test_offline_says_how_to_load_a_file(monkeypatch: pytest.MonkeyPatch) -> Non
             mm.UserError, match=r"checkpoint: .* cannot be downloaded .*; set checkpoint to a file in init_cfg"
         ):
             dense.fetch_weights("published", arch)
+
+
+def test_a_download_has_a_timeout_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float | None] = []
+    monkeypatch.setattr(
+        _hub, "download_cached_file", lambda url, **_: seen.append(socket.getdefaulttimeout()) or tmp_path / "x.pth"
+    )
+    before = socket.getdefaulttimeout()
+    assert sources.fetch({"url": "https://x/x.pth"}, "vim_tiny", "") == tmp_path / "x.pth"
+    assert seen[0] is not None and 0 < seen[0] <= 10
+    assert socket.getdefaulttimeout() == before
 
 
 def test_a_host_that_answers_is_reachable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from backbones.conversion import Converted, convert, identify, load_call, model_names
@@ -152,6 +153,8 @@ def write(target: Path, converted: Converted, source: Path) -> str:
         partial_sum.write_text(f"{digest}  {target.name}\n", encoding="utf-8")
         os.replace(partial, target)
         os.replace(partial_sum, checksum_of(target))
+    except SafetensorError as error:
+        raise OSError(f"{target}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
         partial_sum.unlink(missing_ok=True)

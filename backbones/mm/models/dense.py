@@ -72,7 +72,7 @@ class DenseBackbone(BaseModule):
             raise UserError(f"frozen_stages: got {frozen_stages}, expected a number within -1..{len(info)}")
         self.model.prune_intermediate_layers(list(self.out_indices), prune_norm=True)
         self.model.set_grad_checkpointing(with_cp)
-        self.out_norms = nn.ModuleDict(
+        self.out_norms: nn.ModuleDict = nn.ModuleDict(
             {
                 str(i): self.family.dense_norm(info[i]["num_chs"])
                 for i in self.out_indices

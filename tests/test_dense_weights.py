@@ -1,0 +1,145 @@
+"""What DenseBackbone takes from a weight file: all of the backbone, nothing around it, and real values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("mmengine")
+
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS
+
+import backbones.mm  # noqa: F401  (registers the backbones)
+from backbones.models import FAMILIES
+from backbones.weights import CheckpointError, rules
+
+PLAIN = {"depth": 2, "embed_dim": 24, "img_size": 64}
+SMALL = {
+    "Vim": ("vim_tiny", PLAIN),
+    "LBVim": ("lbvim_tiny", PLAIN),
+    "VMamba": ("vmamba_tiny_s1l8", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}),
+    "MSVMamba": ("msvmamba_nano", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}),
+    "EfficientVMamba": ("efficientvmamba_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}),
+    "GroupMamba": ("groupmamba_tiny", {"depths": (1, 1, 1, 1), "dims": (16, 16, 16, 32), "stem_dim": 8}),
+    "LocalVim": ("localvim_tiny", PLAIN),
+    "SpatialMamba": ("spatialmamba_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}),
+}
+
+
+def test_every_family_is_here() -> None:
+    assert SMALL.keys() == {family.__name__ for family in FAMILIES}
+
+
+def build(family: str, **kwargs: object) -> nn.Module:
+    arch, args = SMALL[family]
+    indices = (0, 1) if args is PLAIN else (0, 1, 2, 3)
+    return MODELS.build({"type": family, "arch": arch, "model_args": args, "out_indices": indices, **kwargs})
+
+
+def official_dense(family: str, backbone: nn.Module) -> dict[str, Tensor]:
+    """As the authors' dense models have it: norms of the outputs beside the backbone's own names."""
+    model = timm.create_model(SMALL[family][0], device="meta", **SMALL[family][1])
+    weights = {name.removeprefix("model."): x for name, x in backbone.state_dict().items() if name.startswith("model.")}
+    norms = {name: x for name, x in backbone.state_dict().items() if name.startswith("out_norms.")}
+    if family == "GroupMamba":
+        weights |= {name.replace("out_norms.3", "head.norm"): x for name, x in norms.items()}
+        return rules.to_official(weights, model.key_rules)
+    mark = "outnorm_" if SMALL[family][1] is PLAIN else "outnorm"
+    named = {f"{mark}{name.removeprefix('out_norms.')}": x for name, x in norms.items()}
+    return rules.to_official(weights, model.key_rules) | named
+
+
+def randomised(backbone: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for x in backbone.parameters():
+            x.copy_(torch.randn_like(x))
+    return backbone
+
+
+@pytest.mark.parametrize("layout", ["ours", "official"])
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone."])
+@pytest.mark.parametrize("family", SMALL)
+def test_a_detector_gives_its_backbone(
+    family: str, prefix: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = randomised(build(family)), build(family)
+    inner = source.state_dict() if layout == "ours" else official_dense(family, source)
+    weights = {prefix + name: x for name, x in inner.items()}
+    if prefix:
+        start = prefix.removesuffix("backbone.")
+        weights |= {f"{start}neck.conv.weight": torch.zeros(1), f"{start}head.bias": torch.full((1,), torch.nan)}
+    torch.save({"state_dict": weights}, tmp_path / "detector.pth")
+    lines: list[str] = []
+    monkeypatch.setattr(MMLogger.get_current_instance(), "info", lambda text, *args: lines.append(text % args))
+    target.load_pretrained(str(tmp_path / "detector.pth"))
+    assert all(torch.equal(x, target.state_dict()[name]) for name, x in source.state_dict().items())
+    said = [line for line in lines if line.startswith("outside the backbone: ")]
+    assert said == (["outside the backbone: head.bias, neck.conv.weight"] if prefix else [])
+    assert not any("left fresh" in line for line in lines)
+
+
+CHANGES: dict[str, Callable[[dict[str, Tensor], str], None]] = {
+    r"unknown: .*extra\.bias": lambda w, name: w.update({"extra.bias": torch.zeros(1)}),
+    "missing: ": lambda w, name: w.pop(name),
+    r"misshapen: ": lambda w, name: w.update({name: w[name][:-1]}),
+    r"of another type: .* int8, expected float32": lambda w, name: w.update({name: w[name].to(torch.int8)}),
+    r"of another type: .* bool, expected float32": lambda w, name: w.update({name: w[name] > 0}),
+    r"of another type: .* complex64, expected": lambda w, name: w.update({name: w[name].to(torch.complex64)}),
+    r"these are not finite: ": lambda w, name: w.update({name: w[name] * torch.nan}),
+    r"expected every weight once, got ": lambda w, name: w.update({f"backbone.{name}": w[name]}),
+}
+
+
+@pytest.mark.parametrize("words", CHANGES)
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+@pytest.mark.parametrize("family", SMALL)
+def test_what_does_not_fit_is_named(family: str, prefix: str, words: str, tmp_path: Path) -> None:
+    source, target = randomised(build(family)), build(family)
+    before = {name: x.clone() for name, x in target.state_dict().items()}
+    weights = dict(source.state_dict())
+    name = next(key for key, x in source.model.named_parameters() if x.dim() == 2)
+    CHANGES[words](weights, f"model.{name}")
+    torch.save({"state_dict": {prefix + key: x for key, x in weights.items()}}, tmp_path / "weights.pth")
+    if prefix and "once" in words:  # the copy stands in a backbone of the backbone
+        words = r"expected every weight once|unknown|missing"
+    with pytest.raises(CheckpointError, match=words):
+        target.load_pretrained(str(tmp_path / "weights.pth"))
+    assert all(torch.equal(x, target.state_dict()[key]) for key, x in before.items())
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_output_norms_that_are_there_must_fit(family: str, tmp_path: Path) -> None:
+    source, target = randomised(build(family)), build(family)
+    weights = dict(source.state_dict())
+    name = next(key for key in weights if key.startswith("out_norms."))
+    weights[name] = torch.zeros(7)
+    torch.save(weights, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=rf"misshapen: {name} \(7,\)"):
+        target.load_pretrained(str(tmp_path / "weights.pth"))
+
+
+def test_outputs_of_a_plain_model_are_counted_by_position(tmp_path: Path) -> None:
+    arch, args = SMALL["Vim"]
+    args = {**args, "depth": 4}
+    source = randomised(build("Vim", model_args=args, out_indices=(1, 3)))
+    model = timm.create_model(arch, device="meta", **args)
+    inner = {name.removeprefix("model."): x for name, x in source.state_dict().items() if name.startswith("model.")}
+    norms = {
+        f"outnorm_{position}.{kind}": source.state_dict()[f"out_norms.{i}.{kind}"]
+        for position, i in enumerate((1, 3))
+        for kind in ("weight", "bias")
+    }
+    torch.save(rules.to_official(inner, model.key_rules) | norms, tmp_path / "weights.pth")
+    target = build("Vim", model_args=args, out_indices=(1, 3))
+    target.load_pretrained(str(tmp_path / "weights.pth"))
+    assert all(torch.equal(x, target.state_dict()[name]) for name, x in source.state_dict().items())
+    # A projection before the norm belongs to models that we do not have.
+    torch.save(rules.to_official(inner, model.key_rules) | {"out_map_0.weight": torch.zeros(1)}, tmp_path / "map.pth")
+    with pytest.raises(CheckpointError, match=r"unknown: .*out_maps\.1\.weight"):
+        target.load_pretrained(str(tmp_path / "map.pth"))
