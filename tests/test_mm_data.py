@@ -16,6 +16,7 @@ pytest.importorskip("mmengine")
 from mmengine.runner import Runner
 
 from backbones.mm import ImageFolder, UserError, collate_images
+from backbones.mm.data.datasets import check_class_folders, compare_classes
 
 TRANSFORM = {"input_size": 8, "crop_pct": 1.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 FORMATS = ("png", "jpg", "jpeg")
@@ -147,3 +148,49 @@ def test_augmentation_changes_between_epochs_and_repeats_with_the_seed(root: Pat
     first, second, again = epoch(1), epoch(None), epoch(1)
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
+
+
+def make_folders(root: Path, **splits: tuple[str, ...]) -> dict[str, Any]:
+    """Folders of classes, and a config that reads them."""
+    for split, names in splits.items():
+        for name in names:
+            (root / split / name).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(root / split / name / "a.png")
+    return {
+        f"{split}_dataloader": {"dataset": {"type": "ImageFolder", "data_root": str(root), "split": split}}
+        for split in splits
+    }
+
+
+@pytest.mark.parametrize(
+    ("val", "message"),
+    [
+        (("zero", "1"), r"image folder .*val has other classes than .*train: missing '0'; unknown 'zero'"),
+        (("0",), "missing '1'$"),
+        (("0", "1", "2", "x"), "unknown '2', 'x'$"),
+    ],
+)
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_class_folders_are_compared_by_name(tmp_path: Path, part: str, val: tuple[str, ...], message: str) -> None:
+    config = make_folders(tmp_path, train=("0", "1"), **{part: val})
+    with pytest.raises(UserError, match=message.replace("val", part)):
+        check_class_folders(config)
+
+
+def test_equal_class_folders_pass_and_wrapped_ones_are_found(tmp_path: Path) -> None:
+    config = make_folders(tmp_path, train=("0", "1"), val=("1", "0"), test=("0", "2"))
+    check_class_folders({name: config[name] for name in ("train_dataloader", "val_dataloader")})
+    wrapped = {"dataset": {"type": "RepeatDataset", "times": 2, "dataset": config["test_dataloader"]["dataset"]}}
+    with pytest.raises(UserError, match="unknown '2'"):
+        check_class_folders({**config, "test_dataloader": wrapped})
+
+
+def test_a_folder_without_images_says_so(tmp_path: Path) -> None:
+    (tmp_path / "val" / "0").mkdir(parents=True)
+    with pytest.raises(UserError, match="val holds no images in class folders"):
+        ImageFolder(str(tmp_path), "val", TRANSFORM)
+
+
+def test_classes_in_another_order_are_refused() -> None:
+    with pytest.raises(UserError, match=r"b has other classes than a: class 1 is \['z'\], not \['y'\]"):
+        compare_classes(("x", "z", "y"), "b", ("x", "y", "z"), "a")

@@ -16,6 +16,7 @@ from timm.models import PretrainedCfg
 from torch import Tensor
 
 import backbones  # noqa: F401  (registers the models in timm)
+from backbones.images import UNREADABLE, read_image
 from backbones.patterns import PATTERNS
 from backbones.suggest import did_you_mean
 
@@ -102,8 +103,7 @@ def load_image(path: str, size: tuple[int, int] | None) -> Image.Image:
         ValueError: no such file, or no image.
     """
     try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
+        image = read_image(path)
+    except UNREADABLE as error:
         raise ValueError(f"image {path} cannot be read: {error}") from error
     return image if size is None else image.resize(size[::-1], Image.Resampling.BICUBIC)

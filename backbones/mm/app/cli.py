@@ -14,6 +14,7 @@ from mmengine.config import Config, DictAction
 
 from backbones.mm.app.console import hidden_prints
 from backbones.mm.data.annotations import check_annotations
+from backbones.mm.data.datasets import check_class_folders
 from backbones.mm.errors import UserError
 from backbones.suggest import did_you_mean
 from backbones.weights import CheckpointError
@@ -64,6 +65,8 @@ def load_config(args: Namespace, loaders: Sequence[str] = ()) -> Config:
     for root in sorted({root for name in loaders for root in _data_roots(config.get(name))}):
         if not Path(root).is_dir():
             raise UserError(f"data folder {root} does not exist; {config.get('data_hint', 'set data_root')}")
+    if loaders:
+        check_class_folders(config)
     if config.get("check_annotations", True):
         check_annotations(config, loaders)
     return config

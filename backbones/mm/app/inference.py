@@ -17,7 +17,8 @@ from PIL import Image
 from timm.data import create_transform
 from torch import nn
 
-from backbones.mm.data.datasets import UNREADABLE
+from backbones import images
+from backbones.mm.data.datasets import compare_classes
 from backbones.mm.engine.checkpoints import load_weights, read_checkpoint, select_state_dict
 from backbones.mm.errors import UserError
 
@@ -76,7 +77,10 @@ def load_predictor(config: Config, checkpoint: str | Path) -> Predictor:
     while "dataset" in dataset:
         dataset = dataset.dataset
     meta = contents.get("meta") or {}
-    classes = (meta.get("dataset_meta") or {}).get("classes") or _classes(dataset)
+    stated, trained = _classes(dataset), (meta.get("dataset_meta") or {}).get("classes")
+    if stated and trained:
+        compare_classes(stated, f"{config.filename}", trained, str(checkpoint))
+    classes = trained or stated
     task = task_of(config)
     if task == "classification":
         count = model.network.num_classes
@@ -117,16 +121,15 @@ def build_model(config: Config) -> Any:
         return MODELS.build(settings)
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """The image in RGB.
+def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
+    """The image in RGB or another Pillow mode, see :func:`backbones.images.read_image`.
 
     Raises:
         UserError: no such file, or not an image.
     """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except UNREADABLE as error:
+        return images.read_image(path, mode)
+    except images.UNREADABLE as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         raise UserError(f"image {path} {reason}") from error
 
@@ -143,8 +146,7 @@ class _ClassifierPipeline:
         self.mode = dataset.get("image_mode", "RGB")
 
     def __call__(self, path: str | Path) -> dict[str, Any]:
-        image = read_image(path) if self.mode == "RGB" else Image.open(path).convert(self.mode)
-        return {"inputs": self.transform(image).unsqueeze(0)}
+        return {"inputs": self.transform(read_image(path, self.mode)).unsqueeze(0)}
 
 
 class _DensePipeline:

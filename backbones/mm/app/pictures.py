@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from PIL import Image
+
+from backbones.images import read_image
 
 SCORE = 0.3
 _PAIRS_PER_ROW = 3
@@ -36,8 +37,7 @@ def draw_predictions(path: Path, samples: Sequence[Any], classes: Sequence[str],
     for index, sample in enumerate(samples):
         row, column = divmod(index, _PAIRS_PER_ROW)
         truth, prediction = axes[row, 2 * column : 2 * column + 2]
-        with Image.open(sample.img_path) as image:
-            pixels = np.asarray(image.convert("RGB"))
+        pixels = np.asarray(read_image(sample.img_path))
         for ax, title in ((truth, "ground truth"), (prediction, "prediction")):
             ax.imshow(pixels)
             ax.set_title(title, fontsize=9)

@@ -12,8 +12,8 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS
-from PIL import Image
 
+from backbones.images import UNREADABLE, image_size
 from backbones.mm.errors import UserError
 
 _NAMED = 3
@@ -198,9 +198,8 @@ def _map(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Width and height from the file's header."""
+    """Width and height from the file's header, upright as OpenMMLab's pipelines read it."""
     try:
-        with Image.open(path) as image:
-            return image.size
-    except OSError as error:
+        return image_size(path)
+    except UNREADABLE as error:
         raise UserError(f"cannot read image {path}: {error}; replace the file") from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,14 @@ import numpy as np
 from mmengine.dist import get_rank, get_world_size
 from mmengine.logging import print_log
 from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
-from PIL import Image
 from timm.data import ImageDataset, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from backbones.images import UNREADABLE, read_image
 from backbones.mm.errors import UserError
-
-# What Pillow raises for damaged files besides OSError (which covers UnidentifiedImageError).
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @DATASETS.register_module()
@@ -53,6 +53,8 @@ class ImageFolder(Dataset):
         folder = Path(data_root, split)
         if not folder.is_dir():
             raise UserError(f"image folder {folder} does not exist")
+        if not class_folders(folder):
+            raise UserError(f"image folder {folder} holds no images in class folders")
         # Only timm's reader is used: ImageDataset itself replaces an unreadable image by its neighbour.
         self.reader = ImageDataset(str(folder)).reader
         classes = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.__getitem__)
@@ -70,7 +72,7 @@ class ImageFolder(Dataset):
         file, target = self.reader[index]
         try:
             with file:
-                image = Image.open(file).convert(self.image_mode)
+                image = read_image(file, self.image_mode)
         except UNREADABLE as error:
             message = f"cannot read image {self.reader.filename(index, absolute=True)}: {error}"
             if not self.skip_unreadable:
@@ -78,6 +80,67 @@ class ImageFolder(Dataset):
             print_log(f"{message}; left out", logger="current", level=logging.WARNING)
             return None
         return {"inputs": self.transform(image), "targets": target}
+
+
+def class_folders(folder: Path) -> set[str]:
+    """Names of the classes that :class:`ImageFolder` finds: the folders that hold images, however deep."""
+    endings = get_img_extensions(as_set=True)
+    return {
+        Path(root).name if Path(root) != folder else ""
+        for root, _, files in os.walk(folder, followlinks=True)
+        if any(os.path.splitext(file)[1].lower() in endings for file in files)
+    }
+
+
+def check_class_folders(config: Any) -> None:
+    """Compare by name the class folders of all image folders that a config reads and that exist.
+
+    Labels are positions of sorted names: ``val/zero`` beside ``train/0`` would count as another class.
+
+    Raises:
+        UserError: a folder lacks classes that another has.
+    """
+    loaders = (config.get(f"{part}_dataloader") for part in ("train", "val", "test"))
+    folders = dict.fromkeys(folder for loader in loaders for folder in _image_folders(loader) if folder.is_dir())
+    if not folders:
+        return
+    first, *others = folders
+    expected = class_folders(first) if others else set()
+    for folder in others:
+        compare_classes(sorted(class_folders(folder)), f"image folder {folder}", sorted(expected), str(first))
+
+
+def compare_classes(found: Sequence[str], what: str, expected: Sequence[str], of: str) -> None:
+    """Compare the names of ``what``, such as a folder, with those of ``of``.
+
+    Raises:
+        UserError: names differ, or their order.
+    """
+    if list(found) == list(expected):
+        return
+    missing = [x for x in expected if x not in set(found)]
+    extra = [x for x in found if x not in set(expected)]
+    parts = [f"{word} {_named(names)}" for word, names in (("missing", missing), ("unknown", extra)) if names]
+    if not parts:
+        i = next(i for i, pair in enumerate(zip_longest(found, expected)) if pair[0] != pair[1])
+        parts = [f"class {i} is {list(found[i : i + 1])}, not {list(expected[i : i + 1])}"]
+    raise UserError(f"{what} has other classes than {of}: {'; '.join(parts)}")
+
+
+def _named(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _image_folders(config: Any) -> Iterator[Path]:
+    if isinstance(config, dict):
+        if str(config.get("type")) == "ImageFolder":
+            yield Path(config["data_root"], config["split"])
+        else:
+            for value in config.values():
+                yield from _image_folders(value)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            yield from _image_folders(value)
 
 
 @DATA_SAMPLERS.register_module()

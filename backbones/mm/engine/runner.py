@@ -17,6 +17,7 @@ from mmengine.registry import RUNNERS
 from torch import nn
 
 from backbones.mm.app.console import hidden_prints
+from backbones.mm.data.datasets import compare_classes
 from backbones.mm.engine.checkpoints import load_weights, read_checkpoint, select_state_dict
 from backbones.mm.engine.hooks import LabelRangeHook
 from backbones.mm.errors import UserError
@@ -111,6 +112,14 @@ class Runner(mmengine.runner.Runner):
             }
         return super().wrap_model(model_wrapper_cfg, model)
 
+    def _compare_classes(self, dataset_meta: dict[str, Any], filename: str) -> None:
+        for name, loop in (("train", self._train_loop), ("val", self._val_loop), ("test", self._test_loop)):
+            if isinstance(loop, dict | None):
+                continue  # not built: this run does not use it
+            found = getattr(loop.dataloader.dataset, "metainfo", {}).get("classes")
+            if found and dataset_meta.get("classes"):
+                compare_classes(found, f"the data set of {name}_dataloader", dataset_meta["classes"], filename)
+
     def load_checkpoint(
         self,
         filename: str,
@@ -145,6 +154,8 @@ class Runner(mmengine.runner.Runner):
             ) from None
         if ignored:
             self.logger.warning(f"not loaded from {filename} (load_ignore): {', '.join(ignored)}")
+        if self._resume or isinstance(self._train_loop, dict | None):
+            self._compare_classes((meta or {}).get("dataset_meta") or {}, filename)
         self._has_loaded = True
         self.logger.info(f"loaded {filename}")
         return checkpoint
