@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 _MOST_GRAPHS = 4  # training and inference, each with two sets of trained parameters; every graph keeps its activations
@@ -143,11 +144,19 @@ class _Graph:
 
     def __init__(self, forward: Callable[[Tensor], Any], model: nn.Module, image: Tensor) -> None:
         self.image = image.detach().clone()
-        self.trained = [x for x in model.parameters() if x.requires_grad] if torch.is_grad_enabled() else []
+        named = [(name, x) for name, x in model.named_parameters() if x.requires_grad and torch.is_grad_enabled()]
+        self.trained = [x for _, x in named]
         self.replays = 0
         if self.trained:
-            body = _Body(forward, model)
-            self.forward = torch.cuda.make_graphed_callables(body, (self.image,), _WARMUP, allow_unused_input=True)
+            body, names = _Body(forward, model), [f"model.{name}" for name, _ in named]
+
+            def run(image: Tensor, *parameters: Tensor) -> Any:
+                return functional_call(body, dict(zip(names, parameters, strict=True)), (image,))
+
+            # Captured on aliases: the parameters' own nodes of accumulation belong to the streams of eager passes.
+            aliases = [x.detach().requires_grad_() for x in self.trained]
+            arguments = (self.image, *aliases)
+            self.forward: Any = torch.cuda.make_graphed_callables(run, arguments, _WARMUP, allow_unused_input=True)
             return
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -167,17 +176,15 @@ class _Graph:
             self.graph.replay()
             return tree_map(torch.clone, self.outputs)
         _own_gradients(self.trained)
-        return tree_map(lambda y: _Fresh.apply(y, self, self.replays), self.forward(image))
+        return tree_map(lambda y: _Fresh.apply(y, self, self.replays), self.forward(image, *self.trained))
 
 
 class _Body(nn.Module):
-    """The parameters of a model around its eager forward, without its hooks."""
+    """A model's eager forward, without the hooks of the model itself."""
 
     def __init__(self, forward: Callable[[Tensor], Any], model: nn.Module) -> None:
         super().__init__()
-        self.model = model
-        self.eager = forward
-        self.training = model.training
+        self.model, self.eager = model, forward
 
     def forward(self, image: Tensor) -> Any:
         return self.eager(image)
