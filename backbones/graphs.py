@@ -56,6 +56,9 @@ def cuda_graphs(model: nn.Module, example: Tensor | None = None, *, amp: torch.d
     if where - {"cuda"}:
         raise ValueError(f"model, example: got tensors on {', '.join(sorted(where))}, expected cuda alone")
     replayed = _ReplayedForward(model, amp)
+    # Captured nodes of accumulation belong to the streams of a capture. PyTorch 2.10 and newer warn of that.
+    if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     if example is not None:
         with torch.set_grad_enabled(model.training):
             replayed.prepare(example)

@@ -3,6 +3,7 @@
     python tools/benchmark.py limits                    what this machine can do, and the floor of every shape
     python tools/benchmark.py op                        every backend against a textbook loop and the floor
     python tools/benchmark.py model vim_tiny            images per second beside timm's own models
+    python tools/benchmark.py gpu vim_tiny              launches, host time, throughput: eager mode and CUDA graphs
     python tools/benchmark.py resources                 registers and spills of the Triton kernels, without a GPU
 
 Whatever fails parity is not timed. With --csv, the rows are also written to a file whose header states the
@@ -26,6 +27,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tools are not installed
 
 from backbones.ops.scan import cpu
+from tools.bench.gpu import bench_gpu
 from tools.bench.measure import ParityError, conditions
 from tools.bench.models import COMPANIONS, KINDS, bench_model
 from tools.bench.operator import bench_limits, bench_op
@@ -85,7 +87,7 @@ def write_csv(path: Path, rows: list[dict[str, object]], facts: dict[str, object
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="limits|op|model|resources")
+    commands = parser.add_subparsers(required=True, metavar="limits|op|model|gpu|resources")
     limits = commands.add_parser("limits", help="measure this machine's limits")
     limits.set_defaults(run=bench_limits)
     op = commands.add_parser("op", help="time the operator's backends")
@@ -103,7 +105,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--batch", type=_positive, default=8)
     model.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     model.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    for command in (limits, op, model):
+    gpu = commands.add_parser("gpu", help="count launches and time models on a GPU, in eager mode and with CUDA graphs")
+    gpu.set_defaults(run=bench_gpu, device="cuda", dtype="bfloat16 autocast")
+    gpu.add_argument("names", nargs="+", help="models of this library, and of timm for comparison")
+    gpu.add_argument("--size", type=_positive, default=224, help="side of the images in pixels")
+    gpu.add_argument("--batch", type=_positive, default=128, help="images per batch for throughput and memory")
+    for command in (limits, op, model, gpu):
         command.add_argument("--threads", type=_positive, default=1)
         command.add_argument("--rounds", type=_positive, default=7, help="timed repetitions of each contestant")
         command.add_argument("--csv", type=Path, help="also write the rows to this file")
