@@ -42,6 +42,11 @@ def main() -> None:
         choices=("bfloat16", "float16"),
         help="automatic mixed precision (without a value: bfloat16)",
     )
+    parser.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="replay the network (or backbone) as CUDA graphs; for images of one fixed size",
+    )
     add_common_arguments(parser)
     args = parser.parse_args()
 
@@ -52,6 +57,10 @@ def main() -> None:
         if get_device() == "cpu":
             raise UserError("--amp float16 needs a GPU; on a CPU use --amp bfloat16")
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+    if args.cuda_graphs:
+        if get_device() != "cuda":
+            raise UserError(f"--cuda-graphs needs a CUDA GPU, this run is on {get_device()}")
+        config.custom_hooks = [*config.get("custom_hooks", []), {"type": "CudaGraphsHook"}]
     if args.resume:
         checkpoint = find_latest(config.work_dir) if args.resume == "auto" else args.resume
         if checkpoint is None:

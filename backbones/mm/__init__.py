@@ -4,13 +4,14 @@ They get a dense backbone for each of :data:`backbones.models.FAMILIES`, under i
 the neck ``SimpleFeaturePyramid``, the models ``ImageClassifier``, ``HardDistillation``,
 ``SelfDistillation``, ``ImagePreprocessor`` and timm's losses, the dataset ``ImageFolder`` with ``collate_images``,
 ``keep_worker_seed`` and ``RepeatedAugmentationSampler``, ``ClassificationMetric``, ``TimmOptimWrapperConstructor``,
-``BFloat16OptimWrapper``, the hooks ``ResumeHook``, ``FiniteLossHook``, ``ProgressHook``, ``ReportHook`` and
-``SelfDistillationHook``, and the ``"atomic"`` storage backend. Configs say
+``BFloat16OptimWrapper``, the hooks ``ResumeHook``, ``FiniteLossHook``, ``ProgressHook``, ``ReportHook``,
+``CudaGraphsHook`` and ``SelfDistillationHook``, and the ``"atomic"`` storage backend. Configs say
 ``custom_imports=dict(imports=["backbones.mm"])``.
 """
 
 from backbones.mm.data.datasets import ImageFolder, RepeatedAugmentationSampler, collate_images, keep_worker_seed
 from backbones.mm.engine.checkpoints import AtomicBackend
+from backbones.mm.engine.graphs import CudaGraphsHook
 from backbones.mm.engine.hooks import FiniteLossHook, ProgressHook, ResumeHook
 from backbones.mm.engine.metrics import ClassificationMetric
 from backbones.mm.engine.optim import BFloat16OptimWrapper, TimmOptimWrapperConstructor
@@ -26,6 +27,7 @@ __all__ = [
     "AtomicBackend",
     "BFloat16OptimWrapper",
     "ClassificationMetric",
+    "CudaGraphsHook",
     "DenseBackbone",
     "FiniteLossHook",
     "HardDistillation",
