@@ -1,4 +1,4 @@
-"""The selective scan, the operator that all models of this library share, and the depthwise convolution before it.
+"""The selective scan and state-space duality, and the depthwise convolution that stands before them.
 
 >>> import torch
 >>> from backbones.ops import selective_scan
@@ -14,8 +14,9 @@ from backbones.ops.depthwise.operator import depthwise_conv
 from backbones.ops.scan.api import selective_scan
 from backbones.ops.scan.operator import BACKENDS
 from backbones.ops.scan.visits import Visits
+from backbones.ops.ssd.api import ssd, ssd_noncausal
 
-__all__ = ["Visits", "backends", "depthwise_conv", "selective_scan"]
+__all__ = ["Visits", "backends", "depthwise_conv", "selective_scan", "ssd", "ssd_noncausal"]
 
 
 def backends() -> dict[str, str | None]:
