@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from mmengine.fileio import get_file_backend
 from mmengine.logging import HistoryBuffer
 
 from backbones.mm.engine import checkpoints
+from backbones.mm.errors import UserError
 from backbones.weights import CheckpointError
 
 
@@ -35,8 +38,9 @@ def test_failed_write_leaves_the_old_file(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_space)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(UserError, match=r"cannot write .*last\.pth: no space"):
             backend.put(b"new", path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pth"]
     assert path.read_bytes() == b"old"
     backend.put(b"new", path)
     assert [file.name for file in tmp_path.iterdir()] == ["last.pth"]
@@ -88,7 +92,7 @@ def test_removal_waits_for_the_next_whole_file(
     backend.put(b"1", first)
     backend.remove(first)
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
-    with pytest.raises(OSError, match="killed"):
+    with pytest.raises(UserError, match="killed"):
         backend.put(b"2", second)
     assert Path(first).exists()
     monkeypatch.undo()
@@ -186,3 +190,31 @@ def test_latest_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.find_latest(tmp_path) == tmp_path / "epoch_2.pth"
     pointer.write_text("/another/machine/epoch_11.pth")  # killed before the file was complete
     assert checkpoints.find_latest(tmp_path) == tmp_path / "epoch_10.pth"
+
+
+def test_a_second_run_is_told_of_the_first_and_a_dead_one_is_forgotten(tmp_path: Path) -> None:
+    (tmp_path / ".checkpoint-host-1.partial").write_bytes(b"half")
+    code = f"""
+from backbones.mm.engine.checkpoints import lock
+with lock({str(tmp_path)!r}):
+    print("locked", flush=True)
+    input()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        message = rf"another run trains in .* \(process {other.pid} on .* since "
+        with pytest.raises(UserError, match=message), checkpoints.lock(tmp_path):
+            pass
+        other.kill()
+    with checkpoints.lock(tmp_path):
+        assert f"process {os.getpid()} on" in (tmp_path / ".run.lock").read_text()
+    assert [file.name for file in tmp_path.iterdir()] == [".run.lock"]
+
+
+def test_a_work_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"cannot write to work directory .*file/run"),
+        checkpoints.lock(tmp_path / "file/run"),
+    ):
+        pass

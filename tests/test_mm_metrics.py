@@ -44,8 +44,8 @@ def test_a_second_evaluation_starts_afresh() -> None:
 
 
 def test_impossible_input_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"topk is \(1, 5\), but there are 4 classes"):
-        evaluate(ClassificationMetric(), np.eye(4), np.arange(4), 4)
+    with pytest.raises(ValueError, match=r"topk is \(5,\), but there are 4 classes"):
+        evaluate(ClassificationMetric(topk=(5,)), np.eye(4), np.arange(4), 4)
     metric = ClassificationMetric()
     metric.dataset_meta = {"classes": "abcdef"}
     with pytest.raises(ValueError, match="the model has 5 classes, the data set 6"):
@@ -54,3 +54,10 @@ def test_impossible_input_is_refused() -> None:
     scores[2, 2] = np.nan
     with pytest.raises(ValueError, match="not finite"):
         evaluate(ClassificationMetric(), scores, np.arange(5), 5)
+
+
+def test_a_k_above_the_number_of_classes_is_left_out() -> None:
+    assert evaluate(ClassificationMetric(topk=(1, 3, 5)), np.eye(3), np.arange(3), 3) == {
+        "accuracy/top1": 100,
+        "accuracy/top3": 100,
+    }

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
-from collections.abc import Mapping, Sequence
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,13 +18,13 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
 
+from backbones.mm.errors import UserError
 from backbones.weights import CheckpointError, Weights
 from backbones.weights.files import WRAPPERS, load, select
 from backbones.weights.loading import load as load_into
 from backbones.weights.sources import fetch, locate
 
-# One name per folder: what a killed process leaves behind is overwritten by the next checkpoint.
-_PARTIAL = ".checkpoint.partial"
+_LOCK = ".run.lock"
 
 
 class AtomicBackend(LocalBackend):
@@ -35,13 +39,19 @@ class AtomicBackend(LocalBackend):
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write ``obj`` to ``filepath`` by way of a temporary file in the same folder."""
-        partial = Path(filepath).with_name(_PARTIAL)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(obj)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, filepath)
+        # A name of this process: what a killed one leaves behind goes when the next run locks the folder.
+        partial = Path(filepath).with_name(f".checkpoint-{socket.gethostname()}-{os.getpid()}.partial")
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                file.write(obj)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, filepath)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise UserError(f"cannot write {filepath}: {error}; the checkpoints before it are whole") from error
         self._outdated.discard(str(filepath))
         while self._outdated:
             Path(self._outdated.pop()).unlink(missing_ok=True)
@@ -52,6 +62,34 @@ class AtomicBackend(LocalBackend):
 
 
 register_backend("atomic", AtomicBackend, force=True)
+
+
+@contextlib.contextmanager
+def lock(work_dir: str | Path) -> Iterator[None]:
+    """Keep other training runs out of ``work_dir``; the system lifts the lock of a process that dies.
+
+    Raises:
+        UserError: another run trains there, or nothing can be written there.
+    """
+    try:
+        Path(work_dir).mkdir(parents=True, exist_ok=True)
+        file = open(Path(work_dir, _LOCK), "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the lock)
+    except OSError as error:
+        raise UserError(f"cannot write to work directory {work_dir}: {error}") from error
+    with file:
+        try:
+            # Unlike flock's, this lock does not pass to data loading workers, which may outlive a killed run.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            raise UserError(f"another run trains in {work_dir} ({holder}): choose another --work-dir") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        for partial in Path(work_dir).glob(".checkpoint*.partial"):
+            partial.unlink(missing_ok=True)
+        yield
 
 
 def write_text(path: str | Path, text: str) -> None:

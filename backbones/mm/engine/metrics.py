@@ -16,14 +16,14 @@ class ClassificationMetric(BaseMetric):
     """Top-k accuracy in per cent; keeps the confusion matrix of the last evaluation.
 
     Args:
-        topk: the values of k.
+        topk: the values of k; those above the number of classes are left out.
         collect_device: where results of several processes meet, ``"cpu"`` or ``"gpu"``.
 
     Attributes:
         confusion_matrix: (num_classes, num_classes) int64, rows are true classes, columns predicted ones.
 
     Raises:
-        ValueError: a k larger than the number of classes, a data set with another number of classes, or
+        ValueError: no k within the number of classes, a data set with another number of classes, or
             scores that are not finite.
     """
 
@@ -39,11 +39,11 @@ class ClassificationMetric(BaseMetric):
         """Keep the best classes and the label of every image; results are small enough to gather."""
         scores = torch.stack([sample["scores"] for sample in data_samples])
         self.num_classes = scores.shape[1]
-        if max(self.topk) > self.num_classes:
+        if min(self.topk) > self.num_classes:
             raise ValueError(f"topk is {self.topk}, but there are {self.num_classes} classes")
         if not scores.isfinite().all():
             raise ValueError("the model's scores are not finite")
-        best = scores.topk(max(self.topk), dim=1).indices.tolist()
+        best = scores.topk(max(k for k in self.topk if k <= self.num_classes), dim=1).indices.tolist()
         self.results += [(row, int(sample["target"])) for row, sample in zip(best, data_samples, strict=True)]
 
     def compute_metrics(self, results: list[tuple[list[int], int]]) -> dict[str, float]:
@@ -56,4 +56,5 @@ class ClassificationMetric(BaseMetric):
         counts = torch.bincount(pairs, minlength=self.num_classes**2)
         self.confusion_matrix = counts.view(self.num_classes, self.num_classes)
         hits = best == targets[:, None]
-        return {f"top{k}": 100 * hits[:, :k].any(dim=1).double().mean().item() for k in self.topk}
+        within = [k for k in self.topk if k <= self.num_classes]
+        return {f"top{k}": 100 * hits[:, :k].any(dim=1).double().mean().item() for k in within}

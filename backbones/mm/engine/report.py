@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,27 +82,32 @@ class ReportHook(Hook):
         save_confusion(runner.test_loop.evaluator, Path(runner.log_dir, _CONFUSION))
         if self.samples:
             picture = Path(runner.work_dir, _PREDICTIONS)
-            draw_predictions(picture, self.samples, runner.test_dataloader.dataset.metainfo["classes"])
-            self.console.print(f"picture     {picture}")
+            classes = runner.test_dataloader.dataset.metainfo["classes"]
+            self._draw(picture, lambda: draw_predictions(picture, self.samples, classes))
 
     @master_only
     def after_train(self, runner: Runner) -> None:
         folder = Path(runner.work_dir)
         hub = runner.message_hub
         curves = {name: history.data[0] for name, history in hub.log_scalars.items()}
-        draw_report(
-            folder / _PICTURE,
-            runner.experiment_name.rsplit("_", 2)[0],
-            curves,
-            read_confusion(folder / _CONFUSION),
-            _key_metric(runner),
-        )
         console = self.console
         if self.best is not None:
             console.print(f"best        {hub.get_info('best_score'):.4g}")
             console.print(f"checkpoint  {self.best}")
-        console.print(f"picture     {folder / _PICTURE}")
+        picture, title = folder / _PICTURE, runner.experiment_name.rsplit("_", 2)[0]
+        self._draw(
+            picture,
+            lambda: draw_report(picture, title, curves, read_confusion(folder / _CONFUSION), _key_metric(runner)),
+        )
         console.print(f"log         {runner.log_dir}")
+
+    def _draw(self, picture: Path, draw: Callable[[], None]) -> None:
+        try:
+            draw()
+        except Exception as error:  # whatever it is, the results of the run are worth more than their picture
+            self.console.print(f"no picture  {picture} cannot be drawn: {type(error).__name__}: {error}")
+        else:
+            self.console.print(f"picture     {picture}")
 
     def _point_to_best(self, runner: Runner) -> None:
         write_text(Path(runner.work_dir, _BEST), Path(self.best).name + "\n")
@@ -175,7 +180,11 @@ def draw_report(
     _draw_loss(loss, curves.get("train/loss", np.empty(0)))
     name = metric if metric in curves else None
     name = name or next((name for name in curves if name.startswith("val/") and name not in _TIMES), None)
-    if name is not None:
+    if name is not None and len(curves[name]) != len(curves[VALIDATED]):
+        # mmdet states no precision where nothing was found, and not which validation that was.
+        shown = f"{len(curves[name])} of {len(curves[VALIDATED])} validations have a value"
+        score.text(0.5, 0.5, f"{name}: {shown}", ha="center", va="center", transform=score.transAxes)
+    elif name is not None:
         _draw_score(score, name.removeprefix("val/"), curves[VALIDATED], curves[name])
     rate.plot(curves.get("train/lr", np.empty(0)), color="0.35", linewidth=1.5)
     rate.set(ylabel="learning rate", xlabel="iteration")

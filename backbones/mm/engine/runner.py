@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import mmengine.runner
 import torch
 from mmengine.device import get_device
-from mmengine.dist import is_distributed
+from mmengine.dist import is_distributed, is_main_process
 from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
@@ -18,7 +19,7 @@ from torch import nn
 
 from backbones.mm.app.console import hidden_prints
 from backbones.mm.data.datasets import compare_classes
-from backbones.mm.engine.checkpoints import load_weights, read_checkpoint, select_state_dict
+from backbones.mm.engine.checkpoints import load_weights, lock, read_checkpoint, select_state_dict
 from backbones.mm.engine.hooks import LabelRangeHook
 from backbones.mm.errors import UserError
 from backbones.weights import CheckpointError
@@ -80,7 +81,8 @@ class Runner(mmengine.runner.Runner):
 
     def train(self) -> nn.Module:
         """Train as the config says; returns the model."""
-        with hidden_prints(self.cfg.get("verbose", False)):
+        guard = lock(self.work_dir) if is_main_process() else contextlib.nullcontext()
+        with guard, hidden_prints(self.cfg.get("verbose", False)):
             return super().train()
 
     def val(self) -> dict[str, float]:
