@@ -304,6 +304,7 @@ SHALLOW = {
     "groupmamba": ("groupmamba_tiny", {"depths": (1, 1, 1, 1)}),
     "spatialmamba": ("spatialmamba_tiny", {"depths": (1, 1, 1, 1)}),
     "localvim": ("localvim_tiny", {"depth": 1}),
+    "localvmamba": ("localvmamba_tiny", {"depths": (1, 1, 1, 1)}),
 }
 
 

@@ -49,6 +49,7 @@ STEPS = [
     "coco/cascade-mask-rcnn_vim-tiny_simple-fpn_100e_coco-lsj.py",
     "coco/mask-rcnn_efficientvmamba-tiny_fpn_1x_coco.py",
     "coco/mask-rcnn_groupmamba-tiny_fpn_1x_coco.py",
+    "coco/mask-rcnn_localvmamba-tiny_fpn_1x_coco.py",
     "coco/mask-rcnn_msvmamba-micro_fpn_1x_coco.py",
     "coco/mask-rcnn_spatialmamba-tiny_fpn_1x_coco.py",
     "coco/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py",
@@ -56,6 +57,8 @@ STEPS = [
     "ade20k/upernet_efficientvmamba-tiny_160k_ade20k-512x512.py",
     "ade20k/upernet_groupmamba-tiny_160k_ade20k-512x512.py",
     "ade20k/upernet_lbvim-tiny_160k_ade20k-512x512.py",
+    "ade20k/upernet_localvim-tiny_160k_ade20k-512x512.py",
+    "ade20k/upernet_localvmamba-tiny_160k_ade20k-512x512.py",
     "ade20k/upernet_msvmamba-micro_160k_ade20k-512x512.py",
     "ade20k/upernet_spatialmamba-tiny_160k_ade20k-512x512.py",
     "ade20k/upernet_vim-tiny_60k_ade20k-512x512.py",
@@ -100,7 +103,7 @@ def test_sizes_are_the_published_ones(name: str) -> None:
     arch, method = config.model.backbone.arch, METHODS.get(config.model.type)
     with torch.device("meta"):
         model = build(MODELS, config, config.model)
-    facts = load_family(type(model.backbone).module)["models"][arch].get("reported", {})
+    facts = load_family(type(model.backbone).family.__module__.rpartition(".")[2])["models"][arch].get("reported", {})
     published = {
         entry["params_m"]
         for entry in (*facts.get("coco", ()), *facts.get("ade20k", ()))

@@ -44,6 +44,7 @@ MODELS = {
     "spatialmamba_tiny": ((50, 37), FLAT),
     "localvim_tiny": ((50, 32), {"depth": 2}),
     "localvim_tiny_midcls": ((48, 48), {"depth": 2}),
+    "localvmamba_tiny": ((50, 37), FLAT),
 }
 QUICK = "vim_tiny"
 

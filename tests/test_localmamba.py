@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.layers import BiAttn, MambaMixer, RotaryEmbedding, Scan
+from backbones.layers import SS2D, BiAttn, MambaMixer, RotaryEmbedding, Scan
 from backbones.layers.rotary import rotate
+from backbones.models import localvmamba
 from backbones.ops import selective_scan
 from backbones.patterns import ATROUS, MULTI_SCALE, directions, get_pattern
 from backbones.weights import CheckpointError
@@ -189,6 +190,39 @@ def test_tables_that_a_model_cannot_use() -> None:
     overlay = {"state_dict": timm.create_model("localvim_tiny", depth=1).state_dict()}
     with pytest.raises(CheckpointError, match=r"unknown: rope\.freqs_cos, rope\.freqs_sin"):
         timm.create_model("localvim_tiny", True, pretrained_cfg_overlay=overlay, depth=1, rope=False)
+
+
+@pytest.mark.parametrize("size", [(14, 14), (3, 5), (8, 3)])
+def test_padded_slots_of_a_map_read_zeros(size: tuple[int, int], backend: str) -> None:
+    names = ("h", "v_flip", "w2", "w7_flip")
+    mixer = SS2D(8, scan=Scan(directions(*names), backend="naive"), d_state=3, merge=BiAttn, dtype=torch.float64)
+    x = torch.randn(2, *size, 8, dtype=torch.float64)
+    inner, z = mixer.in_proj(x).chunk(2, dim=-1)
+    u, ssm = mixer.conv2d(inner).flatten(1, 2), mixer.ssm
+    outputs = []
+    for k, name in enumerate(names):
+        cells = walk(name, *size)
+        steps = torch.stack([u[:, i] if i >= 0 else torch.zeros_like(u[:, 0]) for i in cells], dim=1)
+        dt, B, C = (steps @ ssm.x_proj_weight[k].t()).split([ssm.dt_rank, ssm.d_state, ssm.d_state], dim=-1)
+        given = (dt @ ssm.dt_proj_weight[k].t(), ssm.A[k : k + 1], B, C)
+        delta, A, B, C = (value if value.shape[0] == 1 else value.unsqueeze(2) for value in given)
+        own = {"delta_bias": ssm.dt_proj_bias[k : k + 1], "backend": "naive"}
+        y = selective_scan(steps, delta, A, B, C, ssm.D[k : k + 1], **own)
+        outputs.append(torch.stack([y[:, cells.index(i)] for i in range(u.shape[1])], dim=1))
+    merged = mixer.merge(torch.stack(outputs, dim=2)).unflatten(1, size)
+    expected = mixer.out_proj(mixer.out_norm(merged) * F.silu(z))
+    torch.testing.assert_close(mixer(x), expected)
+    mixer.ssm.backend = backend
+    torch.testing.assert_close(mixer.float()(x.float()), expected.float(), rtol=1e-4, atol=SAME_FUNCTION)
+
+
+def test_blocks_of_a_pyramid_use_their_lists_through_the_stages() -> None:
+    model = timm.create_model("localvmamba_small", device="meta")
+    found = [block.mixer.scan.pattern.name.split() for stage in model.stages for block in stage.blocks]
+    assert found == list(localvmamba.SMALL)
+    model = timm.create_model("localvmamba_tiny", depths=(1, 1, 2, 1), directions=localvmamba.TINY[:2], device="meta")
+    found = [block.mixer.scan.pattern.name.split() for stage in model.stages for block in stage.blocks]
+    assert found == [localvmamba.TINY[i] for i in (0, 1, 0, 1, 0)]
 
 
 def test_layers_use_their_lists_in_turn_and_a_pattern_stands_in_for_all() -> None:

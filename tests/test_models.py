@@ -29,6 +29,7 @@ SMALLEST = {
     "spatialmamba_tiny": {"depths": (1, 1, 2, 1)},
     "localvim_tiny": {"depth": 2},
     "localvim_tiny_midcls": {"depth": 2},
+    "localvmamba_tiny": {"depths": (1, 1, 2, 1)},
 }
 PROMISED = [
     "vim_tiny",
@@ -72,6 +73,8 @@ PROMISED = [
     "localvim_tiny_unsearched",
     "localvim_small",
     "localvim_small_unsearched",
+    "localvmamba_tiny",
+    "localvmamba_small",
 ]
 
 

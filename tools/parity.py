@@ -37,6 +37,7 @@ MODELS = {
     "localvim_tiny_224x224": "localvim_tiny",
     "localvim_tiny_midcls_224x224": "localvim_tiny_midcls",
     "localvim_tiny_nosearch_192x256": "localvim_tiny_unsearched",
+    "localvmamba_tiny_224x224": "localvmamba_tiny",
 }
 # Arguments of the models of recordings at another size than the registered one.
 ARGUMENTS: dict[str, dict[str, Any]] = {"localvim_tiny_nosearch_192x256": {"dynamic_img_size": True}}
@@ -70,6 +71,7 @@ RECORDED: dict[str, dict[str, Any]] = {
         "out_indices": (5, 11, 17, 23),
         "model_args": {"norm_layer": nn.LayerNorm},
     },
+    "localvmamba_tiny_backbone_200x200": {"type": "LocalVMamba", "arch": "localvmamba_tiny"},
     "localvim_tiny_backbone_256x256": {
         "type": "LocalVim",
         "arch": "localvim_tiny",

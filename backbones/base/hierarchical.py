@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle
 from operator import mul
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ class HierarchicalBackbone(Backbone):
         stem: constructor called as ``stem(in_chans, dims[0], device=, dtype=)``; takes the image, returns a
             channels-last map.
         block: constructor called as ``block(dim, drop_path=rate, device=, dtype=)``; of a sequence, stage i
-            takes the i-th.
+            takes the i-th, and where that is a sequence, too, its blocks use them in turn.
         downsample: constructor called as ``downsample(dims[i], dims[i + 1], device=, dtype=)``, between two
             stages; of a sequence, the i-th.
         depths: blocks of each stage.
@@ -49,7 +49,7 @@ class HierarchicalBackbone(Backbone):
     def __init__(
         self,
         stem: Constructor,
-        block: Constructor | Sequence[Constructor],
+        block: Constructor | Sequence[Constructor | Sequence[Constructor]],
         downsample: Constructor | Sequence[Constructor],
         depths: Sequence[int] = (2, 2, 9, 2),
         dims: Sequence[int] = (96, 192, 384, 768),
@@ -83,7 +83,9 @@ class HierarchicalBackbone(Backbone):
         self.feature_info = []
         for i, (depth, dim, reduction) in enumerate(zip(depths, dims, accumulate(strides, mul), strict=True)):
             last = i == len(dims) - 1
-            layers = [blocks[i](dim, drop_path=next(rates), **dd) for _ in range(depth)]
+            given = blocks[i]
+            in_turn = cycle([given] if callable(given) else given)
+            layers = [next(in_turn)(dim, drop_path=next(rates), **dd) for _ in range(depth)]
             norm = stage_norm(dim, **dd) if stage_norm is not None and not last else nn.Identity()
             self.stages.append(Stage(layers, norm))
             if not last:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.layers.constructor import Constructor
 from backbones.layers.norm import LayerNorm
 from backbones.layers.scan import OnBackend, Scan
 from backbones.layers.selective_ssm import SelectiveSSM
@@ -98,6 +99,8 @@ class SS2D(nn.Module):
         dt_rank: rank of the step size's projection; None is ceil(dim / 16).
         gated: multiply by SiLU(z), z a second projection of the input.
         conv_bias: bias of the depthwise convolution.
+        merge: constructor called as ``merge(d_inner, device=, dtype=)``, of what takes the outputs of k orders
+            (b, l, k, d_inner) to one (b, l, d_inner); None is their sum.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class SS2D(nn.Module):
         dt_rank: int | None = None,
         gated: bool = True,
         conv_bias: bool = True,
+        merge: Constructor | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -119,11 +123,15 @@ class SS2D(nn.Module):
         self.conv2d = DepthwiseConv2d(d_inner, bias=conv_bias, silu=True, device=device, dtype=dtype)
         dt_rank = -(-dim // 16) if dt_rank is None else dt_rank
         self.ssm = SelectiveSSM(d_inner, d_state, dt_rank, scan.pattern.num_orders, scan.backend, device, dtype)
+        self.merge = None if merge is None else merge(d_inner, device=device, dtype=dtype)
         self.out_norm = LayerNorm(d_inner, autocast_out=True, device=device, dtype=dtype)
         self.out_proj = nn.Linear(d_inner, dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
         x, z = self.in_proj(x).chunk(2, dim=-1) if self.gated else (self.in_proj(x), None)
-        y = self.out_norm(scan_grid(self.ssm, self.conv2d(x), self.scan))
+        y = scan_grid(self.ssm, self.conv2d(x), self.scan, "sum" if self.merge is None else "per_order")
+        if self.merge is not None:
+            y = self.merge(y.flatten(1, 2)).unflatten(1, y.shape[1:3])
+        y = self.out_norm(y)
         return self.out_proj(y if z is None else silu_gate(y, z, backend=self.ssm.backend))

@@ -8,6 +8,7 @@ from backbones.models.efficientvmamba import EfficientVMamba
 from backbones.models.groupmamba import GroupMamba
 from backbones.models.lbmamba import LBVim
 from backbones.models.localvim import LocalVim
+from backbones.models.localvmamba import LocalVMamba
 from backbones.models.msvmamba import MSVMamba
 from backbones.models.spatialmamba import SpatialMamba
 from backbones.models.vim import Vim
@@ -23,6 +24,7 @@ FAMILIES: tuple[type[Backbone], ...] = (
     GroupMamba,
     SpatialMamba,
     LocalVim,
+    LocalVMamba,
 )
 
 __all__ = ["FAMILIES", "family_names"]

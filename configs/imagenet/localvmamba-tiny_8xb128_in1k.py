@@ -1,0 +1,3 @@
+_base_ = "../_base_/imagenet_localmamba.py"
+
+model = dict(network=dict(name="localvmamba_tiny"))
