@@ -1,11 +1,12 @@
 """The depthwise convolution in plain PyTorch: the definition that every other backend is held against."""
 
 from functools import reduce
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from backbones.ops.derivatives import gradients
 
 
 def forward(
@@ -35,8 +36,5 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse_taps: Tensor, silu: bool
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weight and bias, the last one without elements where there is no bias."""
-    inputs: Any = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
-    with torch.enable_grad():
-        y = _convolve(inputs[0], inputs[1], inputs[2], taps, silu)
-    grads = torch.autograd.grad(y, [t for t in inputs if t is not None], grad)
-    return (*grads, weight.new_empty(0)) if bias is None else grads
+    found = gradients(lambda x, weight, bias: _convolve(x, weight, bias, taps, silu), (x, weight, bias), grad)
+    return tuple(weight.new_empty(0) if t is None else t for t in found)

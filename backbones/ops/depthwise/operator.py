@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from backbones.ops.depthwise import naive as depthwise_naive
+from backbones.ops.derivatives import first_order, is_transformed, refuse_transforms
 from backbones.ops.scan.operator import choose_backend
 
 
@@ -58,17 +59,19 @@ def depthwise_conv(
     """
     _check(x, weight, bias, taps, inverse_taps)
     backend = choose_backend(backend, x.device.type, x.dtype, "depthwise_conv")
+    if backend != "naive":
+        refuse_transforms("depthwise_conv", x, weight, bias)
     state_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     unread = backend == "cpu" and x.dtype == torch.float16  # by the kernel
-    y = conv_op(
+    arguments = (
         x.float() if unread else x,
         weight.to(state_dtype).contiguous(),
         None if bias is None else bias.to(state_dtype).contiguous(),
         taps.to(torch.int32).contiguous(),
         inverse_taps.to(torch.int32).contiguous(),
         silu,
-        backend,
     )
+    y = depthwise_naive.forward(*arguments) if is_transformed(x, weight, bias) else conv_op(*arguments, backend)
     return y.to(x.dtype).permute(1, 2, 0, 3)
 
 
@@ -151,8 +154,11 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     args = (grad, *tensors, ctx.silu)
     # The gradient of plain PyTorch is autograd's own, which does not run inside of an operator.
-    grads = depthwise_naive.backward(*args) if ctx.backend == "naive" else conv_backward_op(*args, ctx.backend)
-    dx, dweight, dbias = grads
+    if ctx.backend == "naive":
+        dx, dweight, dbias = depthwise_naive.backward(*args)
+    else:
+        results = conv_backward_op(*args, ctx.backend)
+        dx, dweight, dbias = first_order("depthwise_conv", results, (grad, *tensors[:3]))
     return dx, dweight, None if tensors[2] is None else dbias, None, None, None, None
 
 

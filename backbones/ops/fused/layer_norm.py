@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbones.ops.derivatives import first_order, is_transformed
 from backbones.ops.scan import triton
 
 
@@ -15,6 +16,7 @@ def runs_on(x: Tensor) -> bool:
         and x.dtype != torch.float64
         and not torch.compiler.is_compiling()
         and triton.unavailable_reason() is None
+        and not is_transformed(x)
     )
 
 
@@ -50,7 +52,8 @@ class _LayerNorm(torch.autograd.Function):
         from backbones.ops.fused import layer_norm_triton
 
         x, weight, statistics = ctx.saved_tensors
-        dx, sums = layer_norm_triton.backward(grad.contiguous(), x, weight, statistics)
+        results = layer_norm_triton.backward(grad.contiguous(), x, weight, statistics)
+        dx, sums = first_order("layer_norm", results, (grad, x, weight))
         if weight is None:
             return dx, None, None, None, None
         dweight, dbias = sums.to(weight.dtype)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbones.ops.derivatives import first_order, is_transformed
 from backbones.ops.fused import pointwise_cpu
 from backbones.ops.scan.operator import choose_backend
 
@@ -52,6 +53,7 @@ def _kernel_runs(x: Tensor, other: Tensor, backend: str | None) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and choose_backend(backend, "cpu", x.dtype) == "cpu"
+        and not is_transformed(x, other)
     )
 
 
@@ -81,7 +83,8 @@ def _register(name: str) -> None:
         ctx.constant = inputs[2]
 
     def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(grad, *ctx.saved_tensors, ctx.constant), None
+        results = backward(grad, *ctx.saved_tensors, ctx.constant)
+        return *first_order(name, results, (grad, *ctx.saved_tensors)), None
 
     torch.library.register_fake(op, lambda x, other, constant: _contiguous_like(x)[0], lib=_library)
     torch.library.register_fake(backward, lambda grad, x, other, constant: _contiguous_like(x, other), lib=_library)

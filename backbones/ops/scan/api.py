@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbones.ops.derivatives import is_transformed, refuse_transforms
+from backbones.ops.scan import naive
 from backbones.ops.scan.operator import choose_backend, scan_op
 from backbones.ops.scan.visits import Visits
 
@@ -82,7 +84,7 @@ def selective_scan(
     save = torch.is_grad_enabled() and any(
         [x is not None and x.requires_grad for x in (u, delta, A, B, C, D, delta_bias, dt_weight)]
     )
-    y, _ = scan_op(
+    arguments = (
         _as(u, token_dtype),
         _as(delta, token_dtype),
         _as(A, state_dtype).contiguous(),
@@ -97,8 +99,12 @@ def selective_scan(
         local_window,
         save,
         list(visits) if visits is not None and backend == "triton" else None,  # the others look, at no cost
-        backend,
     )
+    if is_transformed(u, delta, A, B, C, D, delta_bias, dt_weight):
+        if backend != "naive":
+            refuse_transforms("selective_scan", u, delta, A, B, C, D, delta_bias, dt_weight)
+        return _as(naive.forward(*arguments)[0], u.dtype)
+    y, _ = scan_op(*arguments, backend)
     return _as(y, u.dtype)
 
 

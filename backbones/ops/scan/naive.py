@@ -5,11 +5,11 @@ runs over
 ``unbind``: the gradient of an ``x[:, t]`` would be a zero tensor as large as ``x``.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from backbones.ops.derivatives import gradients
 
 
 def selective_scan_naive(
@@ -113,10 +113,11 @@ def backward(
     local_window: int, visits: list[bool] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """See :mod:`backbones.ops.scan.operator`."""
-    tensors = (u, delta, A, B, C, D, delta_bias, dt_weight)
-    inputs: Any = [None if x is None else x.detach().requires_grad_() for x in tensors]
-    u, delta, A, B, C, D, delta_bias, dt_weight = inputs
-    with torch.enable_grad():
-        y = selective_scan_naive(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, dt_weight)
-    grads = iter(torch.autograd.grad(y, [x for x in inputs if x is not None], grad))
-    return tuple(states if x is None else next(grads) for x in inputs)
+
+    def scan(u, delta, A, B, C, D, delta_bias, dt_weight):  # type: ignore[no-untyped-def]
+        return selective_scan_naive(
+            u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, dt_weight
+        )
+
+    found = gradients(scan, (u, delta, A, B, C, D, delta_bias, dt_weight), grad)
+    return tuple(states if x is None else x for x in found)

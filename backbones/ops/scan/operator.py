@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from backbones.ops.derivatives import first_order
 from backbones.ops.scan import cpu, naive, triton
 
 BACKENDS: dict[str, ModuleType] = {"naive": naive, "cpu": cpu, "triton": triton}
@@ -150,7 +151,10 @@ class _Scan(torch.autograd.Function):
         tensors = ctx.saved_tensors
         args = (grad, *tensors, ctx.delta_softplus, ctx.out, ctx.local_window, ctx.visits)
         # The gradient of plain PyTorch is autograd's own, which does not run inside of an operator.
-        grads = naive.backward(*args) if ctx.backend == "naive" else scan_backward_op(*args, ctx.backend)
+        if ctx.backend == "naive":
+            grads = naive.backward(*args)
+        else:
+            grads = first_order("selective_scan", scan_backward_op(*args, ctx.backend), (grad, *tensors[:-1]))
         given = (*tensors[:6], *tensors[7:9])
         *before, ddelta_bias, ddt_weight = (None if x is None else y for x, y in zip(given, grads, strict=True))
         return None, *before, None, ddelta_bias, ddt_weight, *(None,) * 6

@@ -1,0 +1,75 @@
+"""Derivatives beyond the first backward pass: right in plain PyTorch, refused by kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_WAY_OUT = "backend='naive' has (for a whole model scan_backend='naive', or backbones.layers.set_backend)"
+
+
+def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
+    """Gradients of ``function(*inputs)``, computed again; differentiable themselves where backward creates a graph."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A view each, for one tensor may stand for two inputs.
+        own: list[Any] = [
+            None if x is None else x.view_as(x) if create_graph and x.requires_grad else x.detach().requires_grad_()
+            for x in inputs
+        ]
+        found = iter(
+            torch.autograd.grad(function(*own), [x for x in own if x is not None], grad, create_graph=create_graph)
+        )
+    return [None if x is None else next(found) for x in own]
+
+
+def first_order(operator: str, results: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """``results`` of a kernel's backward pass, which refuse to be differentiated again.
+
+    Args:
+        operator: what to call it in the message.
+        results: gradients.
+        inputs: what they depend on.
+    """
+    depends = [x for x in inputs if x is not None and x.requires_grad]
+    if not torch.is_grad_enabled() or not depends:
+        return tuple(results)
+    return _FirstOrder.apply(operator, len(results), *results, *depends)
+
+
+class _FirstOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, operator: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.operator = operator
+        return tuple(x.detach() for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(f"{ctx.operator}: this backend has no second derivatives, {_WAY_OUT}")
+
+
+def is_transformed(*tensors: Any) -> bool:
+    """Whether forward-mode differentiation or a gradient of ``torch.func`` follows one of these.
+
+    Both see through plain PyTorch only: an operator would lose the tangent, or have no rule for it.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None:
+        return False  # nobody differentiates so: a tenth of a microsecond
+    given = [x for x in tensors if isinstance(x, Tensor)]
+    if any(torch._C._functorch.is_gradtrackingtensor(x) for x in given):
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+
+
+def refuse_transforms(operator: str, *tensors: Any) -> None:
+    """Raises NotImplementedError where :func:`is_transformed`."""
+    if is_transformed(*tensors):
+        raise NotImplementedError(
+            f"{operator}: this backend has no forward-mode derivatives and no torch.func gradients, {_WAY_OUT}"
+        )
