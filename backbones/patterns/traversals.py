@@ -185,7 +185,15 @@ def _concatenated(orders: tuple[OrderFn, ...], grid: Tensor) -> Tensor:
 
 
 def _stacked(orders: tuple[OrderFn, ...], grid: Tensor) -> Tensor:
-    return torch.stack([order(grid) for order in orders])
+    cells = [order(grid) for order in orders]
+    # Dynamic sides have lengths that only meet when the program runs.
+    lengths = [x.shape[0] for x in cells]
+    if all(isinstance(length, int) for length in lengths) and len(set(lengths)) > 1:
+        raise ValueError(
+            f"orders: got {', '.join(map(str, lengths))} steps on a {grid.shape[0]} x {grid.shape[1]} grid, "
+            "expected as many of each order of a pattern"
+        )
+    return torch.stack(cells)
 
 
 def _filled_up(orders: tuple[OrderFn, ...], grid: Tensor) -> Tensor:
