@@ -239,7 +239,7 @@ BAD = {
           (None, "u: got NoneType, expected a tensor")],
     "delta": [(torch.zeros(2, 13, 5), "delta: got shape .* expected 4 dimensions"),
               (torch.zeros(2, 0, 2, 5), "delta: got an empty tensor"),
-              (torch.zeros(0, 13, 2, 5), "delta: got an empty tensor")],
+              (torch.zeros(0, 13, 2, 5), r"u: got shape \(2, 13, 2, 5\), expected \(0, 13, 2, 5\)")],
     "A": [(torch.zeros(2, 5), "A: got shape .* expected 3 dimensions"),
           (torch.zeros(2, 5, 0), "A: got an empty tensor"),
           (torch.zeros(3, 5, 4), r"A: got shape \(3, 5, 4\), expected \(2, 5, 4\)")],

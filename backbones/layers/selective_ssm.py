@@ -95,7 +95,9 @@ class SelectiveSSM(OnBackend, nn.Module):
         return per_order_linear(dt, self.dt_proj_weight), None, B, C
 
     def _scan_projects(self, u: Tensor) -> bool:
-        fused = not torch.is_grad_enabled() or self.dt_rank <= _MAX_FUSED_RANK_IN_TRAINING
+        # `torch.jit.trace` runs once with gradients and once without, and expects the same program.
+        training = torch.is_grad_enabled() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        fused = not training or self.dt_rank <= _MAX_FUSED_RANK_IN_TRAINING
         # A meta tensor is only counted, and a product counts as one where it is visible.
         return fused and u.device.type == "cpu" and choose_backend(self.backend, "cpu", u.dtype) == "cpu"
 

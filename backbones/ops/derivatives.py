@@ -15,7 +15,7 @@ _WAY_OUT = "backend='naive' has (for a whole model scan_backend='naive', or back
 def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
     """Gradients of ``function(*inputs)``, computed again; differentiable themselves where backward creates a graph."""
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
         # A view each, for one tensor may stand for two inputs.
         own: list[Any] = [
             None if x is None else x.view_as(x) if create_graph and x.requires_grad else x.detach().requires_grad_()
@@ -25,6 +25,12 @@ def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], 
             torch.autograd.grad(function(*own), [x for x in own if x is not None], grad, create_graph=create_graph)
         )
     return [None if x is None else next(found) for x in own]
+
+
+def empty_result(shape: tuple[int, ...], like: Tensor, *others: Tensor | None) -> Tensor:
+    """The result for a batch of 0, in the dtype of ``like``: the gradients of all that it depends on are zeros."""
+    given = [x for x in (like, *others) if x is not None]
+    return torch.stack([x.sum().to(like.dtype) for x in given]).sum().expand(shape)
 
 
 def first_order(operator: str, results: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

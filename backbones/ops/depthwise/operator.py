@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from backbones.ops.depthwise import naive as depthwise_naive
-from backbones.ops.derivatives import first_order, is_transformed, refuse_transforms
+from backbones.ops.derivatives import empty_result, first_order, is_transformed, refuse_transforms
 from backbones.ops.scan.operator import choose_backend
 
 
@@ -54,13 +54,16 @@ def depthwise_conv(
         is float64); the gradients are deterministic.
 
     Raises:
-        ValueError: an argument has another shape, dtype or device than stated, is empty, or, on a CPU, names a
-            token or output out of range; the message names it. Also where ``backend`` is given and cannot run.
+        ValueError: an argument has another shape, dtype or device than stated, is empty (but for a batch of 0,
+            whose result is empty), or, on a CPU, names a token or output out of range; the message names it. Also
+            where ``backend`` is given and cannot run.
     """
     _check(x, weight, bias, taps, inverse_taps)
     backend = choose_backend(backend, x.device.type, x.dtype, "depthwise_conv")
     if backend != "naive":
         refuse_transforms("depthwise_conv", x, weight, bias)
+    if x.shape[0] == 0:
+        return empty_result((0, taps.shape[2], *weight.shape[:2]), x, weight, bias)
     state_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     unread = backend == "cpu" and x.dtype == torch.float16  # by the kernel
     arguments = (
@@ -89,8 +92,11 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse
         elif not tensor.is_floating_point():
             raise ValueError(f"{name}: got dtype {tensor.dtype}, expected a real floating dtype")
         dims = 2 if name == "bias" else 3
-        if tensor.dim() != dims or 0 in tensor.shape:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {dims} dimensions, none of them 0")
+        if tensor.dim() != dims or 0 in tensor.shape[name == "x" :]:
+            but = " but the first" if name == "x" else ""
+            raise ValueError(
+                f"{name}: got shape {tuple(tensor.shape)}, expected {dims} dimensions, none of them 0{but}"
+            )
 
     (_, length, c), (k, _, j) = x.shape, weight.shape
     expected = {"weight": (k, c, j), "bias": (k, c), "taps": (k, j, taps.shape[2]), "inverse_taps": (k, j, length)}

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbones.ops.derivatives import is_transformed, refuse_transforms
+from backbones.ops.derivatives import empty_result, is_transformed, refuse_transforms
 from backbones.ops.scan import naive
-from backbones.ops.scan.operator import choose_backend, scan_op
+from backbones.ops.scan.operator import choose_backend, output_shape, scan_op
 from backbones.ops.scan.visits import Visits
 
 _OUTPUTS = ("sum", "per_order", "per_step")
@@ -65,9 +65,9 @@ def selective_scan(
         The output in ``u.dtype``, accumulated in float32 (float64 where ``u`` is float64).
 
     Raises:
-        ValueError: an argument has another shape, dtype or device than stated, is empty, or names a token out
-            of range; the message names it. Also where ``backend`` is given and cannot run. Any strides are
-            fine, and NaN flows through.
+        ValueError: an argument has another shape, dtype or device than stated, is empty (but for a batch of 0,
+            whose result is empty), or names a token out of range; the message names it. Also where ``backend`` is
+            given and cannot run. Any strides are fine, and NaN flows through.
     """
     _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, orders=orders, delta_bias=delta_bias, dt_weight=dt_weight)
     _check_shapes(u, delta, A, B, C, D, orders, delta_bias, dt_weight)
@@ -79,10 +79,16 @@ def selective_scan(
         raise ValueError(f"visits: got {type(visits).__name__}, expected backbones.ops.Visits")
 
     backend = choose_backend(backend, u.device.type, u.dtype)
+    if u.shape[0] == 0:
+        steps = delta.shape[1] if orders is None else orders.shape[1]
+        shape = output_shape(out, 0, delta.shape[1], steps, A.shape[0], A.shape[1])
+        return empty_result(shape, u, delta, A, B, C, D, delta_bias, dt_weight)
     state_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     token_dtype = _token_dtype(backend, u, delta, B, C)
-    save = torch.is_grad_enabled() and any(
-        [x is not None and x.requires_grad for x in (u, delta, A, B, C, D, delta_bias, dt_weight)]
+    floats = (u, delta, A, B, C, D, delta_bias, dt_weight)
+    # `torch.jit.trace` runs once with gradients and once without, and expects the same program.
+    save = torch.jit.is_tracing() or (  # type: ignore[attr-defined]
+        torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in floats])
     )
     arguments = (
         _as(u, token_dtype),
@@ -100,9 +106,9 @@ def selective_scan(
         save,
         list(visits) if visits is not None and backend == "triton" else None,  # the others look, at no cost
     )
-    if is_transformed(u, delta, A, B, C, D, delta_bias, dt_weight):
+    if is_transformed(*floats):
         if backend != "naive":
-            refuse_transforms("selective_scan", u, delta, A, B, C, D, delta_bias, dt_weight)
+            refuse_transforms("selective_scan", *floats)
         return _as(naive.forward(*arguments)[0], u.dtype)
     y, _ = scan_op(*arguments, backend)
     return _as(y, u.dtype)
@@ -147,8 +153,10 @@ def _check_shapes(
         raise ValueError(f"delta: got shape {tuple(delta.shape)}, expected 4 dimensions ({axes})")
     if A.dim() != 3:
         raise ValueError(f"A: got shape {tuple(A.shape)}, expected 3 dimensions (k, c, n)")
-    if 0 in delta.shape:
-        raise ValueError(f"delta: got an empty tensor of shape {tuple(delta.shape)}, expected (b, l, k, c) with no 0")
+    if 0 in delta.shape[1:]:
+        raise ValueError(
+            f"delta: got an empty tensor of shape {tuple(delta.shape)}, expected (b, l, k, c) with no 0 but for b"
+        )
     b, length, k, last = delta.shape
     c, n = last if dt_weight is None else A.shape[1], A.shape[2]
     if c == 0 or n == 0:

@@ -83,6 +83,11 @@ def _problem(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     return BACKENDS[backend].unavailable_reason()
 
 
+def output_shape(out: str, b: int, length: int, steps: int, k: int, c: int) -> tuple[int, ...]:
+    """Shape of the result, by ``out``."""
+    return {"sum": (b, length, c), "per_order": (b, length, k, c), "per_step": (b, steps, k, c)}[out]
+
+
 _TENSORS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? orders, Tensor? delta_bias, "
     "Tensor? dt_weight"
@@ -120,7 +125,7 @@ def _(u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, 
     b, length = delta.shape[:2]
     k, c, n = A.shape
     t = length if orders is None else orders.shape[1]
-    shape = {"sum": (b, length, c), "per_order": (b, length, k, c), "per_step": (b, t, k, c)}[out]
+    shape = output_shape(out, b, length, t, k, c)
     states = BACKENDS[backend].states_shape(b, t, k, c, n) if save else (0,)
     return u.new_empty(shape), u.new_empty(states, dtype=torch.float32)
 

@@ -51,6 +51,7 @@ def projection_gradients(grad: Tensor, delta: Tensor, dt_weight: Tensor) -> tupl
     grad = grad.to(dt_weight.dtype).flatten(0, 1).transpose(0, 1)  # (k, b * l, c)
     low = delta.to(dt_weight.dtype).flatten(0, 1).permute(1, 2, 0).contiguous()  # (k, r, b * l)
     # Both products with the rank, which is small, in front: with it at the end, MKL takes up to ten times as long.
-    ddelta = torch.bmm(dt_weight.transpose(1, 2).contiguous(), grad.transpose(1, 2))  # (k, r, b * l)
-    ddt_weight = torch.bmm(low, grad).transpose(1, 2).contiguous()
+    with torch.autocast(grad.device.type, enabled=False):  # where backward itself is called under it
+        ddelta = torch.bmm(dt_weight.transpose(1, 2).contiguous(), grad.transpose(1, 2))  # (k, r, b * l)
+        ddt_weight = torch.bmm(low, grad).transpose(1, 2).contiguous()
     return ddelta.permute(2, 0, 1).unflatten(0, (b, length)).to(delta.dtype).contiguous(), ddt_weight
