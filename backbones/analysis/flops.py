@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import backbones  # noqa: F401  (registers the models in timm)
+from backbones.ops.scan.operator import _forward_flops, _projection_flops
 from backbones.suggest import did_you_mean
 
 _SCAN = torch.ops.backbones.selective_scan
@@ -100,10 +101,15 @@ def count_model(model: nn.Module, size: tuple[int, int]) -> ModelCost:
     """
     model.to("meta").eval()
     image = torch.empty(1, getattr(model, "in_chans", 3), *size, device="meta")
-    operations = FlopCounterMode(display=False, custom_mapping=_OTHER)
+    return count_call(model, size, image)
+
+
+def count_call(model: nn.Module, size: tuple[int, int], *args: Any, **kwargs: Any) -> ModelCost:
+    """Counts ``model(*args, **kwargs)`` for an image of ``size``, as :func:`count_model` does, where the model is."""
+    operations = FlopCounterMode(display=False, custom_mapping=COUNTED_ONCE)
     activations = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(flop_registry, _elements))
     with torch.no_grad(), operations, activations:
-        model(image)
+        model(*args, **kwargs)
 
     stage_of = _stage_names(model)
     sums: dict[str, defaultdict[str, int]] = {stage: defaultdict(int) for stage in dict.fromkeys(stage_of.values())}
@@ -112,13 +118,24 @@ def count_model(model: nn.Module, size: tuple[int, int]) -> ModelCost:
         sums[stage_of[owner]]["parameters"] += parameter.numel()
     for module, counts in _exclusive(operations.get_flop_counts()).items():
         for op, flops in counts.items():
-            kind = "scan" if op is _SCAN else "other" if op in _OTHER else "macs"
-            sums[stage_of[module]][kind] += flops // 2 if kind == "macs" else flops
+            kind = "scan" if op is _SCAN else "other" if op in COUNTED_ONCE else "macs"
+            sums[stage_of[module]][kind] += as_counted(op, flops)
     for module, counts in _exclusive(activations.get_flop_counts()).items():
         sums[stage_of[module]]["activations"] += sum(counts.values())
     stages = {stage: Cost(**values) for stage, values in sums.items() if any(values.values())}
     fields = Cost.__dataclass_fields__
     return ModelCost(size, Cost(**{x: sum(getattr(cost, x) for cost in stages.values()) for x in fields}), stages)
+
+
+def as_counted(op: Any, flops: int) -> int:
+    """Operations as the papers count them: a multiply-add is one, where PyTorch's own formulas have two."""
+    return flops if op in COUNTED_ONCE else flops // 2
+
+
+def _scan_operations(u, delta, A, B, C, D, orders, delta_bias, dt_weight, *args, **kwargs) -> int:  # type: ignore
+    """The papers' count of the recurrence, and one operation for a multiply-add of the step sizes' projection."""
+    flops = _forward_flops(u, delta, A, B, C, D, orders, delta_bias, dt_weight, *args, **kwargs)
+    return flops - _projection_flops(delta, dt_weight) // 2
 
 
 def _stage_names(model: nn.Module) -> dict[str, str]:
@@ -173,7 +190,8 @@ def _elements(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
 
 
 _aten = torch.ops.aten
-_OTHER: dict[Any, Callable[..., int]] = {
+COUNTED_ONCE: dict[Any, Callable[..., int]] = {
+    _SCAN: _scan_operations,
     _aten.native_layer_norm: _per_element(5),
     _aten.native_group_norm: _per_element(5),
     _aten._native_batch_norm_legit_no_training: _per_element(2),

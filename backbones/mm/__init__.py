@@ -5,10 +5,12 @@ the neck ``SimpleFeaturePyramid``, the models ``ImageClassifier``, ``HardDistill
 ``SelfDistillation``, ``ImagePreprocessor`` and timm's losses, the dataset ``ImageFolder`` with ``collate_images``,
 ``keep_worker_seed`` and ``RepeatedAugmentationSampler``, ``ClassificationMetric``, ``TimmOptimWrapperConstructor``,
 ``BFloat16OptimWrapper``, the hooks ``ResumeHook``, ``FiniteLossHook``, ``ProgressHook``, ``ReportHook``,
-``CudaGraphsHook`` and ``SelfDistillationHook``, and the ``"atomic"`` storage backend. Configs say
+``CudaGraphsHook`` and ``SelfDistillationHook``, and the ``"atomic"`` storage backend; mmengine's
+``get_model_complexity_info`` counts the library's operators, too. Configs say
 ``custom_imports=dict(imports=["backbones.mm"])``.
 """
 
+import backbones.mm.engine.complexity  # noqa: F401  (teaches mmengine's counters)
 from backbones.mm.data.datasets import ImageFolder, RepeatedAugmentationSampler, collate_images, keep_worker_seed
 from backbones.mm.engine.checkpoints import AtomicBackend
 from backbones.mm.engine.graphs import CudaGraphsHook

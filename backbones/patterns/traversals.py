@@ -198,8 +198,11 @@ def _stacked(orders: tuple[OrderFn, ...], grid: Tensor) -> Tensor:
 
 def _filled_up(orders: tuple[OrderFn, ...], grid: Tensor) -> Tensor:
     cells = [order(grid) for order in orders]
-    longest = reduce(torch.sym_max, [x.shape[0] for x in cells])
-    return torch.stack([F.pad(x, (0, longest - x.shape[0]), value=-1) for x in cells])
+    lengths = [x.shape[0] for x in cells]
+    if any(isinstance(length, Tensor) for length in lengths):  # under torch.jit.trace
+        lengths = [int(length) for length in lengths]
+    longest = reduce(torch.sym_max, lengths)
+    return torch.stack([F.pad(x, (0, longest - length), value=-1) for x, length in zip(cells, lengths, strict=True)])
 
 
 def _both_ways(orders: tuple[OrderFn, ...], grid: Tensor) -> Tensor:
