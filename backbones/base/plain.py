@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from timm.layers import lecun_normal_, to_2tuple, trunc_normal_
@@ -31,6 +31,8 @@ class PlainBackbone(Backbone):
         block: constructor called as ``block(embed_dim, norm_layer=, drop_path=rate, device=, dtype=)``, of blocks
             called as ``block(tokens, grid)``; of a sequence, layers use them in turn.
         img_size: height and width in pixels that the position embedding is made for.
+        patch_embed: constructor called as ``patch_embed(patch_size, stride, in_chans, embed_dim, dynamic_img_pad,
+            device=, dtype=)``, with the attributes of :class:`backbones.layers.PatchEmbed`.
         patch_size: side of a patch in pixels.
         stride: distance between patches in pixels, ``patch_size`` unless given.
         in_chans: channels of the image.
@@ -47,6 +49,7 @@ class PlainBackbone(Backbone):
         dynamic_img_size: take images of any size and resample the position embedding to their grid.
         dynamic_img_pad: pad an image to whole patches, instead of dropping its remainder.
         norm_layer: constructor of the norms.
+        final_norm: constructor of the norm behind the last block, ``norm_layer`` unless given.
         attn_pool: constructor called as ``attn_pool(embed_dim, device=, dtype=)``, a learned pooling.
         drop_rate: dropout before the classifier.
         pos_drop_rate: dropout after the position embedding.
@@ -56,6 +59,7 @@ class PlainBackbone(Backbone):
     feature_indices: ClassVar[int | tuple[int, ...]] = 3
     no_decay: ClassVar[tuple[str, ...]] = ("pos_embed", "cls_token")
     head_modules = ("norm", "attn_pool")
+    dense_tap: ClassVar[str] = "branch"  # what the authors' dense models return, see PlainDenseBackbone
     dense_rules: ClassVar[Sequence[KeyRule]] = (
         KeyRule("outnorm_{}.{}", "out_norms.{}.{}"),
         KeyRule("out_map_{}.{}", "out_maps.{}.{}"),
@@ -65,6 +69,7 @@ class PlainBackbone(Backbone):
         self,
         block: Constructor | Sequence[Constructor],
         img_size: int | tuple[int, int] = 224,
+        patch_embed: Constructor = PatchEmbed,
         patch_size: int = 16,
         stride: int | None = None,
         in_chans: int = 3,
@@ -78,6 +83,7 @@ class PlainBackbone(Backbone):
         dynamic_img_size: bool = False,
         dynamic_img_pad: bool = False,
         norm_layer: Constructor = RMSNorm,
+        final_norm: Constructor | None = None,
         attn_pool: Constructor | None = None,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
@@ -95,7 +101,8 @@ class PlainBackbone(Backbone):
         self.num_features = self.embed_dim = self.head_hidden_size = embed_dim
         self.num_prefix_tokens = int(class_token)
         self.dynamic_img_size = dynamic_img_size
-        self.patch_embed = PatchEmbed(patch_size, stride or patch_size, in_chans, embed_dim, dynamic_img_pad, **dd)
+        embed = patch_embed(patch_size, stride or patch_size, in_chans, embed_dim, dynamic_img_pad, **dd)
+        self.patch_embed = cast(Any, embed)
         self.img_size = to_2tuple(img_size)
         self._check_image(*self.img_size)
         self.grid_size = self.patch_embed.grid_size(*self.img_size)
@@ -110,7 +117,7 @@ class PlainBackbone(Backbone):
             blocks[i % len(blocks)](embed_dim, norm_layer=norm_layer, drop_path=rate, **dd)
             for i, rate in enumerate(rates)
         )
-        self.norm = norm_layer(embed_dim, **dd)
+        self.norm = (final_norm or norm_layer)(embed_dim, **dd)
         self.attn_pool = attn_pool(embed_dim, **dd) if attn_pool is not None else None
         self.head_drop = nn.Dropout(drop_rate)
         self.head: nn.Module = nn.Identity()
@@ -137,6 +144,16 @@ class PlainBackbone(Backbone):
             "stem": r"^cls_token|^pos_embed|^patch_embed",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
+
+    @classmethod
+    def dense_norm_rules(cls, blocks: Sequence[int]) -> tuple[KeyRule, ...]:
+        """Names of the output norms in the authors' dense models that return ``blocks``: counted by output."""
+        return tuple(
+            KeyRule(rule.official.replace("{}", str(position), 1), rule.ours.replace("{}", str(block), 1))
+            for rule in cls.dense_rules
+            if isinstance(rule.official, str) and isinstance(rule.ours, str)
+            for position, block in enumerate(sorted(blocks))
+        )
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
@@ -276,7 +293,7 @@ class PlainBackbone(Backbone):
             x = rotate(x, *tables) if tables else x
             if branch and i in take:
                 feature = run_block(block.branch, x, grid, checkpointed=self.grad_checkpointing)
-                x = x + block.drop_path(feature)
+                x = block.join(x, feature, grid)
             else:
                 feature = x = run_block(block, x, grid, checkpointed=self.grad_checkpointing)
             if i in take:

@@ -4,7 +4,7 @@ from backbones.layers.bi_attn import BiAttn
 from backbones.layers.feed_forward import ConvFFN
 from backbones.layers.mamba import MambaBlock, MambaMixer
 from backbones.layers.norm import LayerNorm
-from backbones.layers.patch_embed import PatchEmbed
+from backbones.layers.patch_embed import PatchEmbed, StemPatchEmbed
 from backbones.layers.resolution import (
     ConvDownsample,
     ConvStem,
@@ -17,6 +17,7 @@ from backbones.layers.rotary import RotaryEmbedding
 from backbones.layers.scan import Scan, set_backend
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.layers.ss2d import SS2D, DepthwiseConv2d, scan_grid
+from backbones.layers.vss_block import branch_norm
 
 __all__ = [
     "SS2D",
@@ -34,6 +35,8 @@ __all__ = [
     "RotaryEmbedding",
     "Scan",
     "SelectiveSSM",
+    "StemPatchEmbed",
+    "branch_norm",
     "channels_first",
     "channels_last",
     "scan_grid",

@@ -144,6 +144,8 @@ class MambaBlock(nn.Module):
         mixer: constructor called as ``mixer(dim, device=, dtype=)``.
         norm_layer: constructor of the norm.
         drop_path: rate of stochastic depth.
+        after: constructor called as ``after(dim, device=, dtype=)``, of a layer on the stream behind the block that is
+            called as ``after(tokens, grid)``.
     """
 
     def __init__(
@@ -152,6 +154,7 @@ class MambaBlock(nn.Module):
         mixer: Constructor,
         norm_layer: Constructor = RMSNorm,
         drop_path: float = 0.0,
+        after: Constructor | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -160,11 +163,17 @@ class MambaBlock(nn.Module):
         self.norm = norm_layer(dim, **dd)
         self.mixer = mixer(dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.after = None if after is None else after(dim, **dd)
 
     def branch(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """What the block adds to its input, before stochastic depth."""
         return self.mixer(self.norm(x), grid)
 
+    def join(self, x: Tensor, branch: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The block's output, from its input and what it adds to it."""
+        x = x + self.drop_path(branch)
+        return x if self.after is None else self.after(x, grid)
+
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(b, l, dim) to (b, l, dim)."""
-        return x + self.drop_path(self.branch(x, grid))
+        return self.join(x, self.branch(x, grid), grid)
