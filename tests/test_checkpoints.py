@@ -305,6 +305,7 @@ SHALLOW = {
     "spatialmamba": ("spatialmamba_tiny", {"depths": (1, 1, 1, 1)}),
     "localvim": ("localvim_tiny", {"depth": 1}),
     "localvmamba": ("localvmamba_tiny", {"depths": (1, 1, 1, 1)}),
+    "plainmamba": ("plainmamba_l1", {"depth": 1}),
 }
 
 

@@ -51,6 +51,7 @@ VIM = {
 LOCALVIM = {"localvim_tiny": (1.261, 0.879), "localvim_tiny_midcls": (1.267, 0.884), "localvim_small": (4.550, 1.758)}
 # They project padded slots of windows, too, which here share one zero token.
 LOCALVMAMBA = {"localvmamba_tiny": (3.699, 1.934), "localvmamba_small": (7.711, 3.492)}
+PLAINMAMBA = {"plainmamba_l1": (1.965, 1.048), "plainmamba_l2": (5.979, 2.095), "plainmamba_l3": (10.766, 3.667)}
 # The same; their scans count 12 l e n + 2 l e, as looking back inside a window takes 3 more operations a state.
 LBVIM = {
     "lbvim_tiny": (1.178, 0.350),
@@ -89,6 +90,14 @@ def test_localmamba(name: str) -> None:
     macs, scan = (LOCALVIM | LOCALVMAMBA)[name]
     total = count(name).total
     assert total.macs / 1e9 == pytest.approx(macs, rel=4e-3 if name in LOCALVMAMBA else 1e-3)
+    assert total.scan / 1e9 == pytest.approx(scan, rel=0.01)
+
+
+@pytest.mark.parametrize("name", slow_if_large(PLAINMAMBA))
+def test_plainmamba(name: str) -> None:
+    macs, scan = PLAINMAMBA[name]
+    total = count(name).total
+    assert total.macs / 1e9 == pytest.approx(macs, rel=1e-3)
     assert total.scan / 1e9 == pytest.approx(scan, rel=0.01)
 
 

@@ -29,6 +29,7 @@ FAMILIES = {
     "Spatial-Mamba": "EdwardChasel/Spatial-Mamba",
     "LBMamba": "cvlab-stonybrook/LBMamba",
     "LocalMamba": "hunto/LocalMamba",
+    "PlainMamba": "ChenhongyiYang/PlainMamba",
 }
 
 

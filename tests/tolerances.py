@@ -14,7 +14,7 @@ INPUT_GRADIENT = 1e-3  # relative to the largest recorded value
 # Of the deviation of the logits, where the records themselves carry float32 noise of up to 2e-5 of it. Their logits
 # differ in scale (0.16 to 1.04 in LocalVim), so no absolute limit fits them all.
 LOGITS_OF_DEVIATION = 2.5e-5
-NOISY = ("localvim", "localvmamba")
+NOISY = ("localvim", "localvmamba", "plainmamba", "adventurer")
 
 # GroupMamba multiplies its normalised input back in: float32 against float64 in the scan alone moves its
 # logits by 3e-5 to 8e-5.

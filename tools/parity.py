@@ -34,13 +34,18 @@ MODELS = {
     "groupmamba_base_224x224": "groupmamba_base",
     "spatialmamba_tiny_224": "spatialmamba_tiny",
     "spatialmamba_base_224": "spatialmamba_base",
+    "plainmamba_l1_224x224": "plainmamba_l1",
+    "plainmamba_l1_192x256": "plainmamba_l1",
     "localvim_tiny_224x224": "localvim_tiny",
     "localvim_tiny_midcls_224x224": "localvim_tiny_midcls",
     "localvim_tiny_nosearch_192x256": "localvim_tiny_unsearched",
     "localvmamba_tiny_224x224": "localvmamba_tiny",
 }
 # Arguments of the models of recordings at another size than the registered one.
-ARGUMENTS: dict[str, dict[str, Any]] = {"localvim_tiny_nosearch_192x256": {"dynamic_img_size": True}}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "localvim_tiny_nosearch_192x256": {"dynamic_img_size": True},
+    "plainmamba_l1_192x256": {"dynamic_img_size": True},
+}
 # Images whose gradient sits on the kink of a ReLU, where float32 may take either side: exact float64 differs from
 # the record by 5e-3 there. A pre-activation in downsamples.0 (tiny) or downsamples.1 (base) is as good as zero.
 KINKS = {"spatialmamba_tiny_224": 1, "spatialmamba_base_224": 1}
@@ -72,6 +77,8 @@ RECORDED: dict[str, dict[str, Any]] = {
         "model_args": {"norm_layer": nn.LayerNorm},
     },
     "localvmamba_tiny_backbone_200x200": {"type": "LocalVMamba", "arch": "localvmamba_tiny"},
+    "plainmamba_l1_adapter_2x3x192x256": {"type": "PlainMambaAdapter", "arch": "plainmamba_l1"},
+    "plainmamba_l1_backbone_192x256": {"type": "PlainMamba", "arch": "plainmamba_l1"},
     "localvim_tiny_backbone_256x256": {
         "type": "LocalVim",
         "arch": "localvim_tiny",

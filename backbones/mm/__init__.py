@@ -1,7 +1,7 @@
 """The mmengine side of the library; importing it fills mmengine's root registries.
 
 They get a dense backbone for each of :data:`backbones.models.FAMILIES`, under its name (``Vim``, ..., ``VMamba``),
-the neck ``SimpleFeaturePyramid``, the models ``ImageClassifier``, ``HardDistillation``,
+``PlainMambaAdapter``, the neck ``SimpleFeaturePyramid``, the models ``ImageClassifier``, ``HardDistillation``,
 ``SelfDistillation``, ``ImagePreprocessor`` and timm's losses, the dataset ``ImageFolder`` with ``collate_images``,
 ``keep_worker_seed`` and ``RepeatedAugmentationSampler``, ``ClassificationMetric``, ``TimmOptimWrapperConstructor``,
 ``BFloat16OptimWrapper``, the hooks ``ResumeHook``, ``FiniteLossHook``, ``ProgressHook``, ``ReportHook``,
@@ -24,6 +24,7 @@ from backbones.mm.models.classifier import ImageClassifier, ImagePreprocessor
 from backbones.mm.models.dense import DenseBackbone, PlainDenseBackbone
 from backbones.mm.models.distillation import HardDistillation, SelfDistillation, SelfDistillationHook
 from backbones.mm.models.necks import SimpleFeaturePyramid
+from backbones.mm.models.vit_adapter import PlainMambaAdapter
 
 __all__ = [
     "AtomicBackend",
@@ -37,6 +38,7 @@ __all__ = [
     "ImageFolder",
     "ImagePreprocessor",
     "PlainDenseBackbone",
+    "PlainMambaAdapter",
     "ProgressHook",
     "RepeatedAugmentationSampler",
     "ReportHook",

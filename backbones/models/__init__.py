@@ -10,6 +10,7 @@ from backbones.models.lbmamba import LBVim
 from backbones.models.localvim import LocalVim
 from backbones.models.localvmamba import LocalVMamba
 from backbones.models.msvmamba import MSVMamba
+from backbones.models.plainmamba import PlainMamba
 from backbones.models.spatialmamba import SpatialMamba
 from backbones.models.vim import Vim
 from backbones.models.vmamba import VMamba
@@ -25,6 +26,7 @@ FAMILIES: tuple[type[Backbone], ...] = (
     SpatialMamba,
     LocalVim,
     LocalVMamba,
+    PlainMamba,
 )
 
 __all__ = ["FAMILIES", "family_names"]

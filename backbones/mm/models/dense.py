@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from backbones.base import Backbone, PlainBackbone
+from backbones.layers.constructor import Constructor
+from backbones.layers.norm import RMSNorm
 from backbones.mm.errors import UserError
 from backbones.models import FAMILIES
 from backbones.suggest import did_you_mean
 from backbones.weights import CheckpointError, KeyRule, files, loading, rules, sources
+
+_NORMS: dict[str, Constructor] = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
 
 
 class DenseBackbone(BaseModule):
@@ -43,6 +47,8 @@ class DenseBackbone(BaseModule):
 
     family: ClassVar[type[Backbone]]
     """Class of the family's models."""
+    own_parts: ClassVar[tuple[str, ...]] = ("out_norms.",)
+    """How the names of what stands around the model begin."""
 
     def __init__(
         self,
@@ -131,7 +137,7 @@ class DenseBackbone(BaseModule):
         inside = loading.inside_backbone(read)
         fitted = loading.fit(read.renamed(inside), self.model, whole.pretrained_cfg)
         weights = rules.to_ours(fitted, self._norm_rules())
-        weights = {x if x.startswith("out_norms.") else f"model.{x}": value for x, value in weights.items()}
+        weights = {x if x.startswith(self.own_parts) else f"model.{x}": value for x, value in weights.items()}
         # Beside the backbone stand a neck and heads, but inside of it nothing may be left over.
         around = sorted(read.keys() - set(inside.values()))
         part = "backbone." if any(name.startswith("backbone.") for name in read) else ""
@@ -164,7 +170,7 @@ class DenseBackbone(BaseModule):
 
     def _may_be_fresh(self, name: str) -> bool:
         """Whether the parameter ``name`` may be missing in a file and keep its initialisation."""
-        return name.startswith("out_norms.")
+        return name.startswith(self.own_parts)
 
     def _ends_in_norm(self, index: int) -> bool:
         """Whether the model itself normalises the output ``index``."""
@@ -181,11 +187,13 @@ class PlainDenseBackbone(DenseBackbone):
 
     Args:
         arch: as in :class:`DenseBackbone`, and all others.
-        tap: "stream" returns the sum of all blocks so far, "branch" what the last block added to it, which is
-            what the authors of Vim and LBVim use for segmentation.
-        norm_layer: "rmsnorm" or "layernorm", before each block. A layer norm takes the scales of a file with
-            RMS norms, and its biases start at 0, as in the authors' LBVim for segmentation.
+        tap: "stream" returns the sum of all blocks so far, "branch" what the last block added to it; None is what the
+            family's authors use for segmentation, "branch" in Vim, LBVim and LocalVim.
+        norm_layer: "rmsnorm" or "layernorm", before each block; None is the family's own. A layer norm takes the scales
+            of a file with RMS norms, and its biases start at 0, as in the authors' LBVim for segmentation.
     """
+
+    family: ClassVar[type[PlainBackbone]]
 
     def __init__(
         self,
@@ -196,18 +204,19 @@ class PlainDenseBackbone(DenseBackbone):
         norm_eval: bool = False,
         with_cp: bool = False,
         out_norm: bool = True,
-        tap: str = "branch",
-        norm_layer: str = "rmsnorm",
+        tap: str | None = None,
+        norm_layer: str | None = None,
         model_args: dict[str, Any] | None = None,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
+        tap = self.family.dense_tap if tap is None else tap
         if tap not in ("stream", "branch"):
             raise UserError(f"tap: got {tap!r}, expected 'stream' or 'branch'")
-        if norm_layer not in ("rmsnorm", "layernorm"):
+        if norm_layer not in (None, *_NORMS):
             raise UserError(f"norm_layer: got {norm_layer!r}, expected 'rmsnorm' or 'layernorm'")
         own_args: dict[str, Any] = {"dynamic_img_size": True, "dynamic_img_pad": True}
-        if norm_layer == "layernorm":
-            own_args["norm_layer"] = nn.LayerNorm
+        if norm_layer is not None:
+            own_args["norm_layer"] = _NORMS[norm_layer]
         super().__init__(
             arch, out_indices, drop_path_rate, frozen_stages, norm_eval, with_cp, out_norm,
             own_args | (model_args or {}), init_cfg,
@@ -226,12 +235,7 @@ class PlainDenseBackbone(DenseBackbone):
         return [feature.unflatten(1, grid) for feature in features]
 
     def _norm_rules(self) -> tuple[KeyRule, ...]:
-        # Officially counted by position among the outputs, here by block.
-        return tuple(
-            KeyRule(rule.official.replace("{}", str(position), 1), rule.ours.replace("{}", str(i), 1))
-            for rule in self.model.dense_rules
-            for position, i in enumerate(sorted(self.out_indices))
-        )
+        return self.model.dense_norm_rules(self.out_indices) if self.out_norms else ()
 
     def _ends_in_norm(self, index: int) -> bool:
         return False  # the tokens of blocks are the stream itself

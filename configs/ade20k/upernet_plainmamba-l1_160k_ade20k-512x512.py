@@ -1,0 +1,8 @@
+_base_ = "../_base_/upernet_160k_ade20k-512x512.py"
+
+model = dict(
+    # Four maps of stride 16: there is no pyramid.
+    backbone=dict(type="PlainMamba", arch="plainmamba_l1", drop_path_rate=0.1),
+    decode_head=dict(in_channels=[192, 192, 192, 192]),
+    auxiliary_head=dict(in_index=3, in_channels=192),
+)
