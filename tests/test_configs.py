@@ -49,6 +49,7 @@ STEPS = [
     "coco/cascade-mask-rcnn_vim-tiny_simple-fpn_100e_coco-lsj.py",
     "coco/mask-rcnn_efficientvmamba-tiny_fpn_1x_coco.py",
     "coco/mask-rcnn_groupmamba-tiny_fpn_1x_coco.py",
+    "coco/mask-rcnn_localvim-tiny_simple-fpn_100e_coco-lsj.py",
     "coco/mask-rcnn_localvmamba-tiny_fpn_1x_coco.py",
     "coco/mask-rcnn_msvmamba-micro_fpn_1x_coco.py",
     "coco/mask-rcnn_plainmamba-l1_fpn_1x_coco.py",
