@@ -59,7 +59,7 @@ def _tables(rows: list[dict[str, object]]) -> dict[str, list[dict[str, object]]]
         if "shape" in row:
             rest = {column: value for column, value in row.items() if column not in ("shape", "of")}
             tables.setdefault(f"{row['shape']}: {row['of']}", []).append(rest)
-        elif "model" in row:
+        elif "mode" not in row:
             for kind in KINDS:
                 of_kind = {x.removeprefix(f"{kind} "): value for x, value in row.items() if x.startswith(f"{kind} ")}
                 tables.setdefault(kind, []).append({"model": row["model"], **of_kind})
