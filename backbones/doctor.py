@@ -8,6 +8,7 @@ is broken, too old or slower than it should be is not.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata as metadata
 import json
 import os
@@ -17,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -275,8 +276,12 @@ CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
 }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report; 0 if all is well, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args(argv)
     system = f"{platform.system()} {platform.machine()}"
     print(f"ssm-backbones {backbones.__version__}, Python {platform.python_version()}, {system}")
     problems = []

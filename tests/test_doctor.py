@@ -37,7 +37,7 @@ def test_this_installation_is_well(
 ) -> None:
     if not openmmlab:
         monkeypatch.setattr(doctor, "_OPENMMLAB", {})
-    assert doctor.main() == 0
+    assert doctor.main([]) == 0
     printed = capsys.readouterr().out
     assert "All is well." in printed
     assert f"torch {metadata.version('torch')}" in printed
@@ -120,7 +120,7 @@ def test_wrong_instruction_set(
     monkeypatch.setattr(cpu, "_library", functools.cache(cpu._library.__wrapped__))
     monkeypatch.setenv("BACKBONES_CPU_ISA", "mmx")
     monkeypatch.setattr(doctor, "_OPENMMLAB", {})
-    assert doctor.main() == 1
+    assert doctor.main([]) == 1
     printed = capsys.readouterr().out
     assert "'mmx' is not one of avx512, avx2, baseline" in printed
     assert "1 problem:" in printed and "run: unset BACKBONES_CPU_ISA" in printed
@@ -155,3 +155,12 @@ def test_library_that_does_not_import(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.delattr("backbones.doctor")
     assert tool.main() == 1
     assert "--force-reinstall torch torchvision" in capsys.readouterr().out
+
+
+def test_help_is_printed_instead_of_a_report(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        doctor.main(["--help"])
+    printed = capsys.readouterr().out
+    assert "which command would change that" in printed and "ssm-backbones" not in printed
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["--verbos"])

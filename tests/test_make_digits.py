@@ -103,8 +103,10 @@ def test_other_folders_are_refused(
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--size", "7"], "--size is 7, expected at least 8"),
-        (["--task", "detection", "--size", "63"], "--size is 63, expected at least 64"),
+        (["--size", "7"], "--size is 7, expected 8 to 4096"),
+        (["--size", "100000"], "--size is 100000, expected 8 to 4096"),
+        (["--task", "segmentation", "--train", "1000000"], "--train and --val are at least 1 and at most 999999"),
+        (["--task", "detection", "--size", "63"], "--size is 63, expected 64 to 4096"),
         (["--task", "detection", "--resample", "nearest"], "--resample has no meaning for --task detection"),
         (["--seed", "1"], "--seed has no meaning for --task classification"),
         (["--task", "segmentation", "--val", "0"], "--train and --val are at least 1"),
@@ -117,6 +119,14 @@ def test_arguments_are_checked(
         make_digits.main(["--out", str(tmp_path / "digits"), *arguments])
     assert words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written(
+    make_digits: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert make_digits.main(["--out", str(tmp_path / "file" / "digits")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 SCENES = {"size": 80, "train": 40, "val": 12, "seed": 3}

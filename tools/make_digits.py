@@ -40,6 +40,8 @@ RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling.B
 NATIVE_SIZE = 8
 MARKER = "digits.json"
 SPLITS = ("train", "val")
+LARGEST = 4096  # pixels: a scene of this side is 200 MB in float32
+MOST_SCENES = 999_999  # names have six digits
 DEFAULT_SIZES = {"classification": 32, "detection": 96, "segmentation": 64}
 ADE_SPLITS = {"train": "training", "val": "validation"}
 
@@ -296,16 +298,16 @@ def main(argv: list[str] | None = None) -> int:
     given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
     size = args.size if args.size is not None else DEFAULT_SIZES[args.task]
     smallest = NATIVE_SIZE if single else 64
-    if size < smallest:
-        parser.error(f"--size is {size}, expected at least {smallest}")
+    if not smallest <= size <= LARGEST:
+        parser.error(f"--size is {size}, expected {smallest} to {LARGEST}")
     settings: dict[str, Any] = {"size": size, **defaults, **given}
-    if any(settings.get(name, 1) < 1 for name in SPLITS) or settings.get("seed", 0) < 0:
-        parser.error("--train and --val are at least 1, --seed at least 0")
+    if not all(1 <= settings.get(name, 1) <= MOST_SCENES for name in SPLITS) or settings.get("seed", 0) < 0:
+        parser.error(f"--train and --val are at least 1 and at most {MOST_SCENES}, --seed at least 0")
     folders = {"classification": "digits", "detection": "digits_coco", "segmentation": "digits_ade"}
     out = args.out or Path("data", folders[args.task])
     try:
         written = write_digits(out, args.task, settings)
-    except FileExistsError as error:
+    except OSError as error:
         print(f"make_digits.py: error: {error}", file=sys.stderr)
         return 2
     train, val = (1438, 359) if single else (settings["train"], settings["val"])
