@@ -186,9 +186,10 @@ def _concatenated(orders: tuple[OrderFn, ...], grid: Tensor) -> Tensor:
 
 def _stacked(orders: tuple[OrderFn, ...], grid: Tensor) -> Tensor:
     cells = [order(grid) for order in orders]
-    # Dynamic sides have lengths that only meet when the program runs.
     lengths = [x.shape[0] for x in cells]
-    if all(isinstance(length, int) for length in lengths) and len(set(lengths)) > 1:
+    # Traced, sides may be dynamic, and to compare their lengths would fix them. The compiler calls those int, too.
+    static = not torch.compiler.is_compiling() and all(isinstance(length, int) for length in lengths)
+    if static and len(set(lengths)) > 1:
         raise ValueError(
             f"orders: got {', '.join(map(str, lengths))} steps on a {grid.shape[0]} x {grid.shape[1]} grid, "
             "expected as many of each order of a pattern"
