@@ -66,6 +66,53 @@ def test_groups_of_a_nested_backbone() -> None:
     assert {name for name, decay in decays.items() if decay == 0} == {"backbone.A_log", "head.bias"}
 
 
+class Detector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+        self.head = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+
+def test_norms_and_biases_decay_where_asked() -> None:
+    decays = settings(Detector(), "weight_decay", norm_decay_mult=0.5, bias_decay_mult=2.0)
+    assert decays == pytest.approx(
+        {f"{part}.0.weight": 0.05 for part in ("backbone", "head")}
+        | {f"{part}.0.bias": 0.1 for part in ("backbone", "head")}
+        | {f"{part}.1.{kind}": 0.025 for part in ("backbone", "head") for kind in ("weight", "bias")}
+    )
+
+
+def test_custom_keys_scale_what_they_name() -> None:
+    keys = {"backbone": {"lr_mult": 0.1}, "backbone.0": {"lr_mult": 0.5, "decay_mult": 3.0}}
+    rates = settings(Detector(), "lr", custom_keys=keys)
+    decays = settings(Detector(), "weight_decay", custom_keys=keys)
+    expected = {"backbone.0": 5e-4, "backbone.1": 1e-4, "head.0": 1e-3, "head.1": 1e-3}
+    assert rates == pytest.approx({name: expected[name.rpartition(".")[0]] for name in rates})
+    assert decays["backbone.0.weight"] == decays["backbone.0.bias"] == pytest.approx(0.15)
+    assert decays["backbone.1.weight"] == decays["head.0.bias"] == 0 and decays["head.0.weight"] == 0.05
+
+
+def test_custom_keys_and_layers_multiply() -> None:
+    model = ImageClassifier(network=NETWORK, loss={"type": "LabelSmoothingCrossEntropy"})
+    plain, scaled = (
+        settings(model, "lr", layer_decay=0.5, custom_keys=keys) for keys in ({}, {"patch_embed": {"lr_mult": 0.1}})
+    )
+    assert all(scaled[name] == pytest.approx(x * (0.1 if "patch_embed" in name else 1)) for name, x in plain.items())
+
+
+@pytest.mark.parametrize(
+    ("paramwise", "message"),
+    [
+        ({"custom_keys": {"bakbone": {"lr_mult": 0.1}}}, "no parameter has 'bakbone' in its name"),
+        ({"custom_keys": {"backbone": {"lr": 0.1}}}, "custom_keys: 'backbone' is {'lr': 0.1}, expected dict"),
+        ({"norm_decay": 0}, "paramwise_cfg: got .'norm_decay'., expected nothing but bias_decay_mult"),
+    ],
+)
+def test_mistyped_settings_are_named(paramwise: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        wrapper(Detector(), **paramwise)
+
+
 @pytest.mark.parametrize(
     ("kind", "arch", "matrices"),
     [
@@ -146,7 +193,7 @@ def test_frozen_parameters_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("paramwise", "message"),
     [
-        ({"norm_decay_mult": 0.0}, r"paramwise_cfg: got \['norm_decay_mult'\], expected nothing but 'layer_decay'"),
+        ({"dwconv_decay_mult": 0.0}, r"paramwise_cfg: got \['dwconv_decay_mult'\], expected nothing but"),
         ({"layer_decay": 1.5}, r"layer_decay: got 1.5, expected a factor within \(0, 1\]"),
         ({"layer_decay": 0.5}, "layer_decay: the model holds no timm model"),
     ],
