@@ -5,11 +5,14 @@ from backbones.layers.feed_forward import ConvFFN
 from backbones.layers.mamba import MambaBlock, MambaMixer
 from backbones.layers.norm import LayerNorm
 from backbones.layers.patch_embed import PatchEmbed, StemPatchEmbed
+from backbones.layers.positional_block import PositionalBlock
 from backbones.layers.resolution import (
     ConvDownsample,
     ConvStem,
     PatchMerging,
     PatchStem,
+    ResidualConvStem,
+    WideDownsample,
     channels_first,
     channels_last,
 )
@@ -32,10 +35,13 @@ __all__ = [
     "PatchEmbed",
     "PatchMerging",
     "PatchStem",
+    "PositionalBlock",
+    "ResidualConvStem",
     "RotaryEmbedding",
     "Scan",
     "SelectiveSSM",
     "StemPatchEmbed",
+    "WideDownsample",
     "branch_norm",
     "channels_first",
     "channels_last",

@@ -1,10 +1,14 @@
 """Stems and downsampling: where the resolution of a channels-last map changes."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
 from backbones.layers.norm import LayerNorm
+from backbones.layers.ss2d import DepthwiseConv2d
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -99,3 +103,46 @@ class ConvDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, ceil(h / 2), ceil(w / 2), out_dim)."""
         return self.norm(channels_last(self.proj(channels_first(x))))
+
+
+class ResidualConvStem(nn.Module):
+    """Three steps of convolutions, each with a batch norm, the middle one residual."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        conv = partial(ConvNormAct, device=device, dtype=dtype)
+        self.conv1 = conv(in_chans, dim // 2, 3, stride=2)
+        self.conv2 = nn.Sequential(conv(dim // 2, dim // 2, 3), conv(dim // 2, dim // 2, 3, apply_act=False))
+        self.conv3 = nn.Sequential(conv(dim // 2, 4 * dim, 3, stride=2), conv(4 * dim, dim, apply_act=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, in_chans, h, w) to (b, ceil(h / 4), ceil(w / 4), dim)."""
+        x = self.conv1(x)
+        return channels_last(self.conv3(x + self.conv2(x))).contiguous()
+
+
+class WideDownsample(nn.Module):
+    """To four times the output's width, depthwise 3 x 3 of stride 2, and back; one batch norm, at the end."""
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(dim, 4 * out_dim, 1, device=device, dtype=dtype)
+        self.conv = DepthwiseConv2d(4 * out_dim, stride=2, device=device, dtype=dtype)
+        self.reduce = ConvNormAct(4 * out_dim, out_dim, bias=True, apply_act=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) to (b, ceil(h / 2), ceil(w / 2), out_dim)."""
+        x = F.relu(channels_last(self.expand(channels_first(x))))
+        return channels_last(self.reduce(channels_first(F.relu(self.conv(x)))))

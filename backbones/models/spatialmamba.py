@@ -17,16 +17,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ConvNormAct, DropPath, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from backbones.base import Constructor, HierarchicalBackbone, build_model
+from backbones.base import HierarchicalBackbone, build_model
 from backbones.layers import (
     DepthwiseConv2d,
     LayerNorm,
+    PositionalBlock,
+    ResidualConvStem,
     Scan,
     SelectiveSSM,
+    WideDownsample,
     channels_first,
     channels_last,
     scan_grid,
@@ -41,49 +43,6 @@ _BLOCK = "layers.{}.blocks.{}."
 _MIXER = _BLOCK + "self_attention."
 _OUR_BLOCK = "stages.{}.blocks.{}."
 _OUR_MIXER = _OUR_BLOCK + "mixer."
-
-
-class Stem(nn.Module):
-    """Three steps of convolutions, each with a batch norm, the middle one residual."""
-
-    def __init__(
-        self,
-        in_chans: int,
-        dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        conv = partial(ConvNormAct, device=device, dtype=dtype)
-        self.conv1 = conv(in_chans, dim // 2, 3, stride=2)
-        self.conv2 = nn.Sequential(conv(dim // 2, dim // 2, 3), conv(dim // 2, dim // 2, 3, apply_act=False))
-        self.conv3 = nn.Sequential(conv(dim // 2, 4 * dim, 3, stride=2), conv(4 * dim, dim, apply_act=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, in_chans, h, w) to (b, ceil(h / 4), ceil(w / 4), dim)."""
-        x = self.conv1(x)
-        return channels_last(self.conv3(x + self.conv2(x))).contiguous()
-
-
-class Downsample(nn.Module):
-    """To four times the output's width, depthwise 3 x 3 of stride 2, and back; one batch norm, at the end."""
-
-    def __init__(
-        self,
-        dim: int,
-        out_dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.expand = nn.Conv2d(dim, 4 * out_dim, 1, device=device, dtype=dtype)
-        self.conv = DepthwiseConv2d(4 * out_dim, stride=2, device=device, dtype=dtype)
-        self.reduce = ConvNormAct(4 * out_dim, out_dim, bias=True, apply_act=False, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, h, w, dim) to (b, ceil(h / 2), ceil(w / 2), out_dim)."""
-        x = F.relu(channels_last(self.expand(channels_first(x))))
-        return channels_last(self.reduce(channels_first(F.relu(self.conv(x)))))
 
 
 class StateScan(SelectiveSSM):
@@ -189,36 +148,6 @@ class StructureAwareSSM(nn.Module):
         return self.out_proj(silu_gate(y, z, backend=self.ssm.backend))
 
 
-class Block(nn.Module):
-    """State-space layer and MLP, each after a convolution that encodes positions; all four are residual."""
-
-    def __init__(
-        self,
-        dim: int,
-        mixer: Constructor,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.cpe1 = DepthwiseConv2d(dim, **dd)
-        self.norm1 = LayerNorm(dim, autocast_out=True, **dd)
-        self.mixer = mixer(dim, **dd)
-        self.cpe2 = DepthwiseConv2d(dim, **dd)
-        self.norm2 = LayerNorm(dim, autocast_out=True, **dd)
-        self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, h, w, dim) to (b, h, w, dim)."""
-        x = x + self.cpe1(x)
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
-        x = x + self.cpe2(x)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
 class SpatialMamba(HierarchicalBackbone):
     """Spatial-Mamba. See :class:`backbones.base.HierarchicalBackbone` for its arguments."""
 
@@ -264,8 +193,8 @@ class SpatialMamba(HierarchicalBackbone):
 
 def _create_spatialmamba(variant: str, pretrained: bool = False, *, mlp_ratio: float = 4.0, **kwargs: Any) -> nn.Module:
     scan = Scan.pop(kwargs, FORWARD)
-    block = partial(Block, mixer=partial(StructureAwareSSM, scan=scan), mlp_ratio=mlp_ratio)
-    parts: dict[str, Any] = {"stem": Stem, "block": block, "downsample": Downsample}
+    block = partial(PositionalBlock, mixer=partial(StructureAwareSSM, scan=scan), mlp_ratio=mlp_ratio)
+    parts: dict[str, Any] = {"stem": ResidualConvStem, "block": block, "downsample": WideDownsample}
     return build_model(SpatialMamba, variant, pretrained, scan=scan, **parts, **kwargs)
 
 

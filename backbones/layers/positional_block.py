@@ -1,0 +1,41 @@
+"""The block of Spatial-Mamba and VSSD: convolutions encode positions in front of mixer and MLP."""
+
+from typing import Any
+
+import torch
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+from backbones.layers.constructor import Constructor
+from backbones.layers.norm import LayerNorm
+from backbones.layers.ss2d import DepthwiseConv2d
+
+
+class PositionalBlock(nn.Module):
+    """Mixer and MLP, each after a convolution that encodes positions; all four are residual."""
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: Constructor,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.cpe1 = DepthwiseConv2d(dim, **dd)
+        self.norm1 = LayerNorm(dim, autocast_out=True, **dd)
+        self.mixer = mixer(dim, **dd)
+        self.cpe2 = DepthwiseConv2d(dim, **dd)
+        self.norm2 = LayerNorm(dim, autocast_out=True, **dd)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) to (b, h, w, dim)."""
+        x = x + self.cpe1(x)
+        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        x = x + self.cpe2(x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
