@@ -303,6 +303,7 @@ SHALLOW = {
     "efficientvmamba": ("efficientvmamba_tiny", {"depths": (1, 1, 1, 1)}),
     "groupmamba": ("groupmamba_tiny", {"depths": (1, 1, 1, 1)}),
     "spatialmamba": ("spatialmamba_tiny", {"depths": (1, 1, 1, 1)}),
+    "vssd": ("vssd_micro", {"depths": (1, 1, 1, 1)}),
     "localvim": ("localvim_tiny", {"depth": 1}),
     "localvmamba": ("localvmamba_tiny", {"depths": (1, 1, 1, 1)}),
     "plainmamba": ("plainmamba_l1", {"depth": 1}),

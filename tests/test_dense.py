@@ -11,13 +11,16 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from backbones.base import Backbone, PlainBackbone
+from backbones.layers import set_backend
 from backbones.mm import UserError
 from backbones.mm.models import dense
 from backbones.models import FAMILIES
 from backbones.models.vmamba import VMamba
+from backbones.models.vssd import VSSD, NonCausalSSD
 from backbones.weights import CheckpointError
 from backbones.weights.rules import to_ours
-from tests.tolerances import GROUPMAMBA_INPUT_GRADIENT, INPUT_GRADIENT, LOGITS, logits_limit, maps_limit
+from tests.test_parity import hold_in_double_precision
+from tests.tolerances import INPUT_GRADIENT, LOGITS, SAME_FUNCTION, gradient_limit, logits_limit, maps_limit
 from tools import recordings
 from tools.parity import RECORDED, build, official_file, relative
 
@@ -28,7 +31,6 @@ def test_maps_and_input_gradients(name: str, tmp_path: Path) -> None:
     backbone = build(RECORDED[name], official_file(tmp_path, recording)).eval()
     image = recording.image().requires_grad_()
     maps = backbone(image)
-    group = "groupmamba" in name
     means = torch.cat([x.mean((-2, -1)) for x in maps], dim=1)
     means.square().mean().backward()
     recorded = recording.arrays["logits"]
@@ -37,8 +39,9 @@ def test_maps_and_input_gradients(name: str, tmp_path: Path) -> None:
         assert list(found.shape) == recording.arrays[f"feature{i}_shape"].tolist()
         crop = recording.arrays[f"feature{i}_crop"]
         assert relative(found.detach()[:, :8, :4, :4], crop) <= maps_limit(name)
-    limit = GROUPMAMBA_INPUT_GRADIENT if group else INPUT_GRADIENT
-    assert relative(image.grad[:, :, 8:24, 8:24], recording.arrays["input_grad_crop"]) <= limit
+    assert relative(image.grad[:, :, 8:24, 8:24], recording.arrays["input_grad_crop"]) <= gradient_limit(name)
+    if "logits64" in recording.arrays:
+        hold_in_double_precision(backbone, recording)
 
 
 def test_vim_with_the_pyramid_of_its_segmentor(tmp_path: Path) -> None:
@@ -81,6 +84,23 @@ def test_a_block_of_spatial_mamba(backend: str) -> None:
     y.square().mean().backward()
     assert relative(y.detach(), arrays["output"]) <= LOGITS
     assert relative(x.grad, arrays["input_grad"]) <= INPUT_GRADIENT
+
+
+def test_a_mixer_of_vssd(backend: str) -> None:
+    arrays, _ = recordings.load_arrays("vssd_mixer_unit")
+    names = {x.removeprefix("param_grad."): value.shape for x, value in arrays.items() if x.startswith("param_grad.")}
+    mixer = NonCausalSSD(16, num_heads=2, d_state=8).double()
+    set_backend(mixer, backend)
+    official = {f"layers.0.blocks.0.attn.{x}": recordings.draw(x, shape) for x, shape in names.items()}
+    prefix = "stages.0.blocks.0.mixer."
+    mixer.load_state_dict({x.removeprefix(prefix): y for x, y in to_ours(official, VSSD.key_rules).items()})
+    x = arrays["input"].view(2, 5, 7, 16).clone().requires_grad_()
+    y = mixer(x)
+    y.square().mean().backward()
+    # Its weights were not rounded to float32, as ours are.
+    assert relative(y.detach().flatten(1, 2), arrays["output"].flatten(1, -2)) <= SAME_FUNCTION
+    assert relative(x.grad.flatten(1, 2), arrays["input_grad"].flatten(1, -2)) <= SAME_FUNCTION
+    assert relative(mixer.A_log.grad, arrays["param_grad.A_log"]) <= SAME_FUNCTION
 
 
 @pytest.fixture(scope="module")

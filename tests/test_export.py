@@ -42,6 +42,7 @@ MODELS = {
     "efficientvmamba_tiny": ((50, 37), FLAT),
     "groupmamba_tiny": ((45, 50), FLAT),
     "spatialmamba_tiny": ((50, 37), FLAT),
+    "vssd_micro": ((50, 37), FLAT),
     "localvim_tiny": ((50, 32), {"depth": 2}),
     "localvim_tiny_midcls": ((48, 48), {"depth": 2}),
     "localvmamba_tiny": ((50, 37), FLAT),

@@ -28,6 +28,7 @@ FAMILIES = {
     "GroupMamba": "Amshaker/GroupMamba",
     "Spatial-Mamba": "EdwardChasel/Spatial-Mamba",
     "LBMamba": "cvlab-stonybrook/LBMamba",
+    "VSSD": "YuHengsss/VSSD",
     "LocalMamba": "hunto/LocalMamba",
     "PlainMamba": "ChenhongyiYang/PlainMamba",
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from torch import nn
 
 from backbones.layers import set_backend
 from tests import tolerances
@@ -40,10 +41,26 @@ def test_logits_and_input_gradients(name: str, backend: str, tmp_path: Path) -> 
         torch.testing.assert_close(recorded, exact, rtol=0, atol=limit)
         recorded = exact
     torch.testing.assert_close(found, recorded, rtol=0, atol=limit)
-    limit = tolerances.GROUPMAMBA_INPUT_GRADIENT if group else tolerances.INPUT_GRADIENT
+    limit = tolerances.gradient_limit(name)
     smooth = slice(KINKS.get(name, 0), None)
     found, expected = image.grad[smooth, :, 8:24, 8:24], recording.arrays["input_grad_crop"][smooth]
     if len(expected):
         assert relative(found, expected) <= limit
     if name not in KINKS:
         assert image.grad.norm().item() == pytest.approx(recording.arrays["input_grad_norm"].item(), rel=limit)
+    if "logits64" in recording.arrays:
+        hold_in_double_precision(model, recording)
+
+
+def hold_in_double_precision(model: nn.Module, recording: recordings.Recording) -> None:
+    """Holds logits, or means of maps, and gradients against the recording's run in float64."""
+    double, arrays = copy.deepcopy(model).double(), recording.arrays
+    image = recording.image().double().requires_grad_()
+    logits = double(image)
+    logits = logits if isinstance(logits, torch.Tensor) else torch.cat([x.mean((-2, -1)) for x in logits], dim=1)
+    logits.square().mean().backward()
+    error = (logits.detach() - arrays["logits64"]).abs().max()
+    assert error <= tolerances.DOUBLE_LOGITS * arrays["logits64"].std()
+    limit = tolerances.DOUBLE_INPUT_GRADIENT
+    assert relative(image.grad[:, :, 8:24, 8:24], arrays["input_grad_crop64"]) <= limit
+    assert image.grad.norm().item() == pytest.approx(arrays["input_grad_norm64"].item(), rel=limit)

@@ -34,6 +34,7 @@ MODELS = {
     "efficientvmamba_tiny": HIERARCHICAL,
     "groupmamba_tiny": {**HIERARCHICAL, "distillation": False},
     "spatialmamba_tiny": HIERARCHICAL,
+    "vssd_micro": HIERARCHICAL,
 }
 NAMES = ["cat", "dog", "owl"]
 

@@ -221,6 +221,12 @@ def test_nan_reaches_every_later_output_and_no_other_image(backend: str) -> None
     assert found[0, 10:].isnan().all() and found[1].isfinite().all()
 
 
+@pytest.mark.parametrize("function", [ssd, ssd_noncausal])
+def test_shapes_without_values(function: Any) -> None:
+    tensors = {key: x if x is None else x.detach().to("meta") for key, x in PLAIN.tensors().items()}
+    assert function(**tensors).shape == tensors["x"].shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
     tensors = PLAIN.tensors(dtype)

@@ -49,9 +49,7 @@ def test_every_recording_is_certified_within_its_tolerance() -> None:
     for name, row in certified.values():
         recorded = recordings.load_arrays(row["recording"])[0]["logits"]
         assert row["logits_max_error"] <= tolerances.logits_limit(name, recorded)
-        group = name.startswith("groupmamba")
-        limit = tolerances.GROUPMAMBA_INPUT_GRADIENT if group else tolerances.INPUT_GRADIENT
-        assert row.get("gradient_max_error", 0.0) <= limit
+        assert row.get("gradient_max_error", 0.0) <= tolerances.gradient_limit(name)
 
 
 @pytest.mark.parametrize("family", family_names())

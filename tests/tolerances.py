@@ -21,18 +21,36 @@ NOISY = ("localvim", "localvmamba", "plainmamba", "adventurer")
 GROUPMAMBA_LOGITS = 2e-4
 GROUPMAMBA_INPUT_GRADIENT = 2e-3
 
+# VSSD's records carry float32 noise of up to 2e-5 of the deviation, and its ReLUs have kinks, so they hold double
+# precision as well, where nothing is noise.
+VSSD_LOGITS = 1e-4  # of the deviation
+VSSD_INPUT_GRADIENT = 1e-2
+DOUBLE_LOGITS = 1e-9  # of the deviation
+DOUBLE_INPUT_GRADIENT = 1e-8
+
 
 def logits_limit(name: str, recorded: Tensor) -> float:
     """Largest error of the logits of a model or recording called ``name``."""
     if name.startswith(NOISY):
         return LOGITS_OF_DEVIATION * recorded.std().item()
+    if name.startswith("vssd"):
+        return VSSD_LOGITS * recorded.std().item()
     return GROUPMAMBA_LOGITS if name.startswith("groupmamba") else LOGITS
+
+
+def gradient_limit(name: str) -> float:
+    """Largest error of the input's gradient, over its largest value."""
+    if name.startswith("vssd"):
+        return VSSD_INPUT_GRADIENT
+    return GROUPMAMBA_INPUT_GRADIENT if name.startswith("groupmamba") else INPUT_GRADIENT
 
 
 def maps_limit(name: str) -> float:
     """Largest error of the maps of a dense backbone's recording, over their largest value."""
     if name.startswith(NOISY):
         return LOGITS_OF_DEVIATION
+    if name.startswith("vssd"):
+        return VSSD_LOGITS
     return 10 * (GROUPMAMBA_LOGITS if name.startswith("groupmamba") else LOGITS)
 
 

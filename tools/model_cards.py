@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tools are not installed
 
+from backbones.zoo import load_family  # noqa: E402
 from tools.cards import benchmarks, facts  # noqa: E402
 from tools.cards.card import card  # noqa: E402
 from tools.cards.markdown import replace_block  # noqa: E402
@@ -35,7 +36,11 @@ def texts() -> dict[Path, str]:
 
 def pictures() -> dict[Path, bytes]:
     """Every generated picture."""
-    files = {ROOT / "model_cards" / f"{family}_orders.png": orders_picture(family) for family in facts.families()}
+    files = {
+        ROOT / "model_cards" / f"{family}_orders.png": orders_picture(family)
+        for family in facts.families()
+        if load_family(family)["scan"]
+    }
     return files | {ROOT / "docs" / "patterns.png": catalogue_picture()}
 
 

@@ -36,6 +36,8 @@ MODELS = {
     "spatialmamba_base_224": "spatialmamba_base",
     "plainmamba_l1_224x224": "plainmamba_l1",
     "plainmamba_l1_192x256": "plainmamba_l1",
+    "vssd_micro_224": "vssd_micro",
+    "vssd_tiny_224": "vssd_tiny",
     "localvim_tiny_224x224": "localvim_tiny",
     "localvim_tiny_midcls_224x224": "localvim_tiny_midcls",
     "localvim_tiny_nosearch_192x256": "localvim_tiny_unsearched",
@@ -70,6 +72,7 @@ RECORDED: dict[str, dict[str, Any]] = {
     "efficientvmamba_tiny_backbone_200x273": {"type": "EfficientVMamba", "arch": "efficientvmamba_tiny"},
     "groupmamba_tiny_backbone_192x256": {"type": "GroupMamba", "arch": "groupmamba_tiny"},
     "spatialmamba_tiny_backbone_230x226": {"type": "SpatialMamba", "arch": "spatialmamba_tiny"},
+    "vssd_tiny_backbone_230x226": {"type": "VSSD", "arch": "vssd_tiny"},
     "lbvim_tiny_seg_256x320": {
         "type": "LBVim",
         "arch": "lbvim_tiny",

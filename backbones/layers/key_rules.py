@@ -1,4 +1,4 @@
-"""Names that the originals of VMamba, MSVMamba and EfficientVMamba share, as the latter two grew out of the first.
+"""Names that originals share: MSVMamba's and EfficientVMamba's grew out of VMamba, VSSD's shell is Spatial-Mamba's.
 
 A family joins the tables of its own layers; the first rule that fits a name wins, so ``BLOCKS`` comes last.
 """
@@ -26,6 +26,14 @@ PATCH_STEM = (
     KeyRule("patch_embed.2.{}", "stem.norm.{}"),
     KeyRule("patch_embed.proj.{}", "stem.proj.{}"),  # names of January 2024
     KeyRule("patch_embed.norm.{}", "stem.norm.{}"),
+)
+RESIDUAL_STEM = (  # Spatial-Mamba's and VSSD's stem and downsampling
+    KeyRule("patch_embed.{*}.norm.{}", "stem.{*}.bn.{}"),
+    KeyRule("patch_embed.{*}", "stem.{*}"),
+    KeyRule("layers.{}.downsample.conv.0.conv.{}", "downsamples.{}.expand.{}"),
+    KeyRule("layers.{}.downsample.conv.1.conv.{}", "downsamples.{}.conv.{}"),
+    KeyRule("layers.{}.downsample.conv.2.conv.{}", "downsamples.{}.reduce.conv.{}"),
+    KeyRule("layers.{}.downsample.conv.2.norm.{}", "downsamples.{}.reduce.bn.{}"),
 )
 CONV_STEM = (
     KeyRule("patch_embed.0.{}", "stem.conv1.{}"),

@@ -14,6 +14,7 @@ from backbones.models.plainmamba import PlainMamba
 from backbones.models.spatialmamba import SpatialMamba
 from backbones.models.vim import Vim
 from backbones.models.vmamba import VMamba
+from backbones.models.vssd import VSSD
 
 # Plain models first, then by age: the order of every table and list.
 FAMILIES: tuple[type[Backbone], ...] = (
@@ -27,6 +28,7 @@ FAMILIES: tuple[type[Backbone], ...] = (
     LocalVim,
     LocalVMamba,
     PlainMamba,
+    VSSD,
 )
 
 __all__ = ["FAMILIES", "family_names"]

@@ -33,6 +33,7 @@ from backbones.layers import (
     channels_last,
     scan_grid,
 )
+from backbones.layers.key_rules import RESIDUAL_STEM
 from backbones.ops.fused.pointwise import silu_gate
 from backbones.patterns import FORWARD
 from backbones.weights import ONE_ORDER, KeyRule
@@ -152,12 +153,7 @@ class SpatialMamba(HierarchicalBackbone):
     """Spatial-Mamba. See :class:`backbones.base.HierarchicalBackbone` for its arguments."""
 
     key_rules = (
-        KeyRule("patch_embed.{*}.norm.{}", "stem.{*}.bn.{}"),
-        KeyRule("patch_embed.{*}", "stem.{*}"),
-        KeyRule("layers.{}.downsample.conv.0.conv.{}", "downsamples.{}.expand.{}"),
-        KeyRule("layers.{}.downsample.conv.1.conv.{}", "downsamples.{}.conv.{}"),
-        KeyRule("layers.{}.downsample.conv.2.conv.{}", "downsamples.{}.reduce.conv.{}"),
-        KeyRule("layers.{}.downsample.conv.2.norm.{}", "downsamples.{}.reduce.bn.{}"),
+        *RESIDUAL_STEM,
         KeyRule(_MIXER + "x_proj_weight", _OUR_MIXER + "ssm.x_proj_weight", ONE_ORDER),
         KeyRule(_MIXER + "dt_projs_weight", _OUR_MIXER + "ssm.dt_proj_weight", ONE_ORDER),
         KeyRule(_MIXER + "dt_projs_bias", _OUR_MIXER + "ssm.dt_proj_bias", ONE_ORDER),

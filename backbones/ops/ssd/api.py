@@ -1,6 +1,7 @@
 """State-space duality as functions: check their arguments, bring them to one dtype, and call a backend."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def ssd(
     if backend is not None and backend not in _BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(_BACKENDS)}, or None")
     dtype = _state_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         dt = _step_sizes(dt, dt_bias, dt_softplus, dtype)
         tokens, A, B, C = (y.to(dtype) for y in (x, A, B, C))
         u = tokens
@@ -123,7 +124,7 @@ def ssd_noncausal(
     _check_tensors(x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias)
     _check_shapes(x, dt, A, B, C, D, dt_bias)
     dtype, groups = _state_dtype(x), B.shape[2]
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         weight = -_step_sizes(dt, dt_bias, dt_softplus, dtype) * A.to(dtype)
         tokens = x.to(dtype)
         # The heads of a group stand side by side: one matrix product each way, whatever their number.
@@ -133,6 +134,10 @@ def ssd_noncausal(
         if D is not None:
             y = y + D.to(dtype).unsqueeze(-1) * tokens
     return y.to(x.dtype)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # meta tensors know no autocast
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:

@@ -1,0 +1,7 @@
+_base_ = "../_base_/upernet_160k_ade20k-512x512.py"
+
+model = dict(
+    backbone=dict(type="VSSD", arch="vssd_small", drop_path_rate=0.4),
+    decode_head=dict(in_channels=[64, 128, 256, 512]),
+    auxiliary_head=dict(in_channels=256),
+)

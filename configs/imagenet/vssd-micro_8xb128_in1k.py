@@ -1,0 +1,3 @@
+_base_ = "../_base_/imagenet_300e.py"
+
+model = dict(network=dict(name="vssd_micro", drop_path_rate=0.2))
