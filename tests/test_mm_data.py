@@ -13,6 +13,7 @@ from PIL import Image
 
 pytest.importorskip("mmengine")
 
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 
 from backbones.mm import ImageFolder, UserError, collate_images
@@ -38,6 +39,23 @@ def test_items_and_classes(root: Path) -> None:
     assert batch["inputs"].shape == (3, 3, 8, 8)
     grey = (batch["inputs"].mean(dim=(1, 2, 3)) * 255).round().int().tolist()
     assert [dataset.metainfo["classes"][i] for i in batch["targets"]] == [str(g) for g in grey]
+
+
+def test_wrappers_of_mmengine(root: Path) -> None:
+    for name in ("2", "9"):
+        for copy in range(3):
+            Image.new("L", (12, 8), int(name)).save(root / "val" / name / f"{copy}.png")
+    config = {"type": "ImageFolder", "data_root": str(root), "split": "val", "transform": TRANSFORM}
+    assert len(DATASETS.build({"type": "RepeatDataset", "dataset": config, "times": 3})) == 27
+    joined = DATASETS.build({"type": "ConcatDataset", "datasets": [config, ImageFolder(str(root), "val", TRANSFORM)]})
+    assert len(joined) == 18 and joined.metainfo["classes"] == ("2", "9", "10")
+    assert torch.equal(joined[17]["inputs"], joined[8]["inputs"])
+    # Class 10 has 1 of 9 images: below the threshold of 4 in 9, so it is seen twice.
+    balanced = DATASETS.build({"type": "ClassBalancedDataset", "dataset": config, "oversample_thr": 4 / 9})
+    counts = [sum(balanced[i]["targets"] == label for i in range(len(balanced))) for label in range(3)]
+    assert counts == [4, 4, 2]
+    assert balanced.get_cat_ids(0) == [0]
+    assert [x["targets"] for x in ImageFolder(str(root), "val", TRANSFORM).get_subset([0, 8])] == [0, 2]
 
 
 def test_missing_split_and_missing_class(root: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mmengine.dataset import BaseDataset
 from mmengine.dist import get_rank, get_world_size
 from mmengine.logging import print_log
 from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
@@ -24,7 +25,7 @@ from backbones.mm.errors import UserError
 
 
 @DATASETS.register_module()
-class ImageFolder(Dataset):
+class ImageFolder(BaseDataset):
     """``data_root/split/<class>/<image>``, PNG and JPEG; labels are the positions of the sorted class names.
 
     Args:
@@ -35,6 +36,7 @@ class ImageFolder(Dataset):
         skip_unreadable: log damaged images and leave them out of their batch, instead of stopping.
         image_mode: Pillow mode to which images are converted.
 
+    It follows mmengine's protocol, so that ``ClassBalancedDataset``, ``RepeatDataset`` and ``ConcatDataset`` wrap it.
     Items are ``dict(inputs=(channels, height, width) float tensor, targets=int)``, None for a skipped image.
 
     Raises:
@@ -60,21 +62,26 @@ class ImageFolder(Dataset):
         classes = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.__getitem__)
         if num_classes is not None and len(classes) != num_classes:
             raise UserError(f"image folder {folder} has {len(classes)} classes, expected num_classes={num_classes}")
-        self.metainfo = {"classes": tuple(classes)}
         self.transform = create_transform(**transform)
         self.skip_unreadable = skip_unreadable
         self.image_mode = image_mode
+        super().__init__(metainfo={"classes": tuple(classes)})
 
-    def __len__(self) -> int:
-        return len(self.reader)
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """Path and label of every image."""
+        return [{"img_path": str(path), "gt_label": int(label)} for path, label in self.reader.samples]
 
-    def __getitem__(self, index: int) -> dict[str, Tensor | int] | None:
-        file, target = self.reader[index]
+    def get_cat_ids(self, idx: int) -> list[int]:
+        """The label of image ``idx``, in a list."""
+        return [self.get_data_info(idx)["gt_label"]]
+
+    def __getitem__(self, idx: int) -> dict[str, Tensor | int] | None:
+        info = self.get_data_info(idx)
+        path, target = info["img_path"], info["gt_label"]
         try:
-            with file:
-                image = read_image(file, self.image_mode)
+            image = read_image(path, self.image_mode)
         except UNREADABLE as error:
-            message = f"cannot read image {self.reader.filename(index, absolute=True)}: {error}"
+            message = f"cannot read image {path}: {error}"
             if not self.skip_unreadable:
                 raise UserError(f"{message}; skip_unreadable=True leaves such images out") from error
             print_log(f"{message}; left out", logger="current", level=logging.WARNING)
