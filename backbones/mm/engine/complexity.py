@@ -36,6 +36,12 @@ def _per_order_product(inputs: list[Any], outputs: list[Any]) -> int:
     return prod(get_shape(inputs[0])) * get_shape(inputs[1])[1]
 
 
+def _attention(inputs: list[Any], outputs: list[Any]) -> int:
+    """The products q k^T and softmax(.) v."""
+    query, key, value = (get_shape(x) for x in inputs[:3])
+    return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
 for _op in list(flop_registry):
     _name = _op._qualified_op_name
     if _name.startswith("backbones::") and not _name.endswith("_backward"):
@@ -45,3 +51,5 @@ for _op in list(flop_registry):
 _product = f"prim::PythonOp.{_PerOrderProduct.__name__}"
 complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS[_product] = _per_order_product
 complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS[_product] = generic_activation_jit()
+# mmengine does not know it; VSSD's last stage has it.
+complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.setdefault("aten::scaled_dot_product_attention", _attention)
