@@ -83,8 +83,9 @@ def _register(name: str) -> None:
         ctx.constant = inputs[2]
 
     def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        results = backward(grad, *ctx.saved_tensors, ctx.constant)
-        return *first_order(name, results, (grad, *ctx.saved_tensors)), None
+        saved = ctx.saved_tensors  # which gradient checkpointing unpacks once only
+        results = backward(grad, *saved, ctx.constant)
+        return *first_order(name, results, (grad, *saved)), None
 
     torch.library.register_fake(op, lambda x, other, constant: _contiguous_like(x)[0], lib=_library)
     torch.library.register_fake(backward, lambda grad, x, other, constant: _contiguous_like(x, other), lib=_library)
