@@ -39,18 +39,20 @@ def ssd_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: i
     return y.flatten(1, 2)[:, :length]
 
 
-def segment_decays(log_decay: Tensor) -> Tensor:
+def segment_decays(log_decay: Tensor, before: bool = False) -> Tensor:
     """The decay from step j to step i, exp(sum of log_decay over j+1..i), 0 for j > i.
 
     Args:
         log_decay: (..., q).
+        before: to the front of step i instead, which does not decay then: over j+1..i-1, 0 for j >= i.
 
     Returns:
         (..., q, q), i before j.
     """
     sums = _running_sums(log_decay)
-    segments = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(log_decay.dtype)
-    later = torch.ones(segments.shape[-2:], dtype=torch.bool, device=segments.device).triu(1)
+    ends = sums - log_decay if before else sums
+    segments = (ends.unsqueeze(-1) - sums.unsqueeze(-2)).to(log_decay.dtype)
+    later = torch.ones(segments.shape[-2:], dtype=torch.bool, device=segments.device).triu(0 if before else 1)
     # Masked before the exponential, which overflows there: infinity times a gradient of 0 is no number.
     return segments.masked_fill(later, -torch.inf).exp()
 
@@ -78,8 +80,9 @@ def _states_before(states: Tensor, log_decay: Tensor) -> Tensor:
 
 def _prefix(states: Tensor, log_decay: Tensor) -> Tensor:
     """:func:`_states_before` in one matrix product, quadratic in the number of chunks."""
-    decays = segment_decays(log_decay.transpose(1, 2)).to(states.dtype)  # (b, h, c, c)
-    decays = F.pad(decays[..., :-1, :], (0, 0, 1, 0))  # what stands in front of a chunk has not decayed through it
+    # What stands in front of a chunk has not decayed through it. No slice of one chunk less: that would fix a dynamic
+    # number of chunks that is 2 in the example.
+    decays = segment_decays(log_decay.transpose(1, 2), before=True).to(states.dtype)  # (b, h, c, c)
     rows = states.transpose(1, 2).flatten(3)  # (b, h, c, n p)
     return (decays @ rows).transpose(1, 2).unflatten(3, states.shape[3:])
 
