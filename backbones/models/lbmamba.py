@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from backbones.base import PlainBackbone, build_model
 from backbones.layers import LayerNorm, MambaBlock, MambaMixer, Scan
-from backbones.patterns import FORWARD, REVERSE, OrderFn, ScanPattern
+from backbones.patterns import FORWARD, backwards
 from backbones.weights import ONE_ORDER, KeyRule, Layout, Weights
 from backbones.zoo import default_cfgs as zoo_cfgs
 
@@ -126,7 +126,7 @@ def _create_lbvim(
     """``pattern`` is the one order that even blocks walk, and odd blocks backwards."""
     kwargs["local_window"] = _checked_window(kwargs.get("local_window"))
     there = Scan.pop(kwargs, FORWARD)
-    back = replace(there, pattern=_backwards(there.pattern))
+    back = replace(there, pattern=backwards(there.pattern))
     blocks = [partial(MambaBlock, mixer=partial(MambaMixer, scan=scan, d_state=d_state)) for scan in (there, back)]
     own: dict[str, Any] = {"class_token": False, "global_pool": "avg"}
     return build_model(model_cls, variant, pretrained, scan=there, block=blocks, **(own | kwargs))
@@ -137,16 +137,6 @@ def _checked_window(local_window: int | None) -> int | Callable[[int], int]:
     if local_window is not None and local_window < 1:
         raise ValueError(f"local_window: got {local_window}, expected at least 1 step, or None for window_rule")
     return window_rule if local_window is None else local_window
-
-
-def _backwards(pattern: ScanPattern) -> ScanPattern:
-    if pattern == FORWARD:
-        return REVERSE  # known to the mixer as a walk along the sequence, which needs no gather
-    return ScanPattern(f"{pattern.name}_backwards", 1, partial(_last_to_first, pattern.order_fn), pattern.pad_to)
-
-
-def _last_to_first(order_fn: OrderFn, grid: Tensor) -> Tensor:
-    return order_fn(grid).flip(1)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("lbmamba"))

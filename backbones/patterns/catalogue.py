@@ -6,6 +6,8 @@ import re
 from functools import cache, partial
 from math import lcm
 
+from torch import Tensor
+
 from backbones.patterns.pattern import COMPOSED, PATTERNS, OrderFn, ScanPattern, checked_int
 from backbones.patterns.traversals import (
     _every_second,
@@ -139,3 +141,16 @@ def checked_pattern(pattern: ScanPattern | str, default: ScanPattern) -> ScanPat
             f"as {default.name!r} has"
         )
     return pattern
+
+
+def backwards(pattern: ScanPattern) -> ScanPattern:
+    """The same orders, each from its last step to its first."""
+    if pattern == FORWARD:
+        return REVERSE  # known to the mixers as a walk along the sequence
+    return ScanPattern(
+        f"{pattern.name}_backwards", pattern.num_orders, partial(_last_to_first, pattern.order_fn), pattern.pad_to
+    )
+
+
+def _last_to_first(order_fn: OrderFn, grid: Tensor) -> Tensor:
+    return order_fn(grid).flip(1)
