@@ -306,6 +306,7 @@ SHALLOW = {
     "vssd": ("vssd_micro", {"depths": (1, 1, 1, 1)}),
     "localvim": ("localvim_tiny", {"depth": 1}),
     "localvmamba": ("localvmamba_tiny", {"depths": (1, 1, 1, 1)}),
+    "adventurer": ("adventurer_tiny", {"depth": 1}),
     "plainmamba": ("plainmamba_l1", {"depth": 1}),
 }
 

@@ -46,6 +46,7 @@ MODELS = {
     "localvim_tiny": ((50, 32), {"depth": 2}),
     "localvim_tiny_midcls": ((48, 48), {"depth": 2}),
     "localvmamba_tiny": ((50, 37), FLAT),
+    "adventurer_tiny": ((48, 32), {"depth": 4}),
     "plainmamba_l1": ((50, 33), {"depth": 2}),
 }
 QUICK = "vim_tiny"
@@ -59,7 +60,7 @@ def run_onnx(path: Path, *inputs: Tensor) -> list[Tensor]:
 
 
 def create(name: str, size: tuple[int, int], **arguments: object) -> nn.Module:
-    if name.startswith(("vim", "lbvim", "localvim", "plainmamba")):
+    if name.startswith(("vim", "lbvim", "localvim", "plainmamba", "adventurer")):
         arguments["img_size"] = size
     return timm.create_model(name, num_classes=10, scan_backend="naive", **arguments).eval()
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from backbones.layers import Scan, SelectiveSSM, scan_grid
 from backbones.models import family_names
+from backbones.models.adventurer import Mamba2Mixer
 from backbones.patterns import ATROUS, HILBERT, REVERSE, SNAKE, ScanPattern
 from tests.tolerances import AUTOCAST, SAME_FUNCTION
 
 NAMES = sorted(name for module in family_names() for name in timm.list_models(module=module))
-PLAIN = ("vim", "lbvim", "localvim", "plainmamba")
+PLAIN = ("vim", "lbvim", "localvim", "plainmamba", "adventurer")
 # One of every generation of every family, for what does not depend on the size; and how to make it shallow.
 SMALLEST = {
     "vim_tiny": {"depth": 4},
@@ -31,6 +32,7 @@ SMALLEST = {
     "localvim_tiny": {"depth": 2},
     "localvim_tiny_midcls": {"depth": 2},
     "localvmamba_tiny": {"depths": (1, 1, 2, 1)},
+    "adventurer_tiny": {"depth": 4},
     "plainmamba_l1": {"depth": 2},
     "plainmamba_l2": {"depth": 2},
 }
@@ -82,6 +84,11 @@ PROMISED = [
     "localvim_small_unsearched",
     "localvmamba_tiny",
     "localvmamba_small",
+    "adventurer_tiny",
+    "adventurer_small",
+    "adventurer_base",
+    "adventurer_base_patch8",
+    "adventurer_large",
     "plainmamba_l1",
     "plainmamba_l2",
     "plainmamba_l3",
@@ -341,7 +348,9 @@ def difference(shallow: nn.Module, other: nn.Module) -> float:
 
 @torch.no_grad()
 def test_another_pattern_changes_the_function_but_not_the_parameters(name: str, shallow: nn.Module) -> None:
-    orders = max((m.num_orders for m in shallow.modules() if isinstance(m, SelectiveSSM)), default=0)
+    counts = [m.num_orders for m in shallow.modules() if isinstance(m, SelectiveSSM)]
+    counts += [m.scan.pattern.num_orders for m in shallow.modules() if isinstance(m, Mamba2Mixer)]
+    orders = max(counts, default=0)
     if not orders:  # a model without scans has no such argument
         with pytest.raises(TypeError, match="unexpected keyword argument 'pattern'"):
             create_shallow(name, pattern=REVERSE)
@@ -357,7 +366,7 @@ def test_another_pattern_changes_the_function_but_not_the_parameters(name: str, 
 
 @torch.no_grad()
 def test_a_local_window_changes_the_function(name: str, shallow: nn.Module) -> None:
-    if not any(isinstance(m, SelectiveSSM) for m in shallow.modules()):
+    if not any(isinstance(m, SelectiveSSM | Mamba2Mixer) for m in shallow.modules()):
         with pytest.raises(TypeError, match="unexpected keyword argument 'local_window'"):
             create_shallow(name, local_window=3)
         return

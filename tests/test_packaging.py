@@ -30,6 +30,7 @@ FAMILIES = {
     "LBMamba": "cvlab-stonybrook/LBMamba",
     "VSSD": "YuHengsss/VSSD",
     "LocalMamba": "hunto/LocalMamba",
+    "Adventurer": "wangf3014/Adventurer",
     "PlainMamba": "ChenhongyiYang/PlainMamba",
 }
 
@@ -144,7 +145,7 @@ def test_notice_names_the_original_work(family, repository):
 def test_notice_says_where_a_licence_is_missing():
     text = (ROOT / "NOTICE.md").read_text(encoding="utf-8")
     missing = {section.partition("\n")[0] for section in text.split("\n### ")[1:] if "**" in section}
-    assert missing == {"MSVMamba", "EfficientVMamba", "GroupMamba", "LBMamba"}
+    assert missing == {"MSVMamba", "EfficientVMamba", "GroupMamba", "LBMamba", "VSSD", "Adventurer"}
 
 
 def test_no_file_names_a_machine():

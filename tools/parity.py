@@ -34,6 +34,8 @@ MODELS = {
     "groupmamba_base_224x224": "groupmamba_base",
     "spatialmamba_tiny_224": "spatialmamba_tiny",
     "spatialmamba_base_224": "spatialmamba_base",
+    "adventurer_tiny_224x224": "adventurer_tiny",
+    "adventurer_tiny_2x3x128x128": "adventurer_tiny",
     "plainmamba_l1_224x224": "plainmamba_l1",
     "plainmamba_l1_192x256": "plainmamba_l1",
     "vssd_micro_224": "vssd_micro",
@@ -46,6 +48,7 @@ MODELS = {
 # Arguments of the models of recordings at another size than the registered one.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "localvim_tiny_nosearch_192x256": {"dynamic_img_size": True},
+    "adventurer_tiny_2x3x128x128": {"img_size": 128},
     "plainmamba_l1_192x256": {"dynamic_img_size": True},
 }
 # Images whose gradient sits on the kink of a ReLU, where float32 may take either side: exact float64 differs from

@@ -4,6 +4,7 @@ A family's class names its OpenMMLab backbone; the class's module names its page
 """
 
 from backbones.base import Backbone
+from backbones.models.adventurer import Adventurer
 from backbones.models.efficientvmamba import EfficientVMamba
 from backbones.models.groupmamba import GroupMamba
 from backbones.models.lbmamba import LBVim
@@ -29,6 +30,7 @@ FAMILIES: tuple[type[Backbone], ...] = (
     LocalVMamba,
     PlainMamba,
     VSSD,
+    Adventurer,
 )
 
 __all__ = ["FAMILIES", "family_names"]
