@@ -39,6 +39,7 @@ METHODS = {"MaskRCNN": "Mask R-CNN", "RetinaNet": "RetinaNet", "EncoderDecoder":
 # Where the published total cannot be that of the standard heads: with 256 channels, neck and heads of Mask R-CNN
 # alone have 20 M parameters, those of RetinaNet 10 M.
 OTHER_HEADS = {
+    ("plainmamba_l2", "RetinaNet"),  # 41.3 M with the heads that L1 and L3 have, a million more than published
     ("efficientvmamba_tiny", "Mask R-CNN"),
     ("efficientvmamba_tiny", "RetinaNet"),
     ("efficientvmamba_small", "RetinaNet"),

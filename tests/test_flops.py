@@ -96,7 +96,10 @@ def test_localmamba(name: str) -> None:
 @pytest.mark.parametrize("name", slow_if_large(PLAINMAMBA))
 def test_plainmamba(name: str) -> None:
     macs, scan = PLAINMAMBA[name]
-    total = count(name).total
+    model, total = timm.create_model(name, device="meta"), count(name).total
+    # Theirs project the step sizes once, ours for each of the four paths.
+    ssm = model.blocks[0].mixer.ssm
+    macs += 3 * 196 * ssm.d_inner * ssm.dt_rank * len(model.blocks) / 1e9
     assert total.macs / 1e9 == pytest.approx(macs, rel=1e-3)
     assert total.scan / 1e9 == pytest.approx(scan, rel=0.01)
 
