@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.layers import Scan, SelectiveSSM, scan_grid
+from backbones.layers.rotary import RotaryEmbedding
 from backbones.models import family_names
 from backbones.models.adventurer import Mamba2Mixer
 from backbones.patterns import ATROUS, HILBERT, REVERSE, SNAKE, ScanPattern
@@ -407,3 +408,141 @@ def test_exports_with_dynamic_sides(name: str) -> None:
     exported = torch.export.export(model, (example,), dynamic_shapes=({2: height, 3: width},)).module()
     wide = images(2, 3, 160, 256)
     torch.testing.assert_close(exported(wide), model(wide), rtol=SAME_FUNCTION, atol=SAME_FUNCTION)
+
+
+class Doubled(nn.Module):
+    """A wrapper, as adapters use them, whose output is twice the layer's."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.layer(x)
+
+
+class Twice(nn.Module):
+    """A parametrisation."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def double(model: nn.Module, name: str, way: str) -> None:
+    """Makes the linear layer ``name`` give twice its output."""
+    parent, _, child = name.rpartition(".")
+    linear = model.get_submodule(name)
+    if way == "wrapped":
+        setattr(model.get_submodule(parent), child, Doubled(linear))
+    elif way == "hooked":
+        linear.register_forward_hook(lambda module, args, output: 2 * output)
+    elif way == "hooked before":
+        linear.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    elif way == "parametrised":
+        for parameter, _ in list(linear.named_parameters()):
+            nn.utils.parametrize.register_parametrization(linear, parameter, Twice())
+    elif way == "patched":
+        forward = linear.forward
+        linear.forward = lambda x: 2 * forward(x)
+    else:
+        for parameter in linear.parameters():
+            parameter.mul_(2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["wrapped", "hooked", "hooked before", "parametrised", "patched"])
+def test_changed_linear_layers_act(name: str, shallow: nn.Module, way: str) -> None:
+    """Every linear layer, doubled in some way, gives what doubling its parameters gives."""
+    found, expected = copy.deepcopy(shallow), copy.deepcopy(shallow)
+    linears = {key: m for key, m in shallow.named_modules() if isinstance(m, nn.Linear)}
+    assert any(key.endswith("out_proj") for key in linears) or name == "groupmamba_tiny"
+    for key, linear in linears.items():
+        if way == "hooked before" and linear.bias is not None:  # twice the input is not twice the output
+            continue
+        double(found, key, way)
+        double(expected, key, "weight")
+    y = expected(images())
+    if way != "hooked before" or any(x.bias is None for x in linears.values()):
+        assert (y - shallow(images())).abs().max() > 1e-4
+    torch.testing.assert_close(found(images()), y, rtol=SAME_FUNCTION, atol=SAME_FUNCTION)
+
+
+@torch.no_grad()
+def test_hooks_fire_on_every_module(name: str, shallow: nn.Module) -> None:
+    """On linear layers, convolutions, norms, blocks and stages alike, also those that are set globally."""
+    model = copy.deepcopy(shallow)
+    watched = {key for key, m in model.named_modules() if not isinstance(m, nn.ModuleList | RotaryEmbedding)}
+    seen: set[str] = set()
+    for key in watched:
+        model.get_submodule(key).register_forward_hook(lambda module, args, output, key=key: seen.add(key))
+    model(images())
+    assert watched - seen == set()
+
+    called: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: called.append(module))
+    try:
+        shallow(images())
+    finally:
+        handle.remove()
+    assert {id(shallow.get_submodule(key)) for key in watched} <= {id(module) for module in called}
+
+
+@torch.no_grad()
+def test_feature_hooks_give_the_getters_maps(name: str) -> None:
+    hooked = create_shallow(name, features_only=True, out_indices=[0, 1], feature_cls="hook").eval()
+    getter = create_shallow(name, features_only=True, out_indices=[0, 1]).eval()
+    given = {key.removeprefix("body."): x for key, x in hooked.state_dict().items()}
+    getter.model.load_state_dict({key: given[key] for key in getter.model.state_dict()})
+    for found, wanted in zip(hooked(images()), getter(images()), strict=True):
+        if not is_plain(name):  # of a plain model a hook sees tokens, the class token among them
+            torch.testing.assert_close(found.permute(0, 3, 1, 2), wanted)
+        assert found.isfinite().all()
+
+
+def test_checkpointing_computes_blocks_again(name: str) -> None:
+    model = create_shallow(name).train()
+    calls: list[nn.Module] = []
+    blocks = model.blocks if is_plain(name) else [block for stage in model.stages for block in stage.blocks]
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, args: calls.append(module))
+    for enable, times in ((False, 1), (True, 2)):
+        model.set_grad_checkpointing(enable)
+        calls.clear()
+        total(model(images())).backward()
+        assert [sum(module is block for module in calls) for block in blocks] == [times] * len(blocks)
+
+
+def test_training_gives_one_tensor(name: str) -> None:
+    """timm's convention: only set_distilled_training(True) makes a second classifier's logits visible."""
+    model = create_shallow(name).train()
+    assert model(images()).shape == (2, 10)
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training()
+        features = model.forward_features(images())
+        first, second = model.forward_head(features)
+        assert not torch.equal(first, second)
+        assert model.eval()(images()).shape == (2, 10)
+        model.train().set_distilled_training(False)
+        torch.testing.assert_close(model.forward_head(features), (first + second) / 2)
+
+
+@torch.no_grad()
+def test_channels_last_changes_nothing(name: str, shallow: nn.Module) -> None:
+    moved = copy.deepcopy(shallow).to(memory_format=torch.channels_last)
+    x = images().to(memory_format=torch.channels_last)
+    torch.testing.assert_close(moved(x), shallow(images()), rtol=SAME_FUNCTION, atol=SAME_FUNCTION)
+
+
+def test_scripting_names_the_way_out(shallow: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"torch\.jit\.script.*tools/export\.py"):
+        torch.jit.script(nn.Sequential(shallow))
+
+
+def test_pool_size_is_that_of_the_last_map(name: str) -> None:
+    model = create_shallow(name, device="meta", **({"img_size": 224} if is_plain(name) else {}))
+    size = model.default_cfg["pool_size"]
+    assert model.default_cfg["input_size"] == (3, 224, 224)
+    if is_plain(name):
+        assert size is None  # tokens
+    else:
+        assert model.forward_features(torch.empty(1, 3, 224, 224, device="meta")).shape[1:3] == size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,11 @@ class Backbone(nn.Module):
             for name in getattr(module, "no_decay", ())
             if getattr(module, name) is not None
         }
+
+    def __prepare_scriptable__(self) -> NoReturn:  # what torch.jit.script asks of every module
+        raise ValueError(
+            "torch.jit.script does not compile these models; tools/export.py writes ONNX and torch.export programs"
+        )
 
     def adapt_state_dict(self, weights: Weights, img_size: tuple[int, int] | None = None) -> Weights:
         """Fits weights of another input size to this model; names and shapes are checked afterwards.

@@ -9,6 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from backbones.layers.constructor import Constructor
+from backbones.layers.linear import linear_parts
 from backbones.layers.norm import RMSNorm
 from backbones.layers.scan import Scan
 from backbones.layers.selective_ssm import SelectiveSSM
@@ -77,9 +78,7 @@ class MambaMixer(nn.Module):
         """
         pattern, window = self.scan.pattern, self.scan.window(x.shape[1])
         visits = _visits(pattern, grid)
-        in_weight, gate_weight = self.in_proj.weight.chunk(2)  # two products write contiguous rows, one would not
-        z = F.linear(x, gate_weight)
-        x = F.linear(x, in_weight)
+        x, z = linear_parts(self.in_proj, x, [self.d_inner] * 2)
         make = _tables if is_traced(x) else _cached_tables
         orders, *taps = make(pattern, *grid, x.shape[1], self.d_conv, x.device)
         u = depthwise_conv(x, self.conv_weight, self.conv_bias, *taps, silu=True, backend=self.ssm.backend)

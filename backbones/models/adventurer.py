@@ -20,13 +20,13 @@ from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from backbones.base import PlainBackbone, build_model
 from backbones.layers import MambaBlock, Scan
 from backbones.layers.constructor import Constructor
+from backbones.layers.linear import linear_parts
 from backbones.layers.norm import RMSNorm
 from backbones.layers.scan import OnBackend
 from backbones.ops import depthwise_conv, selective_scan, ssd
@@ -76,15 +76,13 @@ class Mamba2Mixer(OnBackend, nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(b, l, dim) to (b, l, dim): patches in raster order and, behind them, at most one class token."""
         mixed = self.d_inner + 2 * self.d_state
-        gate_weight, in_weight, dt_weight = self.in_proj.weight.split([self.d_inner, mixed, self.num_heads])
-        z = F.linear(x, gate_weight)
-        x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
+        tokens = torch.cat([x.mean(1, keepdim=True), x], dim=1)
+        z, u, dt = linear_parts(self.in_proj, (x, tokens, tokens), [self.d_inner, mixed, self.num_heads])
         make = _tables if is_traced(x) else _cached_tables
-        orders, *taps = make(self.scan.pattern, *grid, x.shape[1], self.d_conv, x.device)
-        u = F.linear(x, in_weight)
+        orders, *taps = make(self.scan.pattern, *grid, tokens.shape[1], self.d_conv, x.device)
         u = depthwise_conv(u, self.conv_weight, self.conv_bias, *taps, silu=True, backend=self.backend).squeeze(2)
         u, B, C = u.split([self.d_inner, self.d_state, self.d_state], dim=-1)
-        y = self._scanned(u, F.linear(x, dt_weight), B.unsqueeze(2), C.unsqueeze(2), orders)
+        y = self._scanned(u, dt, B.unsqueeze(2), C.unsqueeze(2), orders)
         y = silu_gate(y[:, 1:], z, backend=self.backend)
         return self.out_proj(self.norm(y.to(self.norm.weight.dtype)))  # in float32 under autocast
 

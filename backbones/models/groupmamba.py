@@ -200,6 +200,7 @@ class DistilledHead(nn.Module):
         if input_fmt != "NHWC":
             raise ValueError(f"input_fmt: got {input_fmt!r}, expected 'NHWC'")
         self.num_features, self.distillation = in_features, distillation
+        self.distilled_training = False
         self.class_block: nn.Module = ClassBlock(in_features, mixer, device=device, dtype=dtype)
         self.norm: nn.Module = _norm(in_features, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop_rate)
@@ -226,7 +227,7 @@ class DistilledHead(nn.Module):
         return fc
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """(b, h, w, c) to logits; in training to a pair, of the classifier and of the distilled one."""
+        """(b, h, w, c) to logits: the mean of both classifiers, or in distilled training the pair of them."""
         if self.global_pool.pool_type:
             x = self.class_block(self.global_pool(x))[:, 0, 0]
         x = self.drop(self.norm(x))
@@ -235,7 +236,7 @@ class DistilledHead(nn.Module):
         if self.fc_dist is None:
             return self.fc(x)
         logits, distilled = self.fc(x), self.fc_dist(x)
-        return (logits, distilled) if self.training else (logits + distilled) / 2
+        return (logits, distilled) if self.distilled_training and self.training else (logits + distilled) / 2
 
 
 class GroupStem(nn.Module):
@@ -294,7 +295,8 @@ def _block_rules(official: str, ours: str) -> tuple[KeyRule, ...]:
 class GroupMamba(HierarchicalBackbone):
     """GroupMamba. See :class:`backbones.base.HierarchicalBackbone` for its arguments.
 
-    In training its output is a pair, logits of the classifier and of the distilled one, else their mean.
+    Its output is the mean of two classifiers, as of timm's distilled models. After ``set_distilled_training()`` it is
+    in training the pair of them: logits of the classifier and of the distilled one.
     The final norm belongs to the head: features of the last stage are not normalised.
     """
 
@@ -323,6 +325,13 @@ class GroupMamba(HierarchicalBackbone):
                 nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Returns both classifiers' logits in training, for a loss that has a teacher.
+
+        A model made with ``distillation=False`` has one classifier, and one tensor in either case.
+        """
+        self.head.distilled_training = enable
 
     def get_classifier(self) -> Any:
         """The last linear layer, or with distillation both of them."""

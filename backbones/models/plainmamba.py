@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from backbones.base import PlainBackbone, build_model
 from backbones.layers import DepthwiseConv2d, LayerNorm, MambaBlock, Scan, SelectiveSSM, StemPatchEmbed, branch_norm
+from backbones.layers.linear import linear_parts
 from backbones.ops import selective_scan
 from backbones.ops.fused.pointwise import silu_gate
 from backbones.ops.scan.projection import per_order_linear
@@ -73,7 +74,7 @@ class PathSSM(SelectiveSSM):
         self.direction_B = nn.Parameter(torch.empty(5, d_state, device=device, dtype=dtype))
         trunc_normal_(self.direction_B, std=0.02)
 
-    def scan(self, u: Tensor, grid: tuple[int, int], scan: Scan) -> Tensor:
+    def forward(self, u: Tensor, grid: tuple[int, int], scan: Scan) -> Tensor:  # type: ignore[override]
         """u (b, l, c) along the paths of ``scan``, whose outputs are added: (b, l, c)."""
         k, pattern = self.num_orders, scan.pattern
         if pattern.visits_each_cell_once(*grid) is False or pattern.padded(*grid):
@@ -119,11 +120,9 @@ class PlainMambaMixer(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(b, l, dim) to (b, l, dim), tokens in raster order."""
-        in_weight, gate_weight = self.in_proj.weight.chunk(2)  # two products write contiguous rows, one would not
-        in_bias, gate_bias = self.in_proj.bias.chunk(2)
-        z = F.linear(x, gate_weight, gate_bias)
-        u = self.conv2d(F.linear(x, in_weight, in_bias).unflatten(1, grid)).flatten(1, 2)
-        return self.out_proj(silu_gate(self.ssm.scan(u, grid, self.scan), z, backend=self.ssm.backend))
+        x, z = linear_parts(self.in_proj, x, [self.ssm.d_inner] * 2)
+        u = self.conv2d(x.unflatten(1, grid)).flatten(1, 2)
+        return self.out_proj(silu_gate(self.ssm(u, grid, self.scan), z, backend=self.ssm.backend))
 
 
 class StreamConv(nn.Module):

@@ -36,7 +36,7 @@ from backbones.layers import (
 from backbones.layers.key_rules import RESIDUAL_STEM
 from backbones.ops.fused.pointwise import silu_gate
 from backbones.patterns import FORWARD
-from backbones.weights import ONE_ORDER, KeyRule
+from backbones.weights import ONE_ORDER, SQUEEZE_1, KeyRule
 from backbones.zoo import default_cfgs as zoo_cfgs
 
 _FORWARD = Scan(FORWARD)
@@ -67,7 +67,7 @@ class StateFusion(nn.Module):
 
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(len(self.dilations), dim, 1, 3, 3, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.ones(len(self.dilations), dim, 3, 3, device=device, dtype=dtype))
         self.alpha = nn.Parameter(torch.ones(len(self.dilations), device=device, dtype=dtype))
         self.fused: Tensor | None
         self.register_buffer("fused", None, persistent=False)
@@ -77,7 +77,7 @@ class StateFusion(nn.Module):
         with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             if self.fused is not None:
                 return _convolve(x, self.fused, dilation=1)
-            kernels = self.alpha.view(-1, 1, 1, 1, 1) * self.weight
+            kernels = (self.alpha.view(-1, 1, 1, 1) * self.weight).unsqueeze(2)
             one, three, five = (_convolve(x, k, d) for k, d in zip(kernels, self.dilations, strict=True))
             return one + three + five
 
@@ -90,7 +90,7 @@ class StateFusion(nn.Module):
         fused = self.weight.new_zeros(self.weight.shape[1], 1, 2 * reach + 1, 2 * reach + 1)
         for alpha, kernel, d in zip(self.alpha, self.weight, self.dilations, strict=True):
             taps = slice(reach - d, reach + d + 1, d)
-            fused[:, :, taps, taps] += alpha * kernel
+            fused[:, 0, taps, taps] += alpha * kernel
         self.fused = fused
 
     def train(self, mode: bool = True) -> StateFusion:
@@ -162,6 +162,7 @@ class SpatialMamba(HierarchicalBackbone):
         KeyRule(
             tuple(_MIXER + f"state_fusion.{name}" for name in ("kernel_3", "kernel_3_1", "kernel_3_2")),
             _OUR_MIXER + "fusion.weight",
+            SQUEEZE_1,
         ),
         KeyRule(_MIXER + "state_fusion.alpha", _OUR_MIXER + "fusion.alpha"),
         KeyRule(_MIXER + "{*}", _OUR_MIXER + "{*}"),

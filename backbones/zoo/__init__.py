@@ -156,6 +156,7 @@ def _cfg(family: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
         "hf_hub_filename": weights.get("hf_hub_filename"),
         "input_size": (3, size, size),
         "fixed_input_size": source.get("fixed", False),
+        "pool_size": None if source.get("fixed") else (-(-size // 32),) * 2,  # of a hierarchy's last map
         "mean": tuple(source["mean"]),
         "std": tuple(source["std"]),
         "interpolation": source["interpolation"],

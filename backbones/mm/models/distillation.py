@@ -42,7 +42,8 @@ class HardDistillation(ImageClassifier):
     The teacher sees the same mixed images; its most likely class is the label.
 
     Args:
-        network: see :class:`ImageClassifier`; in training the network returns a pair of logits, as GroupMamba does.
+        network: see :class:`ImageClassifier`; a network of two classifiers, which
+            ``set_distilled_training()`` makes return a pair of logits in training, as GroupMamba and timm's do.
         loss: of the first classifier.
         teacher: arguments of ``timm.create_model``, among them ``name``, and ``checkpoint``, a file or a URL.
         alpha: weight of the second classifier's loss; the first one's is ``1 - alpha``.
@@ -68,6 +69,8 @@ class HardDistillation(ImageClassifier):
         if not 0 <= alpha <= 1:
             raise UserError(f"alpha: got {alpha}, expected a weight within 0 and 1")
         self.alpha = alpha
+        if hasattr(self.network, "set_distilled_training"):
+            self.network.set_distilled_training()
         self.teacher_cfg = dict(teacher)
         self.teacher: Teacher | None = None
 
