@@ -70,7 +70,7 @@ class HardDistillation(ImageClassifier):
             raise UserError(f"alpha: got {alpha}, expected a weight within 0 and 1")
         self.alpha = alpha
         if hasattr(self.network, "set_distilled_training"):
-            self.network.set_distilled_training()
+            cast(Any, self.network).set_distilled_training()
         self.teacher_cfg = dict(teacher)
         self.teacher: Teacher | None = None
 
