@@ -1,0 +1,74 @@
+"""CONTRIBUTING's six steps, for every family: a failure names the step that is missing."""
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+
+from backbones import zoo
+from backbones.models import FAMILIES
+from tests.test_models import PROMISED, SMALLEST
+from tools.parity import MODELS, RECORDED
+
+ROOT = Path(__file__).parents[1]
+STEPS = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Add a family in six steps")[2]
+NO_RECIPE = {"adventurer"}  # its three stages of training have no config yet
+
+
+def step(number: int, module: str, what: str) -> str:
+    return f"{module}: step {number} of CONTRIBUTING.md is missing: {what}"
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.__name__)
+def module(request: pytest.FixtureRequest) -> str:
+    """The name of a family's file, zoo page and card."""
+    return request.param.__module__.rpartition(".")[2]
+
+
+def test_there_are_six_steps() -> None:
+    assert re.findall(r"^(\d)\. \*\*", STEPS, re.MULTILINE) == list("123456")
+
+
+def test_every_family_file_is_in_families() -> None:
+    files = {path.stem for path in (ROOT / "backbones" / "models").glob("*.py")} - {"__init__"}
+    listed = {family.__module__.rpartition(".")[2] for family in FAMILIES}
+    assert files == listed, step(3, ", ".join(sorted(files ^ listed)), "its class in FAMILIES")
+
+
+def test_facts(module: str) -> None:
+    assert (ROOT / "backbones" / "zoo" / f"{module}.yml").is_file(), step(1, module, "backbones/zoo/<family>.yml")
+    facts, notice = zoo.load_family(module), (ROOT / "NOTICE.md").read_text(encoding="utf-8")
+    assert facts["repository"]["url"] in notice, step(1, module, "the work in NOTICE.md")
+
+
+def test_the_family_file(module: str) -> None:
+    text = (ROOT / "backbones" / "models" / f"{module}.py").read_text(encoding="utf-8")
+    assert timm.list_models(module=module), step(3, module, "@register_model functions")
+    assert "arXiv:" in text or "arxiv" in text, step(3, module, "the paper in the docstring")
+
+
+def test_key_rules_and_recordings(module: str) -> None:
+    names = timm.list_models(module=module)
+    smallest = names[0]
+    assert timm.create_model(smallest, device="meta").key_rules, step(4, module, "key_rules")
+    recorded = {*MODELS.values(), *(config["arch"] for config in RECORDED.values())}
+    assert recorded & set(names), step(5, module, "a recording in tools/parity.py")
+    assert set(names) <= set(PROMISED), step(5, module, "its names in PROMISED of tests/test_models.py")
+    assert set(names) & set(SMALLEST), step(5, module, "its smallest model in SMALLEST of tests/test_models.py")
+
+
+def test_configs_and_card(module: str) -> None:
+    class Loader(yaml.SafeLoader):
+        """mkdocs names Python functions in its settings."""
+
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/name:", lambda loader, suffix, node: suffix)
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = str(yaml.load(settings, Loader=Loader)["nav"])
+    assert f"model_cards/{module}.md" in pages, step(6, module, "its page in mkdocs.yml")
+    assert (ROOT / "model_cards" / f"{module}.md").is_file(), step(6, module, "its card, by make docs")
+    names = timm.list_models(module=module)
+    configs = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "configs").rglob("*.py"))
+    given = any(f'"{name}"' in configs for name in names)
+    assert given != (module in NO_RECIPE), step(6, module, "a config under configs/")
