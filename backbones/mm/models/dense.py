@@ -68,10 +68,7 @@ class DenseBackbone(BaseModule):
             raise UserError(f"arch: {arch!r} is no model of {type(self).__name__}{did_you_mean(arch, known)}")
         self.arch, self.frozen_stages, self.norm_eval = arch, frozen_stages, norm_eval
         self._model_args = {"drop_path_rate": drop_path_rate, **(model_args or {})}
-        model = timm.create_model(arch, **self._model_args)
-        if not isinstance(model, self.family):  # two families may share a module
-            raise UserError(f"arch: {arch!r} is a {type(model).__name__}, no model of {type(self).__name__}")
-        self.model = cast(Any, model)
+        self.model = cast(Any, timm.create_model(arch, **self._model_args))
         info = self.model.feature_info
         self.out_indices = _checked_indices(out_indices, len(info))
         if not isinstance(frozen_stages, Integral) or not -1 <= frozen_stages <= len(info):
