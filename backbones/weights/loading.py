@@ -21,6 +21,7 @@ _logger = logging.getLogger(__name__)
 
 # Around the backbone of a detector: OpenMMLab's name for it, then our DenseBackbone, or the pyramid of detectron2.
 _AROUND = ("backbone.", "model.", "net.")
+_BESIDE = ("out_norms.", "head.fc.")
 
 
 def load_pretrained(
@@ -169,7 +170,8 @@ def accept(model: Any, state_dict: MutableMapping[str, Any], prefix: str, metada
 def inside_backbone(names: Iterable[str]) -> dict[str, str]:
     """The names of a detector's or segmentor's backbone without the prefixes around it, and what each is in the file.
 
-    Other files have all their names. The norms of our dense models' outputs stay.
+    Other files have all their names. The norms of our dense models' outputs stay, and the classifier that OpenMMLab's
+    classifiers have beside their backbone.
 
     Raises:
         CheckpointError: two names stand for one weight.
@@ -180,7 +182,7 @@ def inside_backbone(names: Iterable[str]) -> dict[str, str]:
         if part:
             both = {whole: own for own, whole in part.items()} | {inside[name]: name for name in part if name in inside}
             refuse_duplicates(both)
-            inside = part | {name: whole for name, whole in inside.items() if name.startswith("out_norms.")}
+            inside = part | {name: whole for name, whole in inside.items() if name.startswith(_BESIDE)}
     return inside
 
 
