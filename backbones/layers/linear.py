@@ -7,19 +7,17 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 
-def linear_parts(linear: nn.Module, x: Tensor | Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-    """``linear(x)`` split into ``sizes`` along its last axis; of a sequence, part i is made of the i-th x.
+def linear_parts(linear: nn.Module, x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """``linear(x)`` split into ``sizes`` along its last axis.
 
     A plain linear layer is computed as one product per part, which write contiguous rows. Any other module is called:
     adapters, quantized and parametrised layers, and hooks act as everywhere.
     """
-    inputs = [x] * len(sizes) if isinstance(x, Tensor) else list(x)
-    if _is_plain(linear):
-        weights = linear.get_parameter("weight").split(list(sizes))
-        biases = [None] * len(sizes) if linear.bias is None else linear.get_parameter("bias").split(list(sizes))
-        return [F.linear(*operands) for operands in zip(inputs, weights, biases, strict=True)]
-    outputs = {id(y): linear(y) for y in inputs}
-    return [outputs[id(y)].split(list(sizes), dim=-1)[i] for i, y in enumerate(inputs)]
+    if not _is_plain(linear):
+        return linear(x).split(list(sizes), dim=-1)
+    weights = linear.get_parameter("weight").split(list(sizes))
+    biases = [None] * len(sizes) if linear.bias is None else linear.get_parameter("bias").split(list(sizes))
+    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -76,14 +76,14 @@ class Mamba2Mixer(OnBackend, nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(b, l, dim) to (b, l, dim): patches in raster order and, behind them, at most one class token."""
         mixed = self.d_inner + 2 * self.d_state
-        tokens = torch.cat([x.mean(1, keepdim=True), x], dim=1)
-        z, u, dt = linear_parts(self.in_proj, (x, tokens, tokens), [self.d_inner, mixed, self.num_heads])
+        x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
+        z, u, dt = linear_parts(self.in_proj, x, [self.d_inner, mixed, self.num_heads])
         make = _tables if is_traced(x) else _cached_tables
-        orders, *taps = make(self.scan.pattern, *grid, tokens.shape[1], self.d_conv, x.device)
+        orders, *taps = make(self.scan.pattern, *grid, x.shape[1], self.d_conv, x.device)
         u = depthwise_conv(u, self.conv_weight, self.conv_bias, *taps, silu=True, backend=self.backend).squeeze(2)
         u, B, C = u.split([self.d_inner, self.d_state, self.d_state], dim=-1)
         y = self._scanned(u, dt, B.unsqueeze(2), C.unsqueeze(2), orders)
-        y = silu_gate(y[:, 1:], z, backend=self.backend)
+        y = silu_gate(y[:, 1:], z[:, 1:], backend=self.backend)
         return self.out_proj(self.norm(y.to(self.norm.weight.dtype)))  # in float32 under autocast
 
     def _scanned(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, orders: Tensor) -> Tensor:
