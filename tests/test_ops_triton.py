@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import backbones.ops.scan.triton as backend
-from backbones.layers import SS2D, MambaMixer
+from backbones.layers import SS2D, MambaMixer, Scan
 from backbones.ops import Visits, selective_scan
 from backbones.ops.scan import naive
 from backbones.ops.scan.triton import tables
@@ -204,7 +204,7 @@ def look_up(orders: torch.Tensor | None, length: int, k: int) -> Visits:
 def test_a_compiled_map_scan_never_looks_at_its_orders(
     pattern: ScanPattern, size: tuple[int, int], launch: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mixer = SS2D(3, pattern, d_state=1, ssm_ratio=1, gated=False).to(DEVICE)
+    mixer = SS2D(3, Scan(pattern), d_state=1, ssm_ratio=1, gated=False).to(DEVICE)
     check_compiled(mixer, (torch.randn(1, *size, 3, device=DEVICE),), launch, monkeypatch)
 
 
@@ -213,7 +213,7 @@ def test_a_compiled_map_scan_never_looks_at_its_orders(
 def test_a_compiled_token_scan_never_looks_at_its_orders(
     pattern: ScanPattern, tokens: int, launch: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mixer = MambaMixer(2, pattern, d_state=1, expand=1).to(DEVICE)
+    mixer = MambaMixer(2, Scan(pattern), d_state=1, expand=1).to(DEVICE)
     check_compiled(mixer, (torch.randn(1, tokens, 2, device=DEVICE), (3, 2)), launch, monkeypatch)
 
 
