@@ -23,7 +23,7 @@ CSRC = "backbones/ops/csrc"
 DISPATCH = [f"{CSRC}/{name}.cpp" for name in ("dispatch", "depthwise", "pointwise")]
 # Compiled for every instruction set:
 KERNELS = [f"{CSRC}/{name}_kernels.cpp" for name in ("scan", "depthwise", "pointwise")]
-SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")  # as backbones/ops/scan/cpu.py expects it
+SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")  # as backbones/ops/native.py expects it
 
 # Never -ffast-math: exp2 relies on the rounding that IEEE prescribes.
 FLAGS = [

@@ -29,8 +29,7 @@ from torch import Tensor
 
 import backbones
 from backbones import ops
-from backbones.ops import selective_scan
-from backbones.ops.scan import cpu
+from backbones.ops import native, selective_scan
 from backbones.patterns import CROSS
 
 PIP = f"{sys.executable} -m pip install"
@@ -134,11 +133,11 @@ def check_backends() -> Iterator[Finding]:
         return
     if reasons["cpu"] is None:
         forced = os.environ.get("BACKBONES_CPU_ISA")
-        isa = cpu.instruction_set() + (" (forced by BACKBONES_CPU_ISA)" if forced else "")
+        isa = native.instruction_set() + (" (forced by BACKBONES_CPU_ISA)" if forced else "")
         yield Finding(
             "ok", f"cpu: {isa}, {torch.get_num_threads()} of {_cores()} cores (OMP_NUM_THREADS sets how many)"
         )
-    elif cpu.LIBRARY.exists() or reasons["triton"] is not None:
+    elif native.LIBRARY.exists() or reasons["triton"] is not None:
         yield Finding("problem", f"cpu: {reasons['cpu']}", _compiler_command() + _reinstall_command())
     else:
         yield Finding("absent", f"cpu: {reasons['cpu']}", _compiler_command() + _reinstall_command())

@@ -8,12 +8,12 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from backbones.ops.scan import cpu
+from backbones.ops import native
 from tools import benchmark
 from tools.bench import measure, models, operator
 from tools.bench.shapes import SHAPES, Shape
 
-needs_kernel = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
+needs_kernel = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
 TINY = Shape("a test", 2, 2, 8, 5, 4)
 
 
@@ -105,7 +105,7 @@ def test_exp2_of_the_kernel() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found, expected = cpu.exp2(x), torch.exp2(x.double())
+        found, expected = native.exp2(x), torch.exp2(x.double())
     finally:
         torch.set_num_threads(before)
     normal = (expected > 2.0**-125) & (expected < 2.0**127)

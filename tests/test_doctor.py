@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 
 from backbones import doctor, ops
 from backbones.doctor import Finding
+from backbones.ops import native
 from backbones.ops.scan import cpu
 from tests.scripts import load_tool
 
@@ -41,7 +42,7 @@ def test_this_installation_is_well(
     printed = capsys.readouterr().out
     assert "All is well." in printed
     assert f"torch {metadata.version('torch')}" in printed
-    assert f"cpu: {cpu.instruction_set()}" in printed
+    assert f"cpu: {native.instruction_set()}" in printed
     assert "cpu: values and gradients within" in printed
 
 
@@ -101,7 +102,7 @@ def test_missing_and_broken_kernel(
     library = tmp_path / "kernel.so"
     if there:
         library.touch()
-    monkeypatch.setattr(cpu, "LIBRARY", library)
+    monkeypatch.setattr(native, "LIBRARY", library)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     reasons = {"naive": None, "cpu": "it is not there", "triton": None if triton_runs else "no GPU"}
     monkeypatch.setattr(ops, "backends", lambda: reasons)
@@ -117,7 +118,7 @@ def test_missing_and_broken_kernel(
 def test_wrong_instruction_set(
     monkeypatch: pytest.MonkeyPatch, quick: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cpu, "_library", functools.cache(cpu._library.__wrapped__))
+    monkeypatch.setattr(native, "library", functools.cache(native.library.__wrapped__))
     monkeypatch.setenv("BACKBONES_CPU_ISA", "mmx")
     monkeypatch.setattr(doctor, "_OPENMMLAB", {})
     assert doctor.main([]) == 1

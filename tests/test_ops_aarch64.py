@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from backbones.ops import native
+from backbones.ops.native import ScanCall
 from backbones.ops.scan import cpu
 from tests.test_ops_cpu import F32, check, make, make_orders
 
@@ -42,22 +44,22 @@ class EmulatedLibrary:
     def __init__(self, program: Path) -> None:
         self.program = program
 
-    def backbones_scan_forward(self, call: bytes) -> int:
+    def backbones_scan_forward(self, call: ScanCall) -> int:
         return self._run(call, backwards=False)
 
-    def backbones_scan_backward(self, call: bytes) -> int:
+    def backbones_scan_backward(self, call: ScanCall) -> int:
         return self._run(call, backwards=True)
 
-    def _run(self, call: bytes, backwards: bool) -> int:
-        words = list(struct.unpack("=47q", call))
-        sizes = {field: size if words[field] else 0 for field, size in memory_sizes(words).items()}
-        addresses = {field: words[field] for field in sizes}
+    def _run(self, call: ScanCall, backwards: bool) -> int:
+        sizes = {field: size if getattr(call, field) else 0 for field, size in memory_sizes(call).items()}
+        addresses = {field: getattr(call, field) for field in sizes}
+        sent = ScanCall.from_buffer_copy(call)
         for field, size in sizes.items():
-            words[field] = size
+            setattr(sent, field, size)
         given = b"".join(ctypes.string_at(addresses[field], size) for field, size in sizes.items() if size)
         command = [EMULATOR, "-L", "/usr/aarch64-linux-gnu", str(self.program)]
         answer = subprocess.run(
-            command, input=struct.pack("=48q", backwards, *words) + given, stdout=subprocess.PIPE, check=True
+            command, input=struct.pack("=q", backwards) + bytes(sent) + given, stdout=subprocess.PIPE, check=True
         ).stdout
         at = 8
         for field, size in sizes.items():
@@ -67,41 +69,38 @@ class EmulatedLibrary:
         return struct.unpack_from("=q", answer)[0]
 
 
-def memory_sizes(words: list[int]) -> dict[int, int]:
-    """Bytes behind every pointer of a call, by its index in `Call` of csrc/scan.h."""
-    b, l, t, k, c, n, bf16, u_shared, _, out = words[:10]
-    rank = words[36]
-    element = 2 if bf16 else 4
+def memory_sizes(call: ScanCall) -> dict[str, int]:
+    """Bytes behind every pointer of a call, in the order in which tests/emulated_driver.cpp reads them."""
+    b, l, t, k, c, n, rank, window = (getattr(call, name) for name in ("b", "l", "t", "k", "c", "n", "rank", "window"))
+    element = 2 if call.bf16 else 4
 
-    def span(strides: int, rows: int, width: int) -> int:
-        s_b, s_l, s_k = words[strides : strides + 3]
-        return ((b - 1) * s_b + (rows - 1) * s_l + (k - 1) * s_k + width) * element
+    def span(strides: native.Strides, rows: int, width: int) -> int:
+        return ((b - 1) * strides.b + (rows - 1) * strides.l + (k - 1) * strides.k + width) * element
 
-    image = b * l * (1 if u_shared else k) * c
-    y = {0: b * l * c, 1: b * l * k * c, 2: b * t * k * c}[out]
-    window = words[10]
+    image = b * l * (1 if call.u_shared else k) * c
+    y = {0: b * l * c, 1: b * l * k * c, 2: b * t * k * c}[call.out]
     chunk = -(-cpu.CHUNK // window) * window if window > 1 else cpu.CHUNK
     states = b * k * (-(-t // chunk) - 1) * n * c
     return {
-        12: span(17, l, c),
-        13: span(20, l, rank or c),
-        14: span(23, l, n),
-        15: span(26, l, n),
-        16: span(29, t if out == 2 else l, c),
-        32: k * c * n * 4,
-        33: k * c * 4,
-        34: k * c * 4,
-        35: k * c * rank * 4,
-        37: k * t * 4,
-        38: y * element,
-        39: states * 4,
-        40: image * element,
-        41: b * l * k * c * (4 if rank else element),
-        42: b * l * k * n * element,
-        43: b * l * k * n * element,
-        44: k * c * n * 4,
-        45: k * c * 4,
-        46: k * c * 4,
+        "u": span(call.su, l, c),
+        "delta": span(call.sdelta, l, rank or c),
+        "B": span(call.sB, l, n),
+        "C": span(call.sC, l, n),
+        "grad": span(call.sgrad, t if call.out == 2 else l, c),
+        "A": k * c * n * 4,
+        "D": k * c * 4,
+        "bias": k * c * 4,
+        "dt_weight": k * c * rank * 4,
+        "orders": k * t * 4,
+        "y": y * element,
+        "states": states * 4,
+        "du": image * element,
+        "ddelta": b * l * k * c * (4 if rank else element),
+        "dB": b * l * k * n * element,
+        "dC": b * l * k * n * element,
+        "dA": k * c * n * 4,
+        "dD": k * c * 4,
+        "dbias": k * c * 4,
     }
 
 
@@ -117,7 +116,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _emulated(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = EmulatedLibrary(program)
-    monkeypatch.setattr(cpu, "_library", lambda: library)
+    monkeypatch.setattr(native, "library", lambda: library)
 
 
 @pytest.mark.parametrize("window", [0, 5])

@@ -1,17 +1,20 @@
 """The C++ kernel: every instruction set, size and layout against float64, determinism over threads, errors."""
 
+import ctypes
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
-from backbones.ops import selective_scan
+from backbones.ops import native, selective_scan
 from backbones.ops.scan import cpu, naive
 
-pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
+pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
 
 ISAS = ("avx512", "avx2", "baseline")
 NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
@@ -19,15 +22,15 @@ NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 
 @contextmanager
 def instruction_set(name):
-    before = cpu.instruction_set()
+    before = native.instruction_set()
     try:
-        cpu._select(cpu._loaded(), name)
+        native.select(native.loaded(), name)
     except ValueError as error:
         pytest.skip(str(error))
     try:
         yield
     finally:
-        cpu._select(cpu._loaded(), before)
+        native.select(native.loaded(), before)
 
 
 @contextmanager
@@ -247,27 +250,56 @@ def test_order_out_of_range(token):
         selective_scan(**make(1, 9, 2, 8, 4), orders=orders, backend="cpu")
 
 
+CSRC = Path(native.__file__).parent / "csrc"
+C_TYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double, "Strides": native.Strides}
+
+
+def fields_in_c(struct: str) -> list[tuple[str, type]]:
+    """Names and types of a struct's fields, from the headers."""
+    sources = "".join(path.read_text(encoding="utf-8") for path in sorted(CSRC.glob("*.h")))
+    (body,) = re.findall(rf"^struct {struct} {{(.*?)^}};", re.sub(r"//.*", "", sources), re.MULTILINE | re.DOTALL)
+    fields = []
+    for kind, names in re.findall(r"(?:const )?(\w+)\b([^;]*);", body):
+        for name in names.split(","):
+            fields.append((name.strip(" *\n"), ctypes.c_void_p if "*" in name else C_TYPES[kind]))
+    return fields
+
+
+@pytest.mark.parametrize(
+    "struct, record",
+    [("Strides", native.Strides), ("Call", native.ScanCall)]
+    + [(record.__name__, record) for record in (native.ConvCall, native.GateCall, native.NormCall)],
+)
+def test_records_have_the_fields_of_the_structs_in_c(struct, record):
+    assert list(record._fields_) == fields_in_c(struct)
+
+
+def test_a_record_has_no_other_fields():
+    with pytest.raises(AttributeError, match="window_size"):
+        native.ScanCall(window_size=3)
+
+
 def test_unknown_instruction_set():
     with pytest.raises(ValueError, match="BACKBONES_CPU_ISA='sse9' is not one of avx512, avx2, baseline"):
-        cpu._select(cpu._loaded(), "sse9")
-    code = "from backbones.ops.scan import cpu; print(cpu.instruction_set())"
+        native.select(native.loaded(), "sse9")
+    code = "from backbones.ops import native; print(native.instruction_set())"
     env = {**os.environ, "BACKBONES_CPU_ISA": "baseline"}
     assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == "baseline"
 
 
 def test_missing_and_broken_library(monkeypatch, tmp_path):
-    cpu._library.cache_clear()
+    native.library.cache_clear()
     try:
-        monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_scan_cpu.so")
-        assert "install a C++17 compiler" in cpu.unavailable_reason()
+        monkeypatch.setattr(native, "LIBRARY", tmp_path / "_scan_cpu.so")
+        assert "install a C++17 compiler" in native.unavailable_reason()
         with pytest.raises(ValueError, match="install a C\\+\\+17 compiler"):
             selective_scan(**make(1, 4, 1, 8, 1), backend="cpu")
-        cpu._library.cache_clear()
-        cpu.LIBRARY.write_bytes(b"not a library")
-        assert "does not load" in cpu.unavailable_reason()
+        native.library.cache_clear()
+        native.LIBRARY.write_bytes(b"not a library")
+        assert "does not load" in native.unavailable_reason()
     finally:
         monkeypatch.undo()
-        cpu._library.cache_clear()
+        native.library.cache_clear()
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -26,7 +26,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tools are not installed
 
-from backbones.ops.scan import cpu
+from backbones.ops import native
 from tools.bench.gpu import bench_gpu
 from tools.bench.measure import ParityError, conditions
 from tools.bench.models import COMPANIONS, KINDS, bench_model
@@ -142,8 +142,8 @@ def main() -> int:
 
         return benchmark_resources.main(sys.argv[2:])
     args = parse_args()
-    if args.run is bench_limits and cpu.unavailable_reason() is not None:
-        print(f"limits: {cpu.unavailable_reason()}", file=sys.stderr)
+    if args.run is bench_limits and native.unavailable_reason() is not None:
+        print(f"limits: {native.unavailable_reason()}", file=sys.stderr)
         return 2
     keep_freed_memory()
     torch.set_num_threads(args.threads)

@@ -27,7 +27,7 @@ from torch import Tensor
 from backbones import zoo
 from backbones.analysis import flops
 from backbones.models import family_names
-from backbones.ops.scan import cpu
+from backbones.ops import native
 from backbones.ops.scan import operator as dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,7 +91,7 @@ def _rounded(x: Tensor) -> float:
 
 def run_facts() -> dict[str, str]:
     """When, where and with what this was measured."""
-    kernel = "no C++" if cpu.unavailable_reason() else cpu.instruction_set()
+    kernel = "no C++" if native.unavailable_reason() else native.instruction_set()
     code = ["--", "backbones", ":!backbones/zoo"]
     commit = _git("rev-parse", "--short", "HEAD") or "unknown"
     return {

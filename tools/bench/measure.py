@@ -18,7 +18,7 @@ from torch import Tensor
 
 import backbones
 from backbones import ops
-from backbones.ops.scan import cpu
+from backbones.ops import native
 
 PARITY = {torch.float32: 1e-5, torch.bfloat16: 5e-3}  # RMS error over RMS value, against float64
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,8 +84,8 @@ def limits(rounds: int) -> dict[str, float]:
     near = torch.linspace(-30, 0, 2048 * threads)  # 8 KiB a thread: in its first cache
     repeats = 20_000
     return {
-        "read bytes/s": far.numel() * 4 / fastest(lambda: cpu.read(far)),
-        "exp2/s": near.numel() * repeats / fastest(lambda: cpu.exp2(near, repeats)),
+        "read bytes/s": far.numel() * 4 / fastest(lambda: native.read(far)),
+        "exp2/s": near.numel() * repeats / fastest(lambda: native.exp2(near, repeats)),
     }
 
 
@@ -107,7 +107,7 @@ def conditions(args: argparse.Namespace) -> dict[str, object]:
     return {
         **({"gpu": torch.cuda.get_device_name()} if getattr(args, "device", "cpu") == "cuda" else {}),
         "cpu": _cpu_name(),
-        "instruction set": cpu.instruction_set() if ops.backends()["cpu"] is None else "no kernel",
+        "instruction set": native.instruction_set() if ops.backends()["cpu"] is None else "no kernel",
         "threads": torch.get_num_threads(),
         "dtype": getattr(args, "dtype", "float32"),
         "allocator": "keeps freed memory" if "MALLOC_TRIM_THRESHOLD_" in os.environ else "default",

@@ -5,7 +5,7 @@
 
 namespace scan {
 
-// One record of 64-bit integers and pointers, in the order backbones/ops/depthwise/cpu.py packs them.
+// One record of 64-bit integers and pointers: `ConvCall` in backbones/ops/native.py has the same fields.
 struct ConvCall {
   int64_t b, l, m, k, c, j;
   int64_t bf16;  // x, grad, y and dx are bfloat16 instead of float32

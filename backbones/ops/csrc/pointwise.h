@@ -5,7 +5,7 @@
 
 namespace scan {
 
-// Records of 64-bit integers, pointers and a double, in the order backbones/ops/fused/pointwise_cpu.py packs them. x, z, grad and
+// Records of 64-bit integers, pointers and a double: those of the same names in backbones/ops/native.py. x, z, grad and
 // the results are (rows, c), contiguous but for what is read, which has a distance between rows, in elements.
 struct GateCall {
   int64_t rows, c, threads;

@@ -1,4 +1,4 @@
-// What the dispatcher and the kernels share: the call as Python packs it, the prepared problem, the unit of parallel work.
+// What the dispatcher and the kernels share: the call as Python makes it, the prepared problem, the unit of parallel work.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ struct Strides {  // in elements; the channel (or state) axis is contiguous
   int64_t b, l, k;
 };
 
-// One record of 64-bit integers and pointers, in the order backbones/ops/scan/cpu.py packs them.
+// One record of 64-bit integers and pointers: `ScanCall` in backbones/ops/native.py has the same fields.
 struct Call {
   int64_t b, l, t, k, c, n;
   int64_t bf16;      // u, delta, B, C and y are bfloat16 instead of float32

@@ -1,0 +1,222 @@
+"""The compiled library of the `cpu` backend: where it lies, how it is loaded, and the records that its functions read.
+
+The library (`csrc/`) has a plain C interface and knows nothing of Python or PyTorch, so one binary serves every version
+of both. This is the only module that uses ctypes. `BACKBONES_CPU_ISA` (avx512, avx2 or baseline) forces a lower
+instruction set than the best that this CPU has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from ctypes import c_char_p, c_double, c_int64, c_void_p
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).parent / ("_scan_cpu" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so"))
+_OK, _OUT_OF_RANGE, _NO_MEMORY = 0, 1, 2  # `Status` in csrc/parallel.h
+
+
+def _integers(*names: str) -> list[tuple[str, Any]]:
+    return [(name, c_int64) for name in names]
+
+
+def _pointers(*names: str) -> list[tuple[str, Any]]:
+    return [(name, c_void_p) for name in names]
+
+
+class Record(ctypes.Structure):
+    """What a function of the library reads: its fields are those of a struct in `csrc/`, by name and in order."""
+
+    __slots__ = ()  # else a wrong name would be a new attribute instead of an error
+    operator: ClassVar[str]  # in messages
+    prefix: ClassVar[str]  # of the operator's functions: prefix_forward, prefix_backward and prefix_call_size
+
+
+class Strides(ctypes.Structure):
+    """Distances between batches, tokens and orders, in elements."""
+
+    _fields_ = _integers("b", "l", "k")
+
+
+class ScanCall(Record):
+    """`Call` in csrc/scan.h."""
+
+    __slots__ = ()
+    operator, prefix = "selective_scan", "backbones_scan"
+    _fields_ = [
+        *_integers("b", "l", "t", "k", "c", "n", "bf16", "u_shared", "softplus", "out", "window", "threads"),
+        *_pointers("u", "delta", "B", "C", "grad"),
+        *[(name, Strides) for name in ("su", "sdelta", "sB", "sC", "sgrad")],
+        *_pointers("A", "D", "bias", "dt_weight"),
+        *_integers("rank"),
+        *_pointers("orders", "y", "states", "du", "ddelta", "dB", "dC", "dA", "dD", "dbias"),
+    ]
+
+
+class ConvCall(Record):
+    """`ConvCall` in csrc/depthwise.h."""
+
+    __slots__ = ()
+    operator, prefix = "depthwise_conv", "backbones_depthwise"
+    _fields_ = [
+        *_integers("b", "l", "m", "k", "c", "j", "bf16", "silu", "threads"),
+        *_pointers("x", "grad"),
+        *_integers("x_b", "x_l", "grad_k", "grad_b", "grad_m"),
+        *_pointers("weight", "bias", "taps", "inverse", "y", "dx", "dweight", "dbias"),
+    ]
+
+
+class GateCall(Record):
+    """`GateCall` in csrc/pointwise.h."""
+
+    __slots__ = ()
+    operator, prefix = "silu_gate", "backbones_gate"
+    _fields_ = [
+        *_integers("rows", "c", "threads", "bf16"),
+        *_pointers("x", "z", "grad"),
+        *_integers("x_row", "z_row", "grad_row"),
+        *_pointers("y", "dx", "dz"),
+        ("scale", c_double),
+    ]
+
+
+class NormCall(Record):
+    """`NormCall` in csrc/pointwise.h."""
+
+    __slots__ = ()
+    operator, prefix = "rms_norm", "backbones_rms_norm"
+    _fields_ = [
+        *_integers("rows", "c", "threads"),
+        *_pointers("x", "grad"),
+        *_integers("x_row", "grad_row"),
+        *_pointers("weight", "y", "dx", "dweight"),
+        ("eps", c_double),
+    ]
+
+
+RECORDS: tuple[type[Record], ...] = (ScanCall, ConvCall, GateCall, NormCall)
+# Argument and result types of the functions that read no record.
+_FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
+    "backbones_scan_select": ([c_char_p], c_int64),
+    "backbones_scan_isa": ([], c_char_p),
+    "backbones_scan_read": ([c_void_p, c_int64, c_int64], None),
+    "backbones_scan_exp2": ([c_void_p, c_void_p, c_int64, c_int64, c_int64], None),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """The loaded library, or why there is none.
+
+    Raises:
+        ValueError: `BACKBONES_CPU_ISA` names no instruction set of this CPU.
+    """
+    if not LIBRARY.exists():
+        return (
+            f"the compiled kernel {LIBRARY.name} is missing in {LIBRARY.parent}; "
+            "install a C++17 compiler (g++ or clang++) and reinstall ssm-backbones"
+        )
+    try:
+        lib = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return f"the compiled kernel {LIBRARY.name} does not load ({error}); reinstall ssm-backbones on this machine"
+    declared = dict(_FUNCTIONS)
+    for record in RECORDS:
+        declared[f"{record.prefix}_call_size"] = ([], c_int64)
+        for direction in ("forward", "backward"):
+            declared[f"{record.prefix}_{direction}"] = ([ctypes.POINTER(record)], c_int64)
+    another = f"the compiled kernel {LIBRARY.name} belongs to another version; reinstall ssm-backbones"
+    for name, (arguments, result) in declared.items():
+        try:
+            function = getattr(lib, name)
+        except AttributeError:
+            return another
+        function.argtypes, function.restype = arguments, result
+    if any(getattr(lib, f"{record.prefix}_call_size")() != ctypes.sizeof(record) for record in RECORDS):
+        return another
+    select(lib, os.environ.get("BACKBONES_CPU_ISA", ""))
+    return lib
+
+
+def select(lib: ctypes.CDLL, isa: str) -> None:
+    """Chooses an instruction set by its name; "" is the best that this CPU has.
+
+    Raises:
+        ValueError: no such instruction set, or not on this CPU.
+    """
+    status = lib.backbones_scan_select(isa.encode())
+    if status:
+        what = "is not one of avx512, avx2, baseline" if status == 1 else "is not supported by this CPU or build"
+        raise ValueError(f"BACKBONES_CPU_ISA={isa!r} {what}")
+
+
+def loaded() -> ctypes.CDLL:
+    """The library.
+
+    Raises:
+        RuntimeError: there is none; the message says why.
+    """
+    lib = library()
+    if isinstance(lib, str):
+        raise RuntimeError(lib)
+    return lib
+
+
+def unavailable_reason() -> str | None:
+    """None when the kernel runs here, else one line that says why not and what would help.
+
+    Raises:
+        ValueError: `BACKBONES_CPU_ISA` names no instruction set of this CPU.
+    """
+    lib = library()
+    return lib if isinstance(lib, str) else None
+
+
+def run(direction: str, record: Record) -> bool:
+    """Runs the "forward" or "backward" pass that ``record`` describes. False: a table names what is out of range.
+
+    Raises:
+        MemoryError: there is none for the kernel's scratch space.
+    """
+    status = getattr(loaded(), f"{record.prefix}_{direction}")(record)
+    if status == _NO_MEMORY:
+        raise MemoryError(f"{record.operator}: no memory for the kernel's scratch space")
+    return status == _OK
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """Where the elements of x are; None is null."""
+    return None if x is None else x.data_ptr()
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x, its last axis without gaps: what the kernels read."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def instruction_set() -> str:
+    """The instruction set in use: "avx512", "avx2" or "baseline"."""
+    return loaded().backbones_scan_isa().decode()
+
+
+def exp2(x: Tensor, rounds: int = 1) -> Tensor:
+    """2^x of contiguous float32 by the kernel's own code, computed ``rounds`` times: what its rate is measured with.
+
+    Every thread takes an equal part of ``x``; what is left of an uneven division stays 0.
+    """
+    threads = torch.get_num_threads()
+    y = torch.zeros_like(x)
+    loaded().backbones_scan_exp2(x.data_ptr(), y.data_ptr(), x.numel() // threads, rounds, threads)
+    return y
+
+
+def read(x: Tensor) -> None:
+    """Reads contiguous float32, every thread an equal part: what the rate of memory is measured with."""
+    threads = torch.get_num_threads()
+    loaded().backbones_scan_read(x.data_ptr(), x.numel() // threads, threads)
