@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
-from backbones.ops import backends, depthwise_conv, selective_scan
-from backbones.ops.fused.pointwise import rms_norm, silu_gate
+from backbones.ops import backends, depthwise_conv, rms_norm, selective_scan, silu_gate
 from backbones.patterns import CROSS, REVERSE
 from backbones.patterns.taps import causal_taps
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import backbones.ops.scan.triton as backend
 from backbones.layers.norm import LayerNorm
-from backbones.ops.fused.layer_norm import layer_norm
+from backbones.ops.fused.layer_norm.operator import layer_norm
 from tests.scripts import run_in_the_interpreter
 from tests.tolerances import OPERATOR
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import backbones  # noqa: F401  (registers the models)
-from backbones.ops import depthwise_conv, selective_scan
-from backbones.ops.fused.pointwise import rms_norm, silu_gate
+from backbones.ops import depthwise_conv, rms_norm, selective_scan, silu_gate
 from backbones.ops.scan.naive import selective_scan_naive
 from backbones.patterns import ScanPattern, raster, stacked, windows
 from backbones.patterns.taps import window_taps

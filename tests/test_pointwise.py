@@ -7,8 +7,9 @@ from torch import Tensor
 
 from backbones import ops
 from backbones.layers.norm import RMSNorm
-from backbones.ops.fused import pointwise
-from backbones.ops.fused.pointwise import rms_norm, silu_gate
+from backbones.ops import rms_norm, silu_gate
+from backbones.ops.fused.gate import operator as gate
+from backbones.ops.fused.rms_norm import operator as norm
 from tests.test_ops_cpu import ISAS, instruction_set, threads
 from tests.tolerances import OPERATOR
 
@@ -62,7 +63,8 @@ def test_kernel(shape: tuple[int, ...], isa: str) -> None:
 
 
 def test_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pointwise, "_kernel_runs", lambda *args: False)
+    for module in (gate, norm):
+        monkeypatch.setattr(module, "kernel_runs", lambda *args: False)
     check_gate((3, 50, 24), torch.float32)
     check_norm((3, 50, 24))
 
@@ -111,8 +113,8 @@ def test_who_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the kernel was called")
 
     expected = silu_gate(x, z)
-    monkeypatch.setattr(pointwise, "_gate_op", refuse)
-    monkeypatch.setattr(pointwise, "_norm_op", refuse)
+    monkeypatch.setattr(gate, "gate_op", refuse)
+    monkeypatch.setattr(norm, "norm_op", refuse)
     with pytest.raises(AssertionError, match="kernel was called"):
         silu_gate(x, z)
     with pytest.raises(AssertionError, match="kernel was called"):

@@ -13,8 +13,7 @@ from backbones.layers.linear import linear_parts
 from backbones.layers.norm import RMSNorm
 from backbones.layers.scan import Scan
 from backbones.layers.selective_ssm import SelectiveSSM
-from backbones.ops import Visits, depthwise_conv
-from backbones.ops.fused.pointwise import silu_gate
+from backbones.ops import Visits, depthwise_conv, silu_gate
 from backbones.patterns import BIDIRECTIONAL, FORWARD, REVERSE, ScanPattern, is_traced
 from backbones.patterns.taps import causal_taps
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from backbones.layers.scan import OnBackend
-from backbones.ops.fused.layer_norm import layer_norm, runs_on
-from backbones.ops.fused.pointwise import rms_norm
+from backbones.ops import rms_norm
+from backbones.ops.fused.layer_norm.operator import layer_norm, runs_on
 
 
 class LayerNorm(OnBackend, nn.LayerNorm):

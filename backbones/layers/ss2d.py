@@ -8,8 +8,7 @@ from backbones.layers.constructor import Constructor
 from backbones.layers.norm import LayerNorm
 from backbones.layers.scan import OnBackend, Scan
 from backbones.layers.selective_ssm import SelectiveSSM
-from backbones.ops import depthwise_conv
-from backbones.ops.fused.pointwise import silu_gate
+from backbones.ops import depthwise_conv, silu_gate
 from backbones.ops.scan.operator import has_kernel
 from backbones.patterns import ATROUS, CROSS
 from backbones.patterns.taps import window_outputs, window_taps

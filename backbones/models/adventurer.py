@@ -29,8 +29,7 @@ from backbones.layers.constructor import Constructor
 from backbones.layers.linear import linear_parts
 from backbones.layers.norm import RMSNorm
 from backbones.layers.scan import OnBackend
-from backbones.ops import depthwise_conv, selective_scan, ssd
-from backbones.ops.fused.pointwise import silu_gate
+from backbones.ops import depthwise_conv, selective_scan, silu_gate, ssd
 from backbones.patterns import FORWARD, ScanPattern, backwards, is_traced
 from backbones.patterns.taps import causal_taps
 from backbones.weights import ONE_ORDER, KeyRule, Layout

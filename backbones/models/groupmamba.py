@@ -34,7 +34,7 @@ from backbones.layers import (
     channels_last,
     scan_grid,
 )
-from backbones.ops.fused.pointwise import silu_gate
+from backbones.ops import silu_gate
 from backbones.patterns import CROSS
 from backbones.weights import KeyRule
 from backbones.zoo import default_cfgs as zoo_cfgs

@@ -48,7 +48,7 @@ from backbones.layers.key_rules import (
 )
 from backbones.layers.resolution import channels_first, channels_last
 from backbones.layers.vss_block import VSSBlock
-from backbones.ops.fused.pointwise import silu_gate
+from backbones.ops import silu_gate
 from backbones.patterns import MULTI_SCALE, ScanPattern
 from backbones.weights import WEIGHT_KEYS, KeyRule, Layout
 from backbones.zoo import default_cfgs as zoo_cfgs

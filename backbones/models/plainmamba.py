@@ -32,8 +32,7 @@ from torch import Tensor, nn
 from backbones.base import PlainBackbone, build_model
 from backbones.layers import DepthwiseConv2d, LayerNorm, MambaBlock, Scan, SelectiveSSM, StemPatchEmbed, branch_norm
 from backbones.layers.linear import linear_parts
-from backbones.ops import selective_scan
-from backbones.ops.fused.pointwise import silu_gate
+from backbones.ops import selective_scan, silu_gate
 from backbones.ops.scan.projection import per_order_linear
 from backbones.patterns import SNAKE
 from backbones.patterns.walks import walks

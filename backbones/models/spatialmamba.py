@@ -34,7 +34,7 @@ from backbones.layers import (
     scan_grid,
 )
 from backbones.layers.key_rules import RESIDUAL_STEM
-from backbones.ops.fused.pointwise import silu_gate
+from backbones.ops import silu_gate
 from backbones.patterns import FORWARD
 from backbones.weights import ONE_ORDER, SQUEEZE_1, KeyRule
 from backbones.zoo import default_cfgs as zoo_cfgs

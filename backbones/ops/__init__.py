@@ -11,12 +11,23 @@ torch.Size([2, 6, 4])
 """
 
 from backbones.ops.depthwise.operator import depthwise_conv
+from backbones.ops.fused.gate.operator import silu_gate
+from backbones.ops.fused.rms_norm.operator import rms_norm
 from backbones.ops.scan.api import selective_scan
 from backbones.ops.scan.operator import BACKENDS
 from backbones.ops.scan.visits import Visits
 from backbones.ops.ssd.api import ssd, ssd_noncausal
 
-__all__ = ["Visits", "backends", "depthwise_conv", "selective_scan", "ssd", "ssd_noncausal"]
+__all__ = [
+    "Visits",
+    "backends",
+    "depthwise_conv",
+    "rms_norm",
+    "selective_scan",
+    "silu_gate",
+    "ssd",
+    "ssd_noncausal",
+]
 
 
 def backends() -> dict[str, str | None]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from backbones.ops.derivatives import first_order, is_transformed
-from backbones.ops.scan import triton
+from backbones.ops.scan.triton import unavailable_reason
 
 
 def runs_on(x: Tensor) -> bool:
@@ -15,7 +15,7 @@ def runs_on(x: Tensor) -> bool:
         x.is_cuda
         and x.dtype != torch.float64
         and not torch.compiler.is_compiling()
-        and triton.unavailable_reason() is None
+        and unavailable_reason() is None
         and not is_transformed(x)
     )
 
@@ -40,19 +40,19 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
     ) -> Tensor:
-        from backbones.ops.fused import layer_norm_triton
+        from backbones.ops.fused.layer_norm import triton as kernels
 
         x = x.contiguous()
-        y, statistics = layer_norm_triton.forward(x, weight, bias, eps, dtype)
+        y, statistics = kernels.forward(x, weight, bias, eps, dtype)
         ctx.save_for_backward(x, weight, statistics)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from backbones.ops.fused import layer_norm_triton
+        from backbones.ops.fused.layer_norm import triton as kernels
 
         x, weight, statistics = ctx.saved_tensors
-        results = layer_norm_triton.backward(grad.contiguous(), x, weight, statistics)
+        results = kernels.backward(grad.contiguous(), x, weight, statistics)
         dx, sums = first_order("layer_norm", results, (grad, x, weight))
         if weight is None:
             return dx, None, None, None, None

@@ -1,0 +1,1 @@
+"""The gate that follows the scan: definition, kernel, registration."""

@@ -1,0 +1,1 @@
+"""RMSNorm: definition, kernel, registration."""
