@@ -1,7 +1,10 @@
 # DeiT's recipe, in float32. The published weights are the plain ones: there is no average of them.
 _base_ = "imagenet_300e.py"
 
-train_dataloader = dict(sampler=dict(_delete_=True, type="RepeatedAugmentationSampler"))
+train_dataloader = dict(
+    sampler=dict(_delete_=True, type="RepeatedAugmentationSampler"),
+    dataset=dict(transform=dict(color_jitter=0.3)),
+)
 
 train_cfg = dict(max_epochs=310)
 optim_wrapper = dict(clip_grad=None)
