@@ -3,8 +3,9 @@
 Importing this package registers its models in timm: ``timm.create_model("vim_tiny")``.
 """
 
+from backbones.base import reduce_tokens
 from backbones.graphs import cuda_graphs
 from backbones.models import FAMILIES
 
 __version__ = "0.1.0"
-__all__ = ["FAMILIES", "cuda_graphs"]
+__all__ = ["FAMILIES", "cuda_graphs", "reduce_tokens"]

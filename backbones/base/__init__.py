@@ -4,6 +4,7 @@ from backbones.base.build import build_model
 from backbones.base.contract import Backbone
 from backbones.base.hierarchical import HierarchicalBackbone, Stage
 from backbones.base.plain import PlainBackbone
+from backbones.base.reduction import TokenReduction, reduce_tokens
 from backbones.layers.constructor import Constructor
 
 __all__ = [
@@ -12,5 +13,7 @@ __all__ = [
     "HierarchicalBackbone",
     "PlainBackbone",
     "Stage",
+    "TokenReduction",
     "build_model",
+    "reduce_tokens",
 ]

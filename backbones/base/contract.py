@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,10 @@ from backbones.layers.constructor import Constructor
 from backbones.weights import WEIGHT_KEYS, KeyRule, Weights
 from backbones.weights.loading import accept
 
+_Result = TypeVar("_Result")
 
-def run_block(block: Callable[..., Tensor], *args: Any, checkpointed: bool) -> Tensor:
+
+def run_block(block: Callable[..., _Result], *args: Any, checkpointed: bool) -> _Result:
     """``block(*args)``, computed again in backward if ``checkpointed`` instead of keeping its activations."""
     if checkpointed and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)

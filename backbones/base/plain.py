@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -13,6 +13,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from backbones.base.contract import Backbone, run_block
+from backbones.base.reduction import ReducedPass, TokenReduction, reduce_tokens
 from backbones.layers.constructor import Constructor
 from backbones.layers.norm import RMSNorm
 from backbones.layers.patch_embed import PatchEmbed
@@ -54,6 +55,7 @@ class PlainBackbone(Backbone):
         drop_rate: dropout before the classifier.
         pos_drop_rate: dropout after the position embedding.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        token_reduction: arguments of :func:`backbones.reduce_tokens`, to lose tokens from block to block.
     """
 
     feature_indices: ClassVar[int | tuple[int, ...]] = 3
@@ -88,6 +90,7 @@ class PlainBackbone(Backbone):
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        token_reduction: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -126,6 +129,9 @@ class PlainBackbone(Backbone):
             {"num_chs": embed_dim, "reduction": self.patch_embed.stride, "module": f"blocks.{i}"} for i in range(depth)
         ]
         self.init_weights()
+        self.token_reduction: TokenReduction | None = None
+        if token_reduction is not None:
+            reduce_tokens(self, **token_reduction)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -243,10 +249,10 @@ class PlainBackbone(Backbone):
     def forward_features(self, x: Tensor) -> Tensor:
         """Image to normalised tokens (b, l, embed_dim)."""
         x, grid, tables = self._embed(x)
-        for block in self.blocks:
-            x = rotate(x, *tables) if tables else x
-            x = run_block(block, x, grid, checkpointed=self.grad_checkpointing)
-        return self.norm(x)
+        reduced = self._reduced_pass(grid, tables)
+        for i in range(len(self.blocks)):
+            x, _ = self._through(i, x, grid, tables, reduced)
+        return self.norm(x if reduced is None else reduced.end(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens to logits."""
@@ -288,20 +294,44 @@ class PlainBackbone(Backbone):
             raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'")
         take, last = feature_take_indices(len(self.blocks), indices)
         x, grid, tables = self._embed(x)
+        reduced = self._reduced_pass(grid, tables)
         taken = []
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = rotate(x, *tables) if tables else x
-            if branch and i in take:
-                feature = run_block(block.branch, x, grid, checkpointed=self.grad_checkpointing)
-                x = block.join(x, feature, grid)
-            else:
-                feature = x = run_block(block, x, grid, checkpointed=self.grad_checkpointing)
+        for i in range(last + 1 if stop_early else len(self.blocks)):
+            x, feature = self._through(i, x, grid, tables, reduced, branch and i in take)
             if i in take:
-                patches, prefix = self._split_class_token(self.norm(feature) if norm else feature)
+                feature = self.norm(feature) if norm else feature
+                patches, prefix = self._split_class_token(feature) if reduced is None else reduced.split(feature)
+                patches = patches if reduced is None else reduced.on_grid(patches)
                 if output_fmt == "NCHW":
                     patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
                 taken.append((patches, prefix) if return_prefix_tokens and prefix is not None else patches)
-        return taken if intermediates_only else (self.norm(x), taken)
+        return taken if intermediates_only else (self.norm(x if reduced is None else reduced.end(x)), taken)
+
+    def _reduced_pass(self, grid: tuple[int, int], tables: tuple[Tensor, Tensor] | None) -> ReducedPass | None:
+        if self.token_reduction is None:
+            return None
+        class_index = None if self.cls_token is None else self._class_token_index
+        return ReducedPass(self.token_reduction, grid, tables, class_index, self.grad_checkpointing)
+
+    def _through(
+        self,
+        i: int,
+        x: Tensor,
+        grid: tuple[int, int],
+        tables: tuple[Tensor, Tensor] | None,
+        reduced: ReducedPass | None,
+        branch: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """The stream behind block i, and the feature there: the stream, or with ``branch`` what the block adds."""
+        block = self.blocks[i]
+        if reduced is not None:
+            return reduced.through(i, block, x, branch)
+        x = rotate(x, *tables) if tables else x
+        if branch:
+            feature = run_block(block.branch, x, grid, checkpointed=self.grad_checkpointing)
+            return block.join(x, feature, grid), feature
+        x = run_block(block, x, grid, checkpointed=self.grad_checkpointing)
+        return x, x
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -18,7 +18,8 @@ from backbones.patterns import BIDIRECTIONAL, FORWARD, REVERSE, ScanPattern, is_
 from backbones.patterns.taps import causal_taps
 
 _BIDIRECTIONAL = Scan(BIDIRECTIONAL)
-_SEQUENCE_PATTERNS = {FORWARD, REVERSE, BIDIRECTIONAL}  # walk the tokens themselves, the class token among them
+# Patterns that walk the tokens themselves, the class token among them: 1 for an order from first to last, -1 back.
+_SEQUENCE_PATTERNS: dict[ScanPattern, tuple[int, ...]] = {FORWARD: (1,), REVERSE: (-1,), BIDIRECTIONAL: (1, -1)}
 
 
 class MambaMixer(nn.Module):
@@ -71,20 +72,45 @@ class MambaMixer(nn.Module):
         )  # PyTorch's default for a depthwise convolution
         nn.init.uniform_(self.conv_bias, -(d_conv**-0.5), d_conv**-0.5)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(b, l, dim) to (b, l, dim), where l is height * width of ``grid``, or one more with a class
-        token.
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], per_order: bool = False, gaps: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(b, l, dim) to (b, l, dim).
+
+        Args:
+            x: l is height * width of ``grid``, or one more with a class token.
+            grid: rows and columns of the patches.
+            per_order: also return the gated output of each order before they are merged, (b, l, k, d_inner).
+            gaps: with ``per_order``, see :meth:`backbones.layers.SelectiveSSM.per_order_over_gaps`.
         """
+        if self.merge is None and not per_order:
+            y, z = self._scanned(x, grid, "sum")
+            return self.out_proj(silu_gate(y, z, 1 / self.scan.pattern.num_orders, self.ssm.backend))
+        y, z = self._scanned(x, grid, "per_order", gaps)
+        gated = y * F.silu(z).unsqueeze(2)
+        merged = self.out_proj(gated.mean(2) if self.merge is None else self.merge(gated))
+        return (merged, gated) if per_order else merged
+
+    @property
+    def directions(self) -> tuple[int, ...] | None:
+        """Of orders along a sequence of any length, 1 for each that walks it and -1 for each that walks it back.
+
+        None: the orders are those of a grid.
+        """
+        return _SEQUENCE_PATTERNS.get(self.scan.pattern)
+
+    def _scanned(self, x: Tensor, grid: tuple[int, int], out: str, gaps: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the scans make of x, and the gate."""
         pattern, window = self.scan.pattern, self.scan.window(x.shape[1])
         visits = _visits(pattern, grid)
+        tokens = x.shape[1]
         x, z = linear_parts(self.in_proj, x, [self.d_inner] * 2)
         make = _tables if is_traced(x) else _cached_tables
-        orders, *taps = make(pattern, *grid, x.shape[1], self.d_conv, x.device)
+        orders, *taps = make(pattern, *grid, tokens, self.d_conv, x.device)
         u = depthwise_conv(x, self.conv_weight, self.conv_bias, *taps, silu=True, backend=self.ssm.backend)
-        y = self.ssm(u, orders, "sum" if self.merge is None else "per_order", window, visits)[:, : x.shape[1]]
-        if self.merge is None:
-            return self.out_proj(silu_gate(y, z, 1 / pattern.num_orders, self.ssm.backend))
-        return self.out_proj(self.merge(y * F.silu(z).unsqueeze(2)))
+        if gaps is not None:
+            return self.ssm.per_order_over_gaps(u, gaps, orders, visits), z
+        return self.ssm(u, orders, out, window, visits)[:, :tokens], z
 
 
 def _visits(pattern: ScanPattern, grid: tuple[int, int]) -> Visits | None:

@@ -130,3 +130,29 @@ class SelectiveSSM(OnBackend, nn.Module):
             visits=visits,
             backend=self.backend,
         )
+
+    def per_order_over_gaps(self, u: Tensor, gaps: Tensor, orders: Tensor, visits: Visits | None = None) -> Tensor:
+        """Scans u (b, l, k, c) as if tokens had been taken out of the sequence: (b, l, k, c), each order for itself.
+
+        A token that is missing counts as one without features, whose step size is softplus of the bias alone: the
+        state decays, h = exp(A (dt + g softplus(bias))) h + dt B u, where g of them went before this one.
+
+        Args:
+            u: input of each order.
+            gaps: (b, l, k), the tokens missing in front of each token on an order's way.
+            orders: see :func:`backbones.ops.selective_scan`.
+            visits: see there.
+        """
+        u, delta, dt_weight, B, C, D = self.operands(u)
+        if dt_weight is not None:
+            delta = per_order_linear(delta, dt_weight)
+        bias = self.dt_proj_bias.to(self.A.dtype)
+        dt = F.softplus(delta.to(bias.dtype) + bias)
+        total = dt + gaps.unsqueeze(-1) * F.softplus(bias)
+        # The operator has one step size for the decay and for the input: the input is scaled down to its own.
+        share = dt / total.clamp_min(torch.finfo(total.dtype).tiny)
+        y = selective_scan(
+            u * share.to(u.dtype), total.to(u.dtype), self.A, B, C, orders=orders, delta_softplus=False,
+            out="per_order", visits=visits, backend=self.backend,
+        )  # fmt: skip
+        return y if D is None else y + D.to(u.dtype) * u

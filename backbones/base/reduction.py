@@ -1,0 +1,342 @@
+"""Fewer tokens in plain models: pruning as in ToP-ViM, merging as in R-MeeTo.
+
+Exploring Token Pruning in Vision State Space Models (ToP-ViM), arXiv:2409.18962; Faster Vision Mamba is Rebuilt in
+Minutes via Merged Token Re-training (R-MeeTo), arXiv:2412.12496.
+
+The tokens that are left stay in the order of the sequence, so the orders of a sequence walk them as they are, and no
+image needs orders of its own. That asks for mixers without a map: the causal convolution of Vim and LBVim runs along
+the tokens that are left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.base.contract import run_block
+from backbones.layers.rotary import rotate
+
+_MODES = ("prune", "merge")
+_SCORES = ("out", "norm")
+_Model = TypeVar("_Model", bound=nn.Module)
+_Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TokenReduction:
+    """Where a plain model loses tokens, and how; :func:`reduce_tokens` explains the fields."""
+
+    schedule: dict[int, float]
+    mode: str = "prune"
+    score: str = "out"
+    mirrored: bool = False
+    align: str | None = None
+
+    def kept_patches(self, patches: int, amount: float, central: bool) -> int:
+        """How many of ``patches`` a step leaves.
+
+        Args:
+            patches: tokens before the step, without the class token.
+            amount: of the schedule.
+            central: whether a class token stands in the middle. Their number then stays odd or even, so that as many
+                stand on either side of it as before.
+        """
+        if self.mode == "merge":
+            return patches - min(int(amount), patches // 2)
+        kept = math.ceil(round(patches * amount, 6))
+        if central:
+            kept -= (patches - kept) % 2
+        return max(kept, 1)
+
+
+def reduce_tokens(
+    model: _Model,
+    schedule: float | Mapping[int, float] | None = None,
+    mode: str = "prune",
+    *,
+    score: str = "out",
+    mirrored: bool = False,
+    align: str | None = None,
+) -> _Model:
+    """Lets a plain model drop or merge tokens on their way through its blocks; changes it in place and returns it.
+
+    It needs no weights of its own, so official files load as before, R-MeeTo's and ToP-ViM's among them, and a state
+    dict fits a model with and without it. ``model.token_reduction = None`` undoes it. Features are put back on the
+    grid: a cell whose token was dropped takes the nearest token that is left, merged cells share one. Pooling "avg" and
+    "max" is over the tokens that are left.
+
+    "prune" keeps the tokens of the highest score in every image. "merge" matches every second token with the most alike
+    of the others, by the cosine of what the block before adds to them, and replaces the most alike pairs by their mean,
+    weighted by how many tokens stand behind each.
+
+    Args:
+        model: Vim, LBVim, or a module that holds one, as timm's ``features_only=True`` or a dense backbone. Its orders
+            must be those of a sequence, its own or "forward", "reverse" and "bidirectional".
+        schedule: what happens in front of which block, counted from 0: the share of patches to keep (prune), or the
+            number of tokens to merge away (merge), at most half. One number holds for ToP-ViM's blocks 5, 10 and 15, or
+            R-MeeTo's 2, 4, 6, ...; None is ToP-ViM's 0.8, or R-MeeTo's 5. The number of pruned tokens is rounded as in
+            ToP-ViM, see :meth:`TokenReduction.kept_patches`. R-MeeTo's released code merges down to 76 tokens in front
+            of block 22, whatever was asked for; with 5 a step and 197 tokens that is
+            ``{**dict.fromkeys(range(2, 22, 2), 5), 22: 71}``.
+        mode: "prune" or "merge".
+        score: of a token to be pruned. "out" sums the channels of the last order's gated output in the mixer in front,
+            as ToP-ViM's released code does; "norm" is the length of what the block in front adds.
+        mirrored: do as ToP-ViM's released code, which reads the scores from the last token to the first, and lets the
+            class token compete in every image of a batch but the first, where it may be kept twice.
+        align: "decay" lets the state decay over dropped tokens, as if they had no features; None does not, as in
+            ToP-ViM's released code. The alignment of the paper was not released and cannot be checked.
+
+    Raises:
+        ValueError: the model holds no plain backbone, or more than one; its mixers walk a grid; the schedule names a
+            block or an amount that is out of range; an option is unknown or does not go with another.
+    """
+    found = [module for module in model.modules() if hasattr(module, "token_reduction")]
+    if len(found) != 1:
+        raise ValueError(f"model: {type(model).__name__} holds {len(found)} plain backbones, expected one")
+    backbone: Any = found[0]
+    depth = len(backbone.feature_info)
+    if mode not in _MODES:
+        raise ValueError(f"mode: got {mode!r}, expected one of {_MODES}")
+    if score not in _SCORES:
+        raise ValueError(f"score: got {score!r}, expected one of {_SCORES}")
+    if align not in (None, "decay"):
+        raise ValueError(f"align: got {align!r}, expected 'decay' or None")
+    if mode == "merge" and (score != "out" or mirrored or align):
+        raise ValueError("score, mirrored, align: got one with mode='merge', expected none, they are for pruning")
+    if mirrored and align:
+        raise ValueError("align: got 'decay' with mirrored=True, expected None: the released code aligns nothing")
+    for block in backbone.blocks:
+        _check_mixer(block.mixer, align)
+    backbone.token_reduction = TokenReduction(_checked_schedule(schedule, mode, depth), mode, score, mirrored, align)
+    return model
+
+
+def _check_mixer(mixer: nn.Module, align: str | None) -> None:
+    scan: Any = getattr(mixer, "scan", None)
+    if getattr(mixer, "directions", None) is None:
+        walks = "a grid" if scan is None else repr(scan.pattern.name)
+        raise ValueError(f"model: {type(mixer).__name__} walks {walks}, expected the orders of a sequence, as in Vim")
+    if align and (callable(scan.local_window) or scan.local_window > 1):
+        raise ValueError("align: got 'decay' with a local window, expected a scan without one")
+
+
+def _checked_schedule(schedule: float | Mapping[int, float] | None, mode: str, depth: int) -> dict[int, float]:
+    if schedule is None:
+        schedule = 0.8 if mode == "prune" else 5
+    if not isinstance(schedule, Mapping):
+        blocks = range(5, min(20, depth), 5) if mode == "prune" else range(2, depth, 2)
+        schedule = dict.fromkeys(blocks, schedule)
+    if wrong := [i for i in schedule if not isinstance(i, int) or not 1 <= i < depth]:
+        raise ValueError(f"schedule: got block {wrong[0]!r}, expected one within 1..{depth - 1}")
+    for amount in schedule.values():
+        if mode == "prune" and not 0 < amount <= 1:
+            raise ValueError(f"schedule: got {amount}, expected a share of patches to keep within (0, 1]")
+        if mode == "merge" and (amount != int(amount) or amount < 0):
+            raise ValueError(f"schedule: got {amount}, expected a number of tokens to merge, at least 0")
+    nothing = 1 if mode == "prune" else 0
+    return {block: amount for block, amount in schedule.items() if amount != nothing}
+
+
+class ReducedPass:
+    """One batch on its way through the blocks of a model with fewer and fewer tokens.
+
+    Args:
+        reduction: what to do.
+        grid: rows and columns of the patches.
+        tables: rotary tables (l, c) of all tokens, or None.
+        class_index: gives a class token's place among that many patches; None where there is no class token.
+        checkpointed: compute blocks again in backward.
+    """
+
+    def __init__(
+        self,
+        reduction: TokenReduction,
+        grid: _Grid,
+        tables: tuple[Tensor, Tensor] | None,
+        class_index: Callable[[int], int] | None,
+        checkpointed: bool,
+    ) -> None:
+        self._reduction, self._grid, self._tables, self._checkpointed = reduction, grid, tables, checkpointed
+        self._patches = grid[0] * grid[1]
+        self._place_of = class_index
+        self._class = None if class_index is None else class_index(self._patches)
+        self._cells: Tensor | None = None  # (b, l) the cell of each token, -1 for a class token; None: all are there
+        self._owner: Tensor | None = None  # (b, patches) of each cell, the patch that it was merged into
+        self._size: Tensor | None = None  # (b, patches left, 1) how many tokens were merged into each
+        self._evidence: Tensor | None = None  # of the block in front: scores (b, l), or what it adds (b, l, c)
+
+    def through(self, i: int, block: Any, x: Tensor, branch: bool) -> tuple[Tensor, Tensor]:
+        """The tokens behind block i, in front of which some may leave, and the feature there.
+
+        That is the tokens, or with ``branch`` what the block adds to them.
+        """
+        amount = self._reduction.schedule.get(i)
+        if amount is not None and self._evidence is not None:
+            x = self._reduced(x, amount)
+        if self._tables is not None:
+            x = rotate(x, *self._tables_here())
+        grid = self._grid if self._cells is None else (1, x.shape[1])
+        gaps, observed = self._gaps(block), i + 1 in self._reduction.schedule
+        if gaps is None and not observed and not branch:
+            x = run_block(block, x, grid, checkpointed=self._checkpointed)
+            return x, x
+        x, added, self._evidence = run_block(self._run, block, x, grid, gaps, observed, checkpointed=self._checkpointed)
+        return x, added if branch else x
+
+    def _run(
+        self, block: Any, x: Tensor, grid: _Grid, gaps: Tensor | None, observed: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        pruning = self._reduction.mode == "prune"
+        per_order = observed and pruning and self._reduction.score == "out"
+        gated = None
+        if per_order or gaps is not None:
+            branch, gated = block.mixer(block.norm(x), grid, per_order=True, gaps=gaps)
+        else:
+            branch = block.branch(x, grid)
+        evidence = None
+        if observed:
+            evidence = branch.detach()
+            if gated is not None and per_order:
+                evidence = gated.detach()[:, :, -1].sum(-1)
+            elif pruning:
+                evidence = evidence.norm(dim=-1)
+        return block.join(x, branch, grid), branch, evidence
+
+    def _reduced(self, x: Tensor, amount: float) -> Tensor:
+        patches = x.shape[1] - (self._class is not None)
+        central = self._place_of is not None and self._place_of(2) == 1
+        kept = self._reduction.kept_patches(patches, amount, central)
+        if kept == patches:
+            return x
+        cells = self._cells_here(x)
+        index, x = (self._pruned if self._reduction.mode == "prune" else self._merged)(x, kept)
+        self._cells = cells.gather(1, index)
+        return x
+
+    def _pruned(self, x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+        assert self._evidence is not None
+        scores = self._evidence
+        if self._reduction.mirrored:
+            scores = scores.flip(1)
+        if self._class is not None:
+            protected = slice(0, 1) if self._reduction.mirrored else slice(None)
+            scores = scores.clone()
+            scores[protected, self._class] = -math.inf
+        index = scores.argsort(dim=1, descending=True, stable=True)[:, :kept].sort(1).values
+        if self._class is not None and self._place_of is not None:
+            old, self._class = self._class, self._place_of(kept)
+            index = _inserted(index, torch.full_like(index[:, :1], old), self._class)
+        return index, _taken(x, index)
+
+    def _merged(self, x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+        assert self._evidence is not None
+        tokens, place = x.shape[1], self._class
+        metric, patches = _without(self._evidence, place), _without(x, place)
+        count = patches.shape[1]
+        away = count - kept
+        metric = F.normalize(metric, dim=-1)
+        alike, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(-1)
+        order = alike.argsort(dim=1, descending=True, stable=True)[:, :away]
+        source, target = 2 * order, 2 * partner.gather(1, order) + 1
+
+        size = torch.ones_like(patches[..., :1]) if self._size is None else self._size
+        sums = patches * size
+        sums = sums.scatter_add(1, _wide(target, sums), _taken(sums, source))
+        size = size.scatter_add(1, target.unsqueeze(-1), _taken(size, source))
+        gone = torch.zeros_like(patches[..., 0], dtype=torch.int32).scatter(1, source, 1)
+        index = gone.argsort(dim=1, stable=True)[:, :kept]
+        rank = (1 - gone).cumsum(1) - 1  # of those that stay
+        moved_to = rank.scatter(1, source, rank.gather(1, target))
+        self._owner = moved_to if self._owner is None else moved_to.gather(1, self._owner)
+        self._size = _taken(size, index)
+        merged = _taken(sums / size, index)
+        if place is None:
+            return index, merged
+        index = index + (index >= place)
+        self._class = place * (tokens - away) // tokens
+        index = _inserted(index, torch.full_like(index[:, :1], place), self._class)
+        return index, _inserted(merged, x[:, place : place + 1], self._class)
+
+    def end(self, x: Tensor) -> Tensor:
+        """The last tokens (b, l, c), the class token where the head looks for it."""
+        if self._class is None or self._place_of is None:
+            return x
+        patches, token = self.split(x)
+        assert token is not None
+        return _inserted(patches, token, self._place_of(patches.shape[1]))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The patches that are left (b, l, c) and the class token (b, 1, c)."""
+        return _without(x, self._class), None if self._class is None else x[:, self._class : self._class + 1]
+
+    def on_grid(self, patches: Tensor) -> Tensor:
+        """Patches of `split` as those of all cells (b, height * width, c)."""
+        if self._cells is None:
+            return patches
+        owner = self._owner
+        if owner is None:
+            owner = self._nearest(_without(self._cells, self._class))
+        return _taken(patches, owner)
+
+    def _nearest(self, cells: Tensor) -> Tensor:
+        """Of each cell, which of the tokens at ``cells`` (b, l) is nearest, the first of several: (b, cells)."""
+        width = self._grid[1]
+        every = torch.arange(self._patches, device=cells.device)
+        rows = (every // width)[:, None] - (cells // width)[:, None]
+        columns = (every % width)[:, None] - (cells % width)[:, None]
+        distance = (rows.square() + columns.square()).masked_fill((cells < 0)[:, None], torch.iinfo(cells.dtype).max)
+        return distance.argmin(-1)
+
+    def _cells_here(self, x: Tensor) -> Tensor:
+        if self._cells is not None:
+            return self._cells
+        cells = torch.arange(self._patches, device=x.device).expand(x.shape[0], -1)
+        if self._class is None:
+            return cells
+        return _inserted(cells, torch.full_like(cells[:, :1], -1), self._class)
+
+    def _tables_here(self) -> tuple[Tensor, Tensor]:
+        assert self._tables is not None
+        cos, sin = self._tables
+        if self._cells is None:
+            return cos, sin
+        rows = self._cells
+        if self._place_of is not None:
+            place = self._place_of(self._patches)
+            rows = torch.where(rows < 0, place, rows + (rows >= place))
+        return cos[rows], sin[rows]
+
+    def _gaps(self, block: Any) -> Tensor | None:
+        """(b, l, k) dropped tokens in front of each token on the way of each order; a class token takes no part."""
+        if self._reduction.align is None or self._cells is None:
+            return None
+        cells = _without(self._cells, self._class)
+        start, end = torch.full_like(cells[:, :1], -1), torch.full_like(cells[:, :1], self._patches)
+        steps = torch.diff(cells, prepend=start, append=end) - 1  # between two tokens, and at both ends
+        gaps = torch.stack([steps[:, :-1] if way > 0 else steps[:, 1:] for way in block.mixer.directions], dim=-1)
+        if self._class is None:
+            return gaps
+        return _inserted(gaps, torch.zeros_like(gaps[:, :1]), self._class)
+
+
+def _wide(index: Tensor, like: Tensor) -> Tensor:
+    return index.unsqueeze(-1).expand(-1, -1, like.shape[-1])
+
+
+def _taken(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens (b, m, c) of x (b, l, c) by the indices (b, m) of each image."""
+    return x.gather(1, _wide(index, x))
+
+
+def _inserted(x: Tensor, token: Tensor, place: int) -> Tensor:
+    return torch.cat([x[:, :place], token, x[:, place:]], dim=1)
+
+
+def _without(x: Tensor, place: int | None) -> Tensor:
+    return x if place is None else torch.cat([x[:, :place], x[:, place + 1 :]], dim=1)
