@@ -29,6 +29,7 @@ from backbones.patterns import (
     REVERSE,
     SNAKE,
     SPIRAL,
+    SPIRAL_CORNERS,
     ScanPattern,
     both_ways,
     column_major,
@@ -52,7 +53,7 @@ RECORDED: dict[str, list[int]] = json.loads(
     gzip.decompress((Path(__file__).parent / "data" / "scan_orders.json.gz").read_bytes())
 )
 SIZES = [(1, 1), (1, 7), (6, 1), (2, 2), (2, 5), (4, 6), (5, 5), (7, 4), (9, 8), (13, 6)]
-PERMUTATIONS = [FORWARD, REVERSE, BIDIRECTIONAL, CROSS, SNAKE, DIAGONAL, SPIRAL, HILBERT]
+PERMUTATIONS = [FORWARD, REVERSE, BIDIRECTIONAL, CROSS, SNAKE, DIAGONAL, SPIRAL, SPIRAL_CORNERS, HILBERT]
 # What the seven families use; these must serve dynamic shapes.
 FAMILY_PATTERNS = [FORWARD, REVERSE, BIDIRECTIONAL, CROSS, ATROUS, MULTI_SCALE]
 

@@ -1,5 +1,7 @@
 """Feed-forward layers of channels-last maps. The plain one is timm's ``Mlp``."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,3 +37,37 @@ class ConvFFN(nn.Module):
         x = self.fc1(x)
         y = self.dwconv(x)
         return self.fc2(F.gelu(x + y if self.residual else y))
+
+
+class MultiScaleConvFFN(nn.Module):
+    """Linear, GELU, u + sum of depthwise convolutions of u, linear, on (b, h, w, dim): MS-FFN of MSVM-UNet
+    (arXiv:2408.13735, section 3.3).
+
+    Args:
+        dim: width of the map.
+        hidden_dim: width inside.
+        kernel_sizes: sides of the windows of the convolutions, which have no biases.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        kernel_sizes: Sequence[int] = (1, 3, 5),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
+        self.convs = nn.ModuleList(
+            DepthwiseConv2d(hidden_dim, size, bias=False, device=device, dtype=dtype) for size in kernel_sizes
+        )
+        self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) to (b, h, w, dim)."""
+        x = F.gelu(self.fc1(x))
+        y = x
+        for conv in self.convs:
+            y = y + conv(x)
+        return self.fc2(y)

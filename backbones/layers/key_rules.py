@@ -3,6 +3,10 @@
 A family joins the tables of its own layers; the first rule that fits a name wins, so ``BLOCKS`` comes last.
 """
 
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,6 +65,31 @@ BLOCKS = (
     KeyRule("layers.{}.blocks.{}.ln_1.{}", "stages.{}.blocks.{}.norm1.{}"),  # names of January 2024
     KeyRule("layers.{}.blocks.{*}", "stages.{}.blocks.{*}"),
 )
+
+
+def moved(
+    rules: Iterable[KeyRule], official: str, ours: str, instead_of: str = "", ours_instead_of: str = ""
+) -> tuple[KeyRule, ...]:
+    """``rules`` of another place: official names begin with ``official`` and ours with ``ours``, where they began with
+    ``instead_of`` and ``ours_instead_of``.
+    """
+
+    def renamed(names: Any, beginning: str, new: str) -> Any:
+        if names is None:
+            return None
+        if isinstance(names, str):
+            assert names.startswith(beginning), f"{names} does not begin with {beginning}"
+            return new + names.removeprefix(beginning)
+        return tuple(renamed(name, beginning, new) for name in names)
+
+    return tuple(
+        replace(
+            rule,
+            official=renamed(rule.official, instead_of, official),
+            ours=renamed(rule.ours, ours_instead_of, ours),
+        )
+        for rule in rules
+    )
 
 
 def ss2d_rules(num_orders: int = 4, ours: str = "mixer") -> tuple[KeyRule, ...]:

@@ -100,6 +100,13 @@ class SS2D(nn.Module):
         conv_bias: bias of the depthwise convolution.
         merge: constructor called as ``merge(d_inner, device=, dtype=)``, of what takes the outputs of k orders
             (b, l, k, d_inner) to one (b, l, d_inner); None is their sum.
+        scanner: constructor called as ``scanner(d_inner, device=, dtype=)``, of what takes the convolved map
+            (b, h, w, d_inner) to one of the same shape, such as :class:`backbones.layers.MultiHeadScan`; ``scan``,
+            ``d_state``, ``dt_rank`` and ``merge`` are then its own matter. None is a selective scan.
+        out_proj: project back to ``dim``; without it ``ssm_ratio`` has to be 1.
+
+    Raises:
+        ValueError: no ``out_proj`` and an inner width other than ``dim``, or both ``scanner`` and ``merge``.
     """
 
     def __init__(
@@ -112,25 +119,39 @@ class SS2D(nn.Module):
         gated: bool = True,
         conv_bias: bool = True,
         merge: Constructor | None = None,
+        scanner: Constructor | None = None,
+        out_proj: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         d_inner = int(ssm_ratio * dim)
+        if not out_proj and d_inner != dim:
+            raise ValueError(f"out_proj: got False with ssm_ratio {ssm_ratio}, expected ssm_ratio 1")
+        if scanner is not None and merge is not None:
+            raise ValueError(f"merge: got {merge} beside a scanner, which merges its orders itself")
         self.scan, self.gated = scan, gated
         self.in_proj = nn.Linear(dim, 2 * d_inner if gated else d_inner, bias=False, device=device, dtype=dtype)
         self.conv2d = DepthwiseConv2d(d_inner, bias=conv_bias, silu=True, device=device, dtype=dtype)
-        dt_rank = -(-dim // 16) if dt_rank is None else dt_rank
-        self.ssm = SelectiveSSM(d_inner, d_state, dt_rank, scan.pattern.num_orders, scan.backend, device, dtype)
+        self.scanner = None if scanner is None else scanner(d_inner, device=device, dtype=dtype)
+        self.ssm: SelectiveSSM | None = None
+        if scanner is None:
+            dt_rank = -(-dim // 16) if dt_rank is None else dt_rank
+            self.ssm = SelectiveSSM(d_inner, d_state, dt_rank, scan.pattern.num_orders, scan.backend, device, dtype)
         self.merge = None if merge is None else merge(d_inner, device=device, dtype=dtype)
         self.out_norm = LayerNorm(d_inner, autocast_out=True, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(d_inner, dim, bias=False, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(d_inner, dim, bias=False, device=device, dtype=dtype) if out_proj else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
         x, z = self.in_proj(x).chunk(2, dim=-1) if self.gated else (self.in_proj(x), None)
-        y = scan_grid(self.ssm, self.conv2d(x), self.scan, "sum" if self.merge is None else "per_order")
-        if self.merge is not None:
-            y = self.merge(y.flatten(1, 2)).unflatten(1, y.shape[1:3])
-        y = self.out_norm(y)
-        return self.out_proj(y if z is None else silu_gate(y, z, backend=self.ssm.backend))
+        y = self.out_norm(self._scanned(self.conv2d(x)))
+        backend = self.conv2d.backend if self.ssm is None else self.ssm.backend
+        return self.out_proj(y if z is None else silu_gate(y, z, backend=backend))
+
+    def _scanned(self, x: Tensor) -> Tensor:
+        if self.scanner is not None:
+            return self.scanner(x)
+        assert self.ssm is not None
+        y = scan_grid(self.ssm, x, self.scan, "sum" if self.merge is None else "per_order")
+        return y if self.merge is None else self.merge(y.flatten(1, 2)).unflatten(1, y.shape[1:3])

@@ -98,6 +98,8 @@ SNAKE = ScanPattern(
 )
 DIAGONAL = ScanPattern("diagonal", 4, both_ways(diagonal, mirrored(diagonal)))
 SPIRAL = ScanPattern("spiral", 4, both_ways(spiral, transposed(spiral)))
+# MHS-VM: from the top left corner, and upside down from the bottom left one.
+SPIRAL_CORNERS = ScanPattern("spiral_corners", 4, both_ways(spiral, turned(mirrored(spiral))))
 # Turned, because the curve over a rectangle that is no square is its own transpose.
 HILBERT = ScanPattern("hilbert", 4, both_ways(hilbert, turned(hilbert)))
 LOCAL_WINDOWS_2 = local_windows(2)
@@ -107,7 +109,7 @@ PATTERNS |= {
     pattern.name: pattern
     for pattern in (
         FORWARD, REVERSE, BIDIRECTIONAL, CROSS, ATROUS, MULTI_SCALE,
-        SNAKE, DIAGONAL, SPIRAL, HILBERT, LOCAL_WINDOWS_2, LOCAL_WINDOWS_7,
+        SNAKE, DIAGONAL, SPIRAL, SPIRAL_CORNERS, HILBERT, LOCAL_WINDOWS_2, LOCAL_WINDOWS_7,
     )
 }  # fmt: skip
 
