@@ -6,6 +6,7 @@ Importing this package registers its models in timm: ``timm.create_model("vim_ti
 from backbones.base import reduce_tokens
 from backbones.graphs import cuda_graphs
 from backbones.models import FAMILIES
+from backbones.segmentation import mhs_vm, msvm_unet, unet, vm_unet
 
 __version__ = "0.1.0"
-__all__ = ["FAMILIES", "cuda_graphs", "reduce_tokens"]
+__all__ = ["FAMILIES", "cuda_graphs", "mhs_vm", "msvm_unet", "reduce_tokens", "unet", "vm_unet"]

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up: a room imports itself and what stands before it.
 ROOMS = (
     *("suggest", "zoo", "images", "graphs", "ops", "weights", "patterns", "scan_patterns", "layers", "base", "models"),
-    *("analysis", "conversion", "export", "doctor", "mm"),
+    *("segmentation", "analysis", "conversion", "export", "doctor", "mm"),
 )
 
 

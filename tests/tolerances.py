@@ -28,6 +28,12 @@ VSSD_INPUT_GRADIENT = 1e-2
 DOUBLE_LOGITS = 1e-9  # of the deviation
 DOUBLE_INPUT_GRADIENT = 1e-8
 
+# Two rebuilds of VM-UNet and MSVM-UNet are up to 1.3e-5 apart in logits of deviation 0.9.
+UNET_LOGITS = 5e-5
+# MHS-VM's gate divides small differences: in float64 rebuilds agree to 1e-12, in float32 to 1e-3 of the largest logit.
+GATED_DOUBLE = 1e-10  # of the largest value
+GATED_LOGITS = 1e-3
+
 
 def logits_limit(name: str, recorded: Tensor) -> float:
     """Largest error of the logits of a model or recording called ``name``."""

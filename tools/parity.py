@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from mmengine.registry import MODELS as BACKBONES
 from torch import Tensor, nn
 
 import backbones.mm  # noqa: F401  (registers the backbones)
+from backbones import segmentation
 from tools.recordings import Recording
 
 MODELS = {
@@ -51,15 +54,21 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "adventurer_tiny_2x3x128x128": {"img_size": 128},
     "plainmamba_l1_192x256": {"dynamic_img_size": True},
 }
+# Segmentation networks: how they are built. MHS-VM's gate is a ratio of small differences: it is held in float64.
+UNETS: dict[str, Callable[..., nn.Module]] = {
+    "vmunet_isic_128x160": partial(segmentation.vm_unet, num_classes=1),
+    "msvmunet_tiny_synapse_128x160": partial(segmentation.msvm_unet, num_classes=9),
+    "mhsvm_4head_t05_128": partial(segmentation.mhs_vm, num_classes=1, heads=4, threshold=0.5),
+}
 # Images whose gradient sits on the kink of a ReLU, where float32 may take either side: exact float64 differs from
 # the record by 5e-3 there. A pre-activation in downsamples.0 (tiny) or downsamples.1 (base) is as good as zero.
 KINKS = {"spatialmamba_tiny_224": 1, "spatialmamba_base_224": 1}
 
 
-def official_file(folder: Path, recording: Recording) -> Path:
+def official_file(folder: Path, recording: Recording, dtype: torch.dtype = torch.float32) -> Path:
     """A training state as the authors' scripts write it."""
     path = folder / "checkpoint.pth"
-    state = {"model": recording.weights(), "epoch": 299, "args": argparse.Namespace(lr=1e-3)}
+    state = {"model": recording.weights(dtype), "epoch": 299, "args": argparse.Namespace(lr=1e-3)}
     torch.save(state, path)
     return path
 

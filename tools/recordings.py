@@ -34,9 +34,9 @@ class Recording:
     parameters: int
     value_rule: str | None = None
 
-    def weights(self) -> dict[str, Tensor]:
-        """The state dict in the original's names and layout."""
-        return {name: draw(name, shape, self.value_rule) for name, shape in self.state_shapes.items()}
+    def weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The state dict in the original's names and layout; recordings made in float64 have their weights in it."""
+        return {name: draw(name, shape, self.value_rule, dtype) for name, shape in self.state_shapes.items()}
 
     def image(self) -> Tensor:
         """The recorded input."""
@@ -69,8 +69,8 @@ def image(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape)).float()
 
 
-def draw(name: str, shape: tuple[int, ...], rule: str | None = None) -> Tensor:
-    """The float32 weights that stand under an official name; the generator is seeded with the name's checksum.
+def draw(name: str, shape: tuple[int, ...], rule: str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weights that stand under an official name; the generator is seeded with the name's checksum.
 
     ``rule`` "vssd" draws smaller branches: else features would double in every block and bury most of the weights.
     """
@@ -79,7 +79,7 @@ def draw(name: str, shape: tuple[int, ...], rule: str | None = None) -> Tensor:
     noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     value = np.asarray(_scaled(name, noise))
     scales = {None: {}, "vssd": _VSSD_SCALES}[rule]
-    return torch.from_numpy(value * next((scale for end, scale in scales.items() if name.endswith(end)), 1.0)).float()
+    return torch.from_numpy(value * next((scale for end, scale in scales.items() if name.endswith(end)), 1.0)).to(dtype)
 
 
 def _scaled(name: str, noise: np.ndarray) -> np.ndarray:

@@ -151,7 +151,7 @@ class HierarchicalBackbone(Backbone):
         """Image to a normalised channels-last map (b, height / 32, width / 32, num_features)."""
         x = self._stem(x)
         for i in range(len(self.stages)):
-            x = self._stage(i, x)
+            x = self.stages[i](self._entering(i, x))
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -166,6 +166,7 @@ class HierarchicalBackbone(Backbone):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        tap: str = "output",
     ) -> Any:
         """Maps at the end of the stages of ``indices`` (the last n for a number, all for None), and the final features.
 
@@ -177,17 +178,21 @@ class HierarchicalBackbone(Backbone):
                 without the final norm.
             output_fmt: "NCHW" or "NHWC".
             intermediates_only: return the list alone.
+            tap: "output", or "input" for the maps that the stages read: the stem's, then those of the downsamplings.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NHWC'")
+        if tap not in ("output", "input"):
+            raise ValueError(f"tap: got {tap!r}, expected 'output' or 'input'")
         take, last = feature_take_indices(len(self.stages), indices)
         final = len(self.feature_info) - 1
         x = self._stem(x)
         taken = []
         for i in range(last + 1 if stop_early else len(self.stages)):
-            x = self._stage(i, x)
+            entering = self._entering(i, x)
+            x = self.stages[i](entering)
             if i in take:
-                feature = self.norm(x) if norm and i == final else x
+                feature = entering if tap == "input" else self.norm(x) if norm and i == final else x
                 taken.append(feature.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else feature)
         if intermediates_only:
             return taken
@@ -213,10 +218,9 @@ class HierarchicalBackbone(Backbone):
             raise ValueError(f"x: got an image of {height} x {width} pixels, expected at least {smallest} x {smallest}")
         return self.stem(x)
 
-    def _stage(self, i: int, x: Tensor) -> Tensor:
-        if i > 0:
-            x = self.downsamples[i - 1](x)
-        return self.stages[i](x)
+    def _entering(self, i: int, x: Tensor) -> Tensor:
+        """What stage i reads, of the output of the one before or of the stem."""
+        return self.downsamples[i - 1](x) if i > 0 else x
 
 
 def _check_pool(global_pool: str | None) -> None:
