@@ -211,6 +211,15 @@ with lock({str(tmp_path)!r}):
     assert [file.name for file in tmp_path.iterdir()] == [".run.lock"]
 
 
+def test_two_runs_of_one_process_are_kept_apart(tmp_path: Path) -> None:
+    with checkpoints.lock(tmp_path):
+        message = "another run of this process uses"
+        with pytest.raises(UserError, match=message), checkpoints.lock(tmp_path / "." / "x" / ".."):
+            pass
+    with checkpoints.lock(tmp_path):
+        pass
+
+
 def test_a_work_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import uuid
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from backbones.mm import Runner, UserError
 from backbones.mm.engine.checkpoints import find_latest, read_checkpoint
 from backbones.mm.engine.hooks import VALIDATED
 from backbones.mm.engine.report import draw_report, find_best, read_confusion
+from backbones.mm.engine.resume import differences, read_settings
 from backbones.weights import CheckpointError
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits" / "vim-tiny_digits.py"
@@ -149,6 +151,129 @@ def test_loop_over_iterations_is_resumed(data_root: Path, tmp_path: Path, moment
     assert latest.name == ("iter_4.pth" if moment == "training" else "iter_8.pth")
     resumed = train(config("cut", resume=True, load_from=str(latest)))
     assert histories(resumed) == histories(expected)
+
+
+@pytest.fixture(scope="module")
+def begun(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run that ended in its second epoch."""
+    folder = tmp_path_factory.mktemp("begun")
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config(data_root, folder), Interrupt("training"))
+    return find_latest(folder)
+
+
+def resume(begun: Path, data_root: Path, tmp_path: Path, **options: Any) -> tuple[Runner, list[str]]:
+    """The resumed run, and what it says about settings."""
+    runner = Runner.from_cfg(make_config(data_root, tmp_path, resume=True, load_from=str(begun), **options))
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    runner.logger.addHandler(handler)
+    runner.train()
+    return runner, [line.split(".pth: ")[1] for line in said if line.startswith("resumed from")]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "line"),
+    [
+        ("optim_wrapper.optimizer.lr", 0.01, "learning rate: 0.001 of the checkpoint counts, not 0.01 of the config"),
+        (
+            "optim_wrapper.optimizer.weight_decay",
+            0.5,
+            "weight_decay: 0 and 0.05 of the checkpoint counts, not 0 and 0.5 of the config",
+        ),
+        (
+            "optim_wrapper.optimizer.betas",
+            (0.5, 0.6),
+            "betas: (0.9, 0.98) of the checkpoint counts, not (0.5, 0.6) of the config",
+        ),
+        (
+            "param_scheduler.1.eta_min",
+            0.5,
+            "param_scheduler.1.eta_min: 1e-05 of the checkpoint counts, not 0.5 of the config",
+        ),
+        ("randomness.seed", 7, "seed: 0 of the checkpoint counts, not 7 of the config"),
+    ],
+)
+def test_what_the_checkpoint_overrides_is_said(
+    whole: Runner, begun: Path, data_root: Path, tmp_path: Path, option: str, value: Any, line: str
+) -> None:
+    resumed, said = resume(begun, data_root, tmp_path, **{option: value})
+    assert said == [line]
+    # And it is true: the run goes on as if the setting had not changed.
+    assert histories(resumed) == histories(whole)
+
+
+def test_nothing_is_said_where_settings_agree(begun: Path, data_root: Path, tmp_path: Path) -> None:
+    assert resume(begun, data_root, tmp_path)[1] == []
+
+
+def test_another_batch_size_is_said(begun: Path, data_root: Path, tmp_path: Path) -> None:
+    said = resume(begun, data_root, tmp_path, **{"train_dataloader.batch_size": 16})[1]
+    assert len(said) == 1 and said[0].startswith("batch size: 16 images of the config count, not 8 of the checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"optim_wrapper.optimizer": {"_delete_": True, "type": "SGD", "lr": 0.1}},
+            r"optim_wrapper.optimizer.type SGD: its state is that of AdamW; resume with the settings of the run",
+        ),
+        (
+            {"optim_wrapper.paramwise_cfg": {"layer_decay": 0.5}},
+            r"its optimizer has 2 groups of \d+, \d+ .* layer_decay",
+        ),
+        ({"model.network.drop_path_rate": 0.1, "param_scheduler": []}, "param_scheduler none: .* LinearLR, CosineAnn"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused(
+    begun: Path, data_root: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=rf"epoch_1\.pth cannot be resumed.*{message}") as error:
+        resume(begun, data_root, tmp_path, **options)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_weights_alone_cannot_be_resumed(begun: Path, data_root: Path, tmp_path: Path) -> None:
+    torch.save({"state_dict": read_checkpoint(begun)["state_dict"]}, tmp_path / "weights.pth")
+    with pytest.raises(
+        UserError, match=r"weights\.pth cannot be resumed: it holds weights.*\(meta, message_hub, optim"
+    ):
+        resume(tmp_path / "weights.pth", data_root, tmp_path)
+
+
+def test_another_number_of_classes_cannot_be_resumed(begun: Path, data_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"epoch_1\.pth.*network\.head\.weight \(4, 64\)"):
+        resume(begun, data_root, tmp_path, **{"model.network.num_classes": 5})
+
+
+def test_settings_are_read_without_running_code() -> None:
+    text = "a = dict(b=[1, (2, None)], c={'d.e': -1.5}, f=__import__('os').mkdir('x'))\nimport os\nos.mkdir('x')"
+    settings = read_settings(text)
+    assert settings == {"a": {"b": [1, [2, None]], "c": {"d.e": -1.5}, "f": "__import__('os').mkdir('x')"}}
+    changed = {"a": {**settings["a"], "b": [1, [3, None]], "g": 1}}
+    assert list(differences(settings, changed)) == [("a.b.1.0", 2, 3), ("a.g", None, 1)]
+    with pytest.raises(ValueError, match="the text of a config"):
+        read_settings("a = (")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty"])
+def test_a_damaged_checkpoint_names_the_one_before(data_root: Path, tmp_path: Path, damage: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config(data_root, tmp_path), Interrupt("validating"))
+    latest = find_latest(tmp_path)
+    assert latest.name == "epoch_2.pth"
+    content = latest.read_bytes()
+    latest.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+    config = make_config(data_root, tmp_path, resume=True, load_from=str(latest))
+    with pytest.raises(CheckpointError, match=r"epoch_2\.pth.*before it is whole: --resume .*epoch_1\.pth$"):
+        Runner.from_cfg(config).train()
+    (tmp_path / "epoch_1.pth").write_bytes(b"")  # and there is none to offer
+    config.experiment_name = uuid.uuid4().hex
+    with pytest.raises(CheckpointError) as error:
+        Runner.from_cfg(config).train()
+    assert "--resume" not in str(error.value)
 
 
 def test_resuming_a_finished_run_changes_nothing(whole: Runner, data_root: Path) -> None:

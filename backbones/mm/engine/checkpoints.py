@@ -25,6 +25,7 @@ from backbones.weights.loading import load as load_into
 from backbones.weights.sources import fetch, locate
 
 _LOCK = ".run.lock"
+_locked: set[Path] = set()
 
 
 class AtomicBackend(LocalBackend):
@@ -65,12 +66,19 @@ register_backend("atomic", AtomicBackend, force=True)
 
 
 @contextlib.contextmanager
-def lock(work_dir: str | Path) -> Iterator[None]:
-    """Keep other training runs out of ``work_dir``; the system lifts the lock of a process that dies.
+def lock(work_dir: str | Path, verb: str = "trains") -> Iterator[None]:
+    """Keep other runs out of ``work_dir``; the system lifts the lock of a process that dies.
+
+    Args:
+        verb: what this run does there, for the message that another gets.
 
     Raises:
-        UserError: another run trains there, or nothing can be written there.
+        UserError: another run uses the folder, or nothing can be written there.
     """
+    # The system's lock is the process's: it would let a second run of this process in, and end with the first of both.
+    folder = Path(work_dir).resolve()
+    if folder in _locked:
+        raise UserError(f"another run of this process uses {work_dir}: choose another --work-dir")
     try:
         Path(work_dir).mkdir(parents=True, exist_ok=True)
         file = open(Path(work_dir, _LOCK), "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the lock)
@@ -82,14 +90,21 @@ def lock(work_dir: str | Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip()
-            raise UserError(f"another run trains in {work_dir} ({holder}): choose another --work-dir") from None
+            what, _, holder = file.read().strip().partition(": ")
+            raise UserError(
+                f"another run {what or 'works'} in {work_dir} ({holder}): choose another --work-dir"
+            ) from None
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"{verb}: process {os.getpid()} on {socket.gethostname()} since {since}\n")
         file.flush()
         for partial in Path(work_dir).glob(".checkpoint*.partial"):
             partial.unlink(missing_ok=True)
-        yield
+        _locked.add(folder)
+        try:
+            yield
+        finally:
+            _locked.remove(folder)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -150,9 +165,26 @@ def find_latest(work_dir: str | Path) -> Path | None:
         latest = folder / name
         if latest.is_file():
             return latest
-    steps = {path: re.fullmatch(r"(?:epoch|iter)_(\d+)", path.stem) for path in folder.glob("*_*.pth")}
-    numbered = {path: int(match[1]) for path, match in steps.items() if match}
+    numbered = _numbered(folder)
     return max(numbered, key=lambda path: numbered[path]) if numbered else None
+
+
+def find_before(checkpoint: str | Path) -> Path | None:
+    """The newest checkpoint of the same run that is older than ``checkpoint`` and can be read, or None."""
+    numbered = _numbered(Path(checkpoint).parent)
+    last = numbered.get(Path(checkpoint))
+    older = [path for path, number in numbered.items() if last is not None and number < last]
+    for path in sorted(older, key=lambda path: -numbered[path]):
+        with contextlib.suppress(CheckpointError):
+            read_checkpoint(path)
+            return path
+    return None
+
+
+def _numbered(folder: Path) -> dict[Path, int]:
+    """Epoch or iteration of the checkpoints in ``folder``."""
+    steps = {path: re.fullmatch(r"(?:epoch|iter)_(\d+)", path.stem) for path in folder.glob("*_*.pth")}
+    return {path: int(match[1]) for path, match in steps.items() if match}
 
 
 def to_plain(value: Any) -> Any:

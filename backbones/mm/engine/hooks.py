@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import get_rank, is_main_process
+from mmengine.dist import get_rank, get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
@@ -74,6 +74,7 @@ class ResumeHook(Hook):
         runner.message_hub.update_scalar(VALIDATED, runner.iter)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        checkpoint["meta"]["world_size"] = get_world_size()
         for key in ("meta", "message_hub"):
             checkpoint[key] = to_plain(checkpoint[key])
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mmengine.runner
 import torch
 from mmengine.device import get_device
-from mmengine.dist import is_distributed, is_main_process
+from mmengine.dist import get_world_size, is_distributed, is_main_process
 from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
@@ -19,8 +19,9 @@ from torch import nn
 
 from backbones.mm.app.console import hidden_prints
 from backbones.mm.data.datasets import compare_classes
-from backbones.mm.engine.checkpoints import load_weights, lock, read_checkpoint, select_state_dict
+from backbones.mm.engine.checkpoints import find_before, load_weights, lock, read_checkpoint, select_state_dict
 from backbones.mm.engine.hooks import LabelRangeHook
+from backbones.mm.engine.resume import overridden, read_settings, require_same_groups, require_same_kind
 from backbones.mm.errors import UserError
 from backbones.weights import CheckpointError
 
@@ -79,20 +80,26 @@ class Runner(mmengine.runner.Runner):
         with hidden_prints(self.cfg.get("verbose", False)):
             return super().build_model(model)
 
+    @contextlib.contextmanager
+    def _alone(self, verb: str) -> Iterator[None]:
+        """The work directory is this run's; third parties print nothing."""
+        guard = lock(self.work_dir, verb) if is_main_process() else contextlib.nullcontext()
+        with guard, hidden_prints(self.cfg.get("verbose", False)):
+            yield
+
     def train(self) -> nn.Module:
         """Train as the config says; returns the model."""
-        guard = lock(self.work_dir) if is_main_process() else contextlib.nullcontext()
-        with guard, hidden_prints(self.cfg.get("verbose", False)):
+        with self._alone("trains"):
             return super().train()
 
     def val(self) -> dict[str, float]:
         """Validate; returns the metrics."""
-        with hidden_prints(self.cfg.get("verbose", False)):
+        with self._alone("validates"):
             return super().val()
 
     def test(self) -> dict[str, float]:
         """Test; returns the metrics."""
-        with hidden_prints(self.cfg.get("verbose", False)):
+        with self._alone("tests"):
             return super().test()
 
     def setup_env(self, env_cfg: dict[str, Any]) -> None:
@@ -122,6 +129,49 @@ class Runner(mmengine.runner.Runner):
             if found and dataset_meta.get("classes"):
                 compare_classes(found, f"the data set of {name}_dataloader", dataset_meta["classes"], filename)
 
+    def _compare_settings(self, checkpoint: dict[str, Any], filename: str) -> None:
+        """Refuse what cannot be resumed, and say what the checkpoint overrides.
+
+        Raises:
+            UserError: the checkpoint has no state of a training run, or another optimizer, schedules or groups.
+        """
+        if missing := [key for key in ("meta", "message_hub", "optimizer") if key not in checkpoint]:
+            raise UserError(
+                f"{filename} cannot be resumed: it holds weights, but not the state of a run ({', '.join(missing)}); "
+                "load_from starts a run from weights"
+            )
+        meta, groups = checkpoint["meta"], checkpoint["optimizer"]["param_groups"]
+        old, new = read_settings(meta.get("cfg", "")), read_settings(self.cfg.pretty_text)
+        require_same_kind(old, new, filename)
+        require_same_groups(groups, self.optim_wrapper.optimizer, filename)
+        lines = overridden(old, new, groups, self.optim_wrapper.optimizer)
+        seed = self._randomness_cfg.get("seed")
+        if meta.get("seed") not in (None, seed):
+            if seed is not None:
+                lines.append(f"seed: {meta['seed']} of the checkpoint counts, not {seed} of the config")
+            self._take_seed(meta["seed"])
+        images = [
+            settings.get("train_dataloader", {}).get("batch_size", 0) * devices
+            for settings, devices in ((old, meta.get("world_size", get_world_size())), (new, get_world_size()))
+        ]
+        if old and images[0] != images[1]:
+            lines.append(
+                f"batch size: {images[1]} images of the config count, not {images[0]} of the checkpoint, by "
+                "whose steps iterations are counted and the learning rate is scheduled"
+            )
+        for line in lines:
+            self.logger.warning(f"resumed from {filename}: {line}")
+
+    def _take_seed(self, seed: int) -> None:
+        """Draw what is drawn from now on, the order of the training images included, with ``seed``."""
+        # Without the other one mmengine says nothing.
+        self._randomness_cfg.update(seed=None)
+        loader = self.train_dataloader
+        samplers: list[Any] = [loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+        for sampler in samplers:
+            if hasattr(sampler, "seed"):
+                sampler.seed = seed
+
     def load_checkpoint(
         self,
         filename: str,
@@ -137,7 +187,13 @@ class Runner(mmengine.runner.Runner):
         """
         if not strict or revise_keys:
             raise ValueError("strict=False and revise_keys are not supported; set load_ignore in the config")
-        checkpoint = read_checkpoint(filename, map_location)
+        try:
+            checkpoint = read_checkpoint(filename, map_location)
+        except CheckpointError as error:
+            before = find_before(filename) if self._resume else None
+            if before is None:
+                raise
+            raise CheckpointError(f"{error}; the checkpoint before it is whole: --resume {before}") from None
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model = self.model.module if is_model_wrapper(self.model) else self.model
         ignore = () if self._resume else self.cfg.get("load_ignore", ())
@@ -158,6 +214,8 @@ class Runner(mmengine.runner.Runner):
             self.logger.warning(f"not loaded from {filename} (load_ignore): {', '.join(ignored)}")
         if self._resume or isinstance(self._train_loop, dict | None):
             self._compare_classes((meta or {}).get("dataset_meta") or {}, filename)
+        if self._resume:
+            self._compare_settings(checkpoint, filename)
         self._has_loaded = True
         self.logger.info(f"loaded {filename}")
         return checkpoint
