@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torchvision.models import feature_extraction
 
 from backbones.layers import Scan, SelectiveSSM, scan_grid
 from backbones.layers.rotary import RotaryEmbedding
@@ -546,3 +547,76 @@ def test_pool_size_is_that_of_the_last_map(name: str) -> None:
         assert size is None  # tokens
     else:
         assert model.forward_features(torch.empty(1, 3, 224, 224, device="meta")).shape[1:3] == size
+
+
+def traced(model: nn.Module) -> nn.Module:
+    """What timm's tests make of a model: a feature extractor of its outputs, by timm's lists of what is not traced."""
+    kwargs = {
+        "leaf_modules": timm.models.get_notrace_modules(),
+        "autowrap_functions": timm.models.get_notrace_functions(),
+        "param_shapes_constant": True,
+    }
+    train, evaluation = feature_extraction.get_graph_node_names(model, tracer_kwargs=kwargs)
+    return feature_extraction.create_feature_extractor(
+        model, train_return_nodes=train[-1:], eval_return_nodes=evaluation[-1:], tracer_kwargs=kwargs
+    )
+
+
+@torch.no_grad()
+def test_timms_tracing_forward(shallow: nn.Module) -> None:
+    (found,) = traced(shallow)(images()).values()
+    assert torch.equal(found, shallow(images()))
+
+
+def test_timms_tracing_backward(name: str) -> None:
+    model = create_shallow(name).train()
+    graph = traced(model)
+    results = []
+    for either in (graph, model):
+        model.zero_grad()
+        torch.manual_seed(0)
+        outputs = either(images())
+        (y,) = outputs.values() if isinstance(outputs, dict) else (outputs,)
+        y.square().mean().backward()
+        results.append([p.grad for p in model.parameters()])
+    assert sum(p.numel() for p in graph.parameters()) == sum(p.numel() for p in model.parameters())
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=SAME_FUNCTION, atol=SAME_FUNCTION)
+
+
+@torch.no_grad()
+def test_torchvisions_feature_extractor_needs_no_lists(shallow: nn.Module) -> None:
+    """Whole blocks, and what is inside them, by their names."""
+    block = "blocks.1" if hasattr(shallow, "blocks") else "stages.2.blocks.0"
+    name = f"{block}.mixer" if hasattr(shallow.get_submodule(block), "mixer") else block
+    seen: dict[str, Tensor] = {}
+    hooked = copy.deepcopy(shallow)
+    for key in (block, name):
+        hooked.get_submodule(key).register_forward_hook(lambda module, args, y, key=key: seen.update({key: y}))
+    hooked(images())
+    extractor = feature_extraction.create_feature_extractor(shallow, list(seen))
+    for key, y in extractor(images()).items():
+        assert torch.equal(y, seen[key])
+    with pytest.raises(ValueError, match="x: got an image of 31 x 64 pixels"):
+        extractor(images(1, 3, 31, 64))
+
+
+def test_tracing_takes_one_image_size_of_a_plain_model() -> None:
+    model = create_shallow("vim_tiny", dynamic_img_size=True)
+    with pytest.raises(ValueError, match="dynamic_img_size: got True"):
+        torch.fx.symbolic_trace(model)
+
+
+def test_naive_reaches_every_operator(name: str) -> None:
+    """Kernels refuse second derivatives; on naive, a product with the Hessian is what differences of gradients give."""
+    model = create_shallow(name, scan_backend="naive").eval().double()
+    x, direction = images(1, 3, 64, 64).double(), torch.randn(1, 3, 64, 64, dtype=torch.float64)
+
+    def gradient(x: Tensor, create_graph: bool = False) -> Tensor:
+        x = x.requires_grad_()
+        return torch.autograd.grad(model(x).square().sum(), x, create_graph=create_graph)[0]
+
+    (found,) = torch.autograd.grad(gradient(x, create_graph=True), x, direction)
+    step = 1e-8  # short, as activations have kinks
+    expected = (gradient(x.detach() + step * direction) - gradient(x.detach() - step * direction)) / (2 * step)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())

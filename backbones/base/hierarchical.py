@@ -212,15 +212,20 @@ class HierarchicalBackbone(Backbone):
         return take
 
     def _stem(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        smallest = self.feature_info[-1]["reduction"]
-        if height < smallest or width < smallest:
-            raise ValueError(f"x: got an image of {height} x {width} pixels, expected at least {smallest} x {smallest}")
-        return self.stem(x)
+        return self.stem(_at_least(x, self.feature_info[-1]["reduction"]))
 
     def _entering(self, i: int, x: Tensor) -> Tensor:
         """What stage i reads, of the output of the one before or of the stem."""
         return self.downsamples[i - 1](x) if i > 0 else x
+
+
+@torch.fx.wrap
+def _at_least(x: Tensor, smallest: int) -> Tensor:
+    """``x``, whose sides are long enough; as a function that returns it, tracing keeps the check."""
+    height, width = x.shape[-2:]
+    if height < smallest or width < smallest:
+        raise ValueError(f"x: got an image of {height} x {width} pixels, expected at least {smallest} x {smallest}")
+    return x
 
 
 def _check_pool(global_pool: str | None) -> None:

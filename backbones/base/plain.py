@@ -352,18 +352,17 @@ class PlainBackbone(Backbone):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[Tensor, Tensor] | None]:
         """Tokens with position embedding and class token, the grid of the patches, and the tokens' rotary tables."""
-        height, width = x.shape[-2:]
         grid, same = self.grid_size, True
         if self.dynamic_img_size:
+            if isinstance(x, torch.fx.Proxy):
+                raise ValueError("dynamic_img_size: got True, but torch.fx traces a plain model for one image size")
+            height, width = x.shape[-2:]
             self._check_image(height, width)
             grid = self.patch_embed.grid_size(height, width)
             # A comparison would fix a dynamic size.
             same = not any(isinstance(side, torch.SymInt) for side in grid) and grid == self.grid_size
-        elif (height, width) != self.img_size:
-            raise ValueError(
-                f"x: got an image of {height} x {width} pixels, expected {self.img_size[0]} x "
-                f"{self.img_size[1]}; a model made with dynamic_img_size=True takes any size"
-            )
+        else:
+            x = _of_size(x, *self.img_size)
         pos_embed = self.pos_embed if same else self._resample(self.pos_embed, self.grid_size, grid)
         x = self.patch_embed(x)
         if self.cls_token is not None:
@@ -401,3 +400,14 @@ class PlainBackbone(Backbone):
         patches, prefix = self._split_class_token(pos_embed)
         patches = resampled(patches, old, new)
         return patches if prefix is None else self._insert_class_token(patches, prefix)
+
+
+@torch.fx.wrap
+def _of_size(x: Tensor, height: int, width: int) -> Tensor:
+    """``x``, which has these sides; as a function that returns it, tracing keeps the check."""
+    if tuple(x.shape[-2:]) != (height, width):
+        raise ValueError(
+            f"x: got an image of {x.shape[-2]} x {x.shape[-1]} pixels, expected {height} x {width}; a model made with "
+            "dynamic_img_size=True takes any size"
+        )
+    return x

@@ -13,6 +13,7 @@ from backbones.layers.linear import linear_parts
 from backbones.layers.norm import RMSNorm
 from backbones.layers.scan import Scan
 from backbones.layers.selective_ssm import SelectiveSSM
+from backbones.layers.tracing import Opaque
 from backbones.ops import Visits, depthwise_conv, silu_gate
 from backbones.patterns import BIDIRECTIONAL, FORWARD, REVERSE, ScanPattern, is_traced
 from backbones.patterns.taps import causal_taps
@@ -22,7 +23,7 @@ _BIDIRECTIONAL = Scan(BIDIRECTIONAL)
 _SEQUENCE_PATTERNS: dict[ScanPattern, tuple[int, ...]] = {FORWARD: (1,), REVERSE: (-1,), BIDIRECTIONAL: (1, -1)}
 
 
-class MambaMixer(nn.Module):
+class MambaMixer(Opaque, nn.Module):
     """Mamba over image tokens, each order with its own convolution and state-space parameters (Vim, section 3.2).
 
     Tokens are a height x width grid in raster order, possibly with one class token in the middle. Orders of

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.layers.tracing import Opaque
 
-class PatchEmbed(nn.Module):
+
+class PatchEmbed(Opaque, nn.Module):
     """One convolution whose outputs, in raster order, are the tokens; drops a remainder of the image or pads it.
 
     Args:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from backbones.layers.tracing import Opaque
 from backbones.patterns import ScanPattern, checked_pattern
 
 
@@ -52,7 +53,7 @@ class Scan:
         return self.local_window(tokens) if callable(self.local_window) else self.local_window
 
 
-class OnBackend:
+class OnBackend(Opaque):
     """A module that calls operators of :mod:`backbones.ops`, on the backend that it names."""
 
     backend: str | None = None

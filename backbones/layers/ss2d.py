@@ -8,6 +8,7 @@ from backbones.layers.constructor import Constructor
 from backbones.layers.norm import LayerNorm
 from backbones.layers.scan import OnBackend, Scan
 from backbones.layers.selective_ssm import SelectiveSSM
+from backbones.layers.tracing import Opaque
 from backbones.ops import depthwise_conv, silu_gate
 from backbones.ops.scan.operator import has_kernel
 from backbones.patterns import ATROUS, CROSS
@@ -87,7 +88,7 @@ def scan_grid(ssm: SelectiveSSM, x: Tensor, scan: Scan, out: str = "sum") -> Ten
     return (y[:, :cells] if padded else y).unflatten(1, (height, width))
 
 
-class SS2D(nn.Module):
+class SS2D(Opaque, nn.Module):
     """Linear, depthwise 3 x 3 convolution, SiLU, scan along each order, norm, optional gate, linear (VMamba).
 
     Args:

@@ -125,7 +125,7 @@ def _cached_tables(
         return tuple(table.to(device) for table in tables)
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(OnBackend, nn.Module):
     """w3(SiLU(w1 x) w2 x) (arXiv:2002.05202, equation 5)."""
 
     def __init__(self, dim: int, hidden_dim: int, device: Any = None, dtype: Any = None) -> None:
@@ -137,7 +137,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
-        return self.w3(silu_gate(self.w2(x), self.w1(x)))
+        return self.w3(silu_gate(self.w2(x), self.w1(x), backend=self.backend))
 
 
 class AdventurerBlock(MambaBlock):

@@ -34,6 +34,7 @@ from backbones.layers import (
     channels_last,
     scan_grid,
 )
+from backbones.layers.tracing import Opaque
 from backbones.ops import silu_gate
 from backbones.patterns import CROSS
 from backbones.weights import KeyRule
@@ -63,7 +64,7 @@ class GroupedLinear(nn.Module):
         return torch.einsum("...ki,koi->...ko", x, self.weight)
 
 
-class GroupMambaLayer(nn.Module):
+class GroupMambaLayer(Opaque, nn.Module):
     """One SS2D for each group of channels and order, and channel weights over all (GroupMamba, section 3.3).
 
     Args:

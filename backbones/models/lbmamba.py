@@ -20,13 +20,14 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from backbones.base import PlainBackbone, build_model
 from backbones.layers import LayerNorm, MambaBlock, MambaMixer, Scan
+from backbones.layers.attention import attention
+from backbones.layers.scan import OnBackend
 from backbones.patterns import FORWARD, backwards
 from backbones.weights import ONE_ORDER, KeyRule, Layout, Weights
 from backbones.zoo import default_cfgs as zoo_cfgs
@@ -51,7 +52,7 @@ def window_rule(tokens: int) -> int:
     return 8 if tokens <= 256 else 16
 
 
-class LatentAttentionPool(nn.Module):
+class LatentAttentionPool(OnBackend, nn.Module):
     """One learned query attends to all tokens, without projections of query or output.
 
     Args:
@@ -82,7 +83,7 @@ class LatentAttentionPool(nn.Module):
         q = self.latent.expand(x.shape[0], -1, -1)
         k, v = self.kv(x).chunk(2, dim=-1)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
-        return self.post_norm(F.scaled_dot_product_attention(q, k, v).flatten(1))
+        return self.post_norm(attention(q, k, v, self.backend).flatten(1))
 
 
 class LBVim(PlainBackbone):

@@ -47,6 +47,7 @@ from backbones.layers.key_rules import (
     grouped,
 )
 from backbones.layers.resolution import channels_first, channels_last
+from backbones.layers.tracing import Opaque
 from backbones.layers.vss_block import VSSBlock
 from backbones.ops import silu_gate
 from backbones.patterns import MULTI_SCALE, ScanPattern
@@ -76,7 +77,7 @@ class SqueezeExcite(nn.Module):
         return x * gate[:, None, None]
 
 
-class MultiScaleSS2D(nn.Module):
+class MultiScaleSS2D(Opaque, nn.Module):
     """A scan at full and a scan at half resolution, added, squeezed and excited, gated (MSVMamba, section 4).
 
     Args:

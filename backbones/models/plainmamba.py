@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from backbones.base import PlainBackbone, build_model
 from backbones.layers import DepthwiseConv2d, LayerNorm, MambaBlock, Scan, SelectiveSSM, StemPatchEmbed, branch_norm
 from backbones.layers.linear import linear_parts
+from backbones.layers.tracing import Opaque
 from backbones.ops import selective_scan, silu_gate
 from backbones.ops.scan.projection import per_order_linear
 from backbones.patterns import SNAKE
@@ -96,7 +97,7 @@ class PathSSM(SelectiveSSM):
         )  # fmt: skip
 
 
-class PlainMambaMixer(nn.Module):
+class PlainMambaMixer(Opaque, nn.Module):
     """Linear, depthwise 7 x 7 convolution, SiLU, scan along all paths, gate, linear (PlainMamba, section 3.2).
 
     Args:
@@ -124,7 +125,7 @@ class PlainMambaMixer(nn.Module):
         return self.out_proj(silu_gate(self.ssm(u, grid, self.scan), z, backend=self.ssm.backend))
 
 
-class StreamConv(nn.Module):
+class StreamConv(Opaque, nn.Module):
     """A depthwise 3 x 3 convolution, batch norm and GELU over the whole stream, without a residual around them."""
 
     def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:

@@ -34,6 +34,7 @@ from backbones.layers import (
     scan_grid,
 )
 from backbones.layers.key_rules import RESIDUAL_STEM
+from backbones.layers.tracing import Opaque
 from backbones.ops import silu_gate
 from backbones.patterns import FORWARD
 from backbones.weights import ONE_ORDER, SQUEEZE_1, KeyRule
@@ -111,7 +112,7 @@ def _convolve(x: Tensor, kernel: Tensor, dilation: int) -> Tensor:
     return channels_last(F.conv2d(x, kernel.to(x.dtype), dilation=dilation, groups=x.shape[1]))
 
 
-class StructureAwareSSM(nn.Module):
+class StructureAwareSSM(Opaque, nn.Module):
     """Linear, depthwise 3 x 3 convolution, SiLU, scan, state fusion, C and D, norm, gate, linear.
 
     Args:

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from backbones.base import Constructor, HierarchicalBackbone, build_model
 from backbones.layers import DepthwiseConv2d, LayerNorm, PositionalBlock, ResidualConvStem, Scan, WideDownsample
+from backbones.layers.attention import attention
 from backbones.layers.key_rules import RESIDUAL_STEM
 from backbones.layers.scan import OnBackend
+from backbones.layers.tracing import Opaque
 from backbones.ops import ssd_noncausal
 from backbones.patterns import FORWARD
 from backbones.weights import WEIGHT_KEYS, KeyRule
@@ -33,7 +35,7 @@ _MIXER = "layers.{}.blocks.{}.attn."
 _OUR_MIXER = "stages.{}.blocks.{}.mixer."
 
 
-class NonCausalSSD(nn.Module):
+class NonCausalSSD(Opaque, nn.Module):
     """Linear, depthwise 3 x 3 convolution and SiLU of x, B and C, one state of all tokens, norm, gate, linear.
 
     The gate is linear. It stands behind the norm, as in the published weights.
@@ -135,10 +137,7 @@ class SoftmaxAttention(OnBackend, nn.Module):
         """(b, h, w, dim) to (b, h, w, dim)."""
         qkv = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (b, heads, l, dim / heads)
-        if self.backend == "naive":  # fused attention has no second derivatives
-            y = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
-        else:
-            y = F.scaled_dot_product_attention(q, k, v)
+        y = attention(q, k, v, self.backend)
         return self.proj(y.transpose(1, 2).flatten(2)).unflatten(1, x.shape[1:3])
 
 
