@@ -20,7 +20,7 @@ SECTIONS = (
 )
 
 
-@pytest.fixture(scope="module", params=family_names())
+@pytest.fixture(scope="module", params=family_names(guests=True))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -14,7 +14,7 @@ from backbones.base import Backbone, PlainBackbone
 from backbones.layers import set_backend
 from backbones.mm import UserError
 from backbones.mm.models import dense
-from backbones.models import FAMILIES
+from backbones.models import FAMILIES, GUESTS
 from backbones.models.vssd import VSSD, NonCausalSSD
 from backbones.weights import CheckpointError
 from backbones.weights.rules import to_ours
@@ -133,7 +133,7 @@ def test_our_own_files_and_detectors_load(tmp_path: Path) -> None:
     assert all(torch.equal(x, y) for x, y in zip(backbone.parameters(), loaded.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *GUESTS])
 def test_every_family_is_a_backbone_of_its_name(family: type[Backbone]) -> None:
     cls = getattr(dense, family.__name__)
     assert MODELS.get(family.__name__) is cls

@@ -1,4 +1,4 @@
-"""The pyramid of plain backbones, beside mmseg's own."""
+"""The pyramid of plain backbones, beside mmseg's own, and the one with finer levels than its maps."""
 
 from __future__ import annotations
 
@@ -74,3 +74,44 @@ def test_bad_arguments(kwargs: dict[str, int], message: str) -> None:
 def test_several_maps_are_refused() -> None:
     with pytest.raises(UserError, match="takes one map, got 2"):
         pyramid()([torch.randn(1, 32, 2, 2)] * 2)
+
+
+def finer(**kwargs: Any) -> torch.nn.Module:
+    return MODELS.build({"type": "FinerFPN", "in_channels": [8, 16, 24], "out_channels": 12, **kwargs})
+
+
+@pytest.mark.parametrize(("levels", "num_outs"), [(2, 5), (1, 5), (0, 3), (2, 6)])
+def test_finer_levels(levels: int, num_outs: int) -> None:
+    maps = [torch.randn(2, 8, 13, 18), torch.randn(2, 16, 7, 9), torch.randn(2, 24, 4, 5)]
+    sizes = [(13 * 2**i, 18 * 2**i) for i in range(levels, 0, -1)] + [(13, 18), (7, 9), (4, 5), (2, 3), (1, 2)]
+    found = finer(finer=levels, num_outs=num_outs)(maps)
+    assert [tuple(x.shape) for x in found] == [(2, 12, *size) for size in sizes[:num_outs]]
+
+
+def test_every_finer_level_sees_the_coarsest_map() -> None:
+    neck = finer(finer=2, num_outs=5)
+    maps = [torch.randn(1, c, n, n, requires_grad=True) for c, n in ((8, 4), (16, 2), (24, 1))]
+    for level in neck(maps)[:3]:
+        gradients = torch.autograd.grad(level.square().sum(), maps, retain_graph=True)
+        assert all(x.abs().sum() > 0 for x in gradients)
+
+
+def test_parameters_of_a_finer_pyramid() -> None:
+    c = 256
+    neck = finer(in_channels=[224, 320, 512], out_channels=c, finer=2)
+    laterals = sum(2 * width + (width + 1) * c for width in (224, 320, 512))
+    assert sum(p.numel() for p in neck.parameters()) == laterals + 2 * (4 * c * c + c) + 5 * (9 * c * c + c)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"finer": -1}, "finer: got -1, expected a number of levels"),
+        ({"finer": 2, "num_outs": 4}, "num_outs: got 4, expected at least 2 finer levels and 3 maps"),
+    ],
+)
+def test_bad_arguments_of_a_finer_pyramid(kwargs: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        finer(**kwargs)
+    with pytest.raises(UserError, match="takes 3 maps, got 1"):
+        finer()([torch.randn(1, 8, 2, 2)])

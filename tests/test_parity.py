@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -11,19 +12,29 @@ from torch import nn
 from backbones.layers import set_backend
 from tests import tolerances
 from tools import recordings
-from tools.parity import ARGUMENTS, KINKS, MODELS, official_file, relative
+from tools.parity import ARGUMENTS, GUESTS, KINKS, MODELS, official_file, relative
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_input_gradients(name: str, backend: str, tmp_path: Path) -> None:
+    hold(name, MODELS[name], tmp_path, scan_backend=backend)
+
+
+@pytest.mark.parametrize("name", GUESTS)
+def test_models_of_timm(name: str, tmp_path: Path) -> None:
+    hold(name, GUESTS[name], tmp_path)
+
+
+def hold(name: str, architecture: str, tmp_path: Path, **kwargs: Any) -> None:
+    """Holds a model that timm builds with ``kwargs`` against its recording."""
     recording = recordings.load(name)
     overlay = {"file": str(official_file(tmp_path, recording))}
     model = timm.create_model(
-        MODELS[name],
+        architecture,
         pretrained=True,
         pretrained_cfg_overlay=overlay,
-        scan_backend=backend,
         **ARGUMENTS.get(name, {}),
+        **kwargs,
     ).eval()
     assert sum(p.numel() for p in model.parameters()) == recording.parameters
 

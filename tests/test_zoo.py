@@ -12,10 +12,12 @@ from backbones.analysis import flops
 from backbones.models import family_names
 from tests import tolerances
 from tools import recordings
-from tools.parity import MODELS, RECORDED
+from tools.parity import GUESTS, MODELS, RECORDED
 
 FACTS = [
-    (family, model, facts) for family in family_names() for model, facts in zoo.load_family(family)["models"].items()
+    (family, model, facts)
+    for family in family_names(guests=True)
+    for model, facts in zoo.load_family(family)["models"].items()
 ]
 
 
@@ -24,7 +26,7 @@ def test_facts_agree_with_the_model(family: str, name: str, facts: dict) -> None
     model = timm.create_model(name, device="meta")
     assert sum(p.numel() for p in model.parameters()) == facts["parameters"]
     cfg = model.pretrained_cfg
-    assert cfg["input_size"] == (3, 224, 224)
+    assert cfg["input_size"][1:] == (facts.get("size", 224),) * 2
     for field, kind in (("classifier", torch.nn.Linear), ("first_conv", torch.nn.Conv2d)):
         names = [cfg[field]] if isinstance(cfg[field], str) else cfg[field]
         assert all(isinstance(model.get_submodule(x), kind) for x in names)
@@ -34,7 +36,7 @@ def test_facts_agree_with_the_model(family: str, name: str, facts: dict) -> None
     assert (cost.flops, cost.scan, cost.activations) == (measured["flops"], measured["scan"], measured["activations"])
 
 
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", family_names(guests=True))
 def test_every_registered_model_has_facts(family: str) -> None:
     facts = zoo.load_family(family)
     assert set(timm.list_models(module=family)) == facts["models"].keys() | facts.get("aliases", {}).keys()
@@ -44,7 +46,7 @@ def test_every_recording_is_certified_within_its_tolerance() -> None:
     measured = zoo.load_measured()["models"]
     assert measured.keys() == {name for _, name, _ in FACTS}
     certified = {row["recording"]: (name, row) for name, facts in measured.items() for row in facts["parity"]}
-    expected = MODELS | {recording: config["arch"] for recording, config in RECORDED.items()}
+    expected = MODELS | GUESTS | {recording: config["arch"] for recording, config in RECORDED.items()}
     assert {recording: name for recording, (name, _) in certified.items()} == expected
     for name, row in certified.values():
         recorded = recordings.load_arrays(row["recording"])[0]["logits"]
@@ -52,7 +54,7 @@ def test_every_recording_is_certified_within_its_tolerance() -> None:
         assert row.get("gradient_max_error", 0.0) <= tolerances.gradient_limit(name)
 
 
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", family_names(guests=True))
 def test_what_is_reported_names_its_source(family: str) -> None:
     for name, facts in zoo.load_family(family)["models"].items():
         results = facts.get("reported", {}).values()
@@ -63,7 +65,7 @@ def test_what_is_reported_names_its_source(family: str) -> None:
 
 def test_a_figure_from_memory_is_no_fact() -> None:
     folder = files("backbones.zoo")
-    for family in family_names():
+    for family in family_names(guests=True):
         assert not re.search(r"[\[(]mem[\])]", folder.joinpath(f"{family}.yml").read_text(encoding="utf-8"))
 
 

@@ -21,10 +21,11 @@ NOISY = ("localvim", "localvmamba", "plainmamba", "adventurer")
 GROUPMAMBA_LOGITS = 2e-4
 GROUPMAMBA_INPUT_GRADIENT = 2e-3
 
-# VSSD's records carry float32 noise of up to 2e-5 of the deviation, and its ReLUs have kinks, so they hold double
-# precision as well, where nothing is noise.
-VSSD_LOGITS = 1e-4  # of the deviation
-VSSD_INPUT_GRADIENT = 1e-2
+# Records of VSSD and EfficientViM carry float32 noise of up to 2e-5 of the deviation, and their ReLUs have kinks, so
+# they hold double precision as well, where nothing is noise.
+DOUBLE = ("vssd", "efficientvim")
+NOISY_LOGITS = 1e-4  # of the deviation
+NOISY_INPUT_GRADIENT = 1e-2
 DOUBLE_LOGITS = 1e-9  # of the deviation
 DOUBLE_INPUT_GRADIENT = 1e-8
 
@@ -39,15 +40,15 @@ def logits_limit(name: str, recorded: Tensor) -> float:
     """Largest error of the logits of a model or recording called ``name``."""
     if name.startswith(NOISY):
         return LOGITS_OF_DEVIATION * recorded.std().item()
-    if name.startswith("vssd"):
-        return VSSD_LOGITS * recorded.std().item()
+    if name.startswith(DOUBLE):
+        return NOISY_LOGITS * recorded.std().item()
     return GROUPMAMBA_LOGITS if name.startswith("groupmamba") else LOGITS
 
 
 def gradient_limit(name: str) -> float:
     """Largest error of the input's gradient, over its largest value."""
-    if name.startswith("vssd"):
-        return VSSD_INPUT_GRADIENT
+    if name.startswith(DOUBLE):
+        return NOISY_INPUT_GRADIENT
     return GROUPMAMBA_INPUT_GRADIENT if name.startswith("groupmamba") else INPUT_GRADIENT
 
 
@@ -55,8 +56,8 @@ def maps_limit(name: str) -> float:
     """Largest error of the maps of a dense backbone's recording, over their largest value."""
     if name.startswith(NOISY):
         return LOGITS_OF_DEVIATION
-    if name.startswith("vssd"):
-        return VSSD_LOGITS
+    if name.startswith(DOUBLE):
+        return NOISY_LOGITS
     return 10 * (GROUPMAMBA_LOGITS if name.startswith("groupmamba") else LOGITS)
 
 

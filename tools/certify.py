@@ -49,7 +49,7 @@ def compute(name: str) -> dict[str, int]:
 def replay_all() -> dict[str, list[dict[str, Any]]]:
     """Errors against every recording of a whole model, by model."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for name, model in parity.MODELS.items():
+    for name, model in (parity.MODELS | parity.GUESTS).items():
         found.setdefault(model, []).append(_replay(name, model))
     for name, config in parity.RECORDED.items():
         found.setdefault(config["arch"], []).append(_replay(name, config))
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     MMLogger.get_current_instance().setLevel("WARNING")  # the names of weights that a backbone has no use for
     certified = replay_all()
-    names = [name for family in family_names() for name in zoo.load_family(family)["models"]]
+    names = [name for family in family_names(guests=True) for name in zoo.load_family(family)["models"]]
     models = {name: {"compute": compute(name), "parity": certified.get(name, [])} for name in names}
     text = yaml.safe_dump({"run": run_facts(), "models": models}, sort_keys=False, default_flow_style=None, width=200)
     args.out.write_text(HEADER + text, encoding="utf-8")

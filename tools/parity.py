@@ -48,6 +48,12 @@ MODELS = {
     "localvim_tiny_nosearch_192x256": "localvim_tiny_unsearched",
     "localvmamba_tiny_224x224": "localvmamba_tiny",
 }
+# Of models that timm registers, through the same route.
+GUESTS = {
+    "efficientvim_m1_224": "efficientvim_m1",
+    "efficientvim_m1_dist_224": "efficientvim_m1_dist",
+    "efficientvim_m4_256": "efficientvim_m4",
+}
 # Arguments of the models of recordings at another size than the registered one.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "localvim_tiny_nosearch_192x256": {"dynamic_img_size": True},
@@ -85,6 +91,7 @@ RECORDED: dict[str, dict[str, Any]] = {
     "groupmamba_tiny_backbone_192x256": {"type": "GroupMamba", "arch": "groupmamba_tiny"},
     "spatialmamba_tiny_backbone_230x226": {"type": "SpatialMamba", "arch": "spatialmamba_tiny"},
     "vssd_tiny_backbone_230x226": {"type": "VSSD", "arch": "vssd_tiny"},
+    "efficientvim_m1_backbone_200x273": {"type": "EfficientViM", "arch": "efficientvim_m1"},
     "lbvim_tiny_seg_256x320": {
         "type": "LBVim",
         "arch": "lbvim_tiny",

@@ -6,6 +6,7 @@ draws the input.
 """
 
 import json
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ _VSSD_SCALES = {
     **dict.fromkeys((".cpe1.weight", ".cpe2.weight"), 0.3),
     **dict.fromkeys((".attn.out_proj.weight", ".attn.to_out.weight", ".mlp.fc2.weight"), 0.4),
 }
+_CHANNEL_NORM = re.compile(r"(^|\.)norm\..*(weight|bias)$")
 _TOKENS = {"pos_embed", "cls_token", "dist_token", "mask_token", "absolute_pos_embed"}
 
 
@@ -73,12 +75,15 @@ def draw(name: str, shape: tuple[int, ...], rule: str | None = None, dtype: torc
     """The weights that stand under an official name; the generator is seeded with the name's checksum.
 
     ``rule`` "vssd" draws smaller branches: else features would double in every block and bury most of the weights.
+    "efficientvim" draws channel norms, of shapes (1, c, 1) and (1, c, 1, 1), as the vectors that they are.
     """
     if name.endswith("num_batches_tracked"):
         return torch.zeros(shape, dtype=torch.int64)
+    if rule == "efficientvim" and _CHANNEL_NORM.search(name) and len(shape) > 1:
+        return draw(name, (shape[1],), dtype=dtype).view(shape)
     noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     value = np.asarray(_scaled(name, noise))
-    scales = {None: {}, "vssd": _VSSD_SCALES}[rule]
+    scales = {None: {}, "efficientvim": {}, "vssd": _VSSD_SCALES}[rule]
     return torch.from_numpy(value * next((scale for end, scale in scales.items() if name.endswith(end)), 1.0)).to(dtype)
 
 

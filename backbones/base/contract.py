@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -42,6 +43,11 @@ class Backbone(nn.Module):
     head_hidden_size: int
     grad_checkpointing: bool = False
     feature_info: list[dict[str, Any]]
+
+    @classmethod
+    def create(cls, arch: str, **kwargs: Any) -> Backbone:
+        """The family's model behind the registered name ``arch``; arguments as of ``timm.create_model``."""
+        return cast(Backbone, timm.create_model(arch, **kwargs))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades time for memory: blocks are computed again in backward instead of keeping their activations."""

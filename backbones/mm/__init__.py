@@ -1,12 +1,15 @@
 """The mmengine side of the library; importing it fills mmengine's root registries.
 
-They get a dense backbone for each of :data:`backbones.models.FAMILIES`, under its name (``Vim``, ..., ``VMamba``),
-``PlainMambaAdapter``, the neck ``SimpleFeaturePyramid``, the models ``ImageClassifier``, ``HardDistillation``,
-``SelfDistillation``, ``ImagePreprocessor`` and timm's losses, the dataset ``ImageFolder`` with ``collate_images``,
-``keep_worker_seed`` and ``RepeatedAugmentationSampler``, ``ClassificationMetric``, ``TimmOptimWrapperConstructor``,
-``BFloat16OptimWrapper``, the hooks ``ResumeHook``, ``FiniteLossHook``, ``ProgressHook``, ``ReportHook``,
-``CudaGraphsHook`` and ``SelfDistillationHook``, and the ``"atomic"`` storage backend; mmengine's
-``get_model_complexity_info`` counts the library's operators, too. Configs say
+They get a dense backbone for each of :data:`backbones.models.FAMILIES` and ``GUESTS``, under its name: ``Vim``,
+``LBVim``, ``VMamba``, ``MSVMamba``, ``EfficientVMamba``, ``GroupMamba``, ``SpatialMamba``, ``LocalVim``,
+``LocalVMamba``, ``PlainMamba``, ``VSSD``, ``Adventurer`` and ``EfficientViM``.
+
+They also get ``PlainMambaAdapter``, the necks ``SimpleFeaturePyramid`` and ``FinerFPN``, the models
+``ImageClassifier``, ``HardDistillation``, ``SelfDistillation``, ``ImagePreprocessor`` and timm's losses, the dataset
+``ImageFolder`` with ``collate_images``, ``keep_worker_seed`` and ``RepeatedAugmentationSampler``,
+``ClassificationMetric``, ``TimmOptimWrapperConstructor``, ``BFloat16OptimWrapper``, the hooks ``ResumeHook``,
+``FiniteLossHook``, ``ProgressHook``, ``ReportHook``, ``CudaGraphsHook`` and ``SelfDistillationHook``, and the
+``"atomic"`` storage backend; mmengine's ``get_model_complexity_info`` counts the library's operators, too. Configs say
 ``custom_imports=dict(imports=["backbones.mm"])``.
 """
 
@@ -23,7 +26,7 @@ from backbones.mm.errors import UserError
 from backbones.mm.models.classifier import ImageClassifier, ImagePreprocessor
 from backbones.mm.models.dense import DenseBackbone, PlainDenseBackbone
 from backbones.mm.models.distillation import HardDistillation, SelfDistillation, SelfDistillationHook
-from backbones.mm.models.necks import SimpleFeaturePyramid
+from backbones.mm.models.necks import FinerFPN, SimpleFeaturePyramid
 from backbones.mm.models.vit_adapter import PlainMambaAdapter
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
     "ClassificationMetric",
     "CudaGraphsHook",
     "DenseBackbone",
+    "FinerFPN",
     "FiniteLossHook",
     "HardDistillation",
     "ImageClassifier",

@@ -5,6 +5,7 @@ A family's class names its OpenMMLab backbone; the class's module names its page
 
 from backbones.base import Backbone
 from backbones.models.adventurer import Adventurer
+from backbones.models.efficientvim import EfficientViM
 from backbones.models.efficientvmamba import EfficientVMamba
 from backbones.models.groupmamba import GroupMamba
 from backbones.models.lbmamba import LBVim
@@ -32,10 +33,12 @@ FAMILIES: tuple[type[Backbone], ...] = (
     VSSD,
     Adventurer,
 )
+# Families that timm registers itself: here they have facts, a card and an OpenMMLab backbone.
+GUESTS: tuple[type[Backbone], ...] = (EfficientViM,)
 
-__all__ = ["FAMILIES", "family_names"]
+__all__ = ["FAMILIES", "GUESTS", "family_names"]
 
 
-def family_names() -> tuple[str, ...]:
-    """Names of the families' modules, zoo pages and cards, in their order."""
-    return tuple(family.__module__.rpartition(".")[2] for family in FAMILIES)
+def family_names(guests: bool = False) -> tuple[str, ...]:
+    """Names of the families' modules, zoo pages and cards, in their order; on request those of ``GUESTS``, too."""
+    return tuple(family.__module__.rpartition(".")[2] for family in (*FAMILIES, *(GUESTS if guests else ())))

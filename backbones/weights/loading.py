@@ -151,10 +151,14 @@ def accept(model: Any, state_dict: MutableMapping[str, Any], prefix: str, metada
     """
     own = model.state_dict()
     given = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
-    foreign = {name: x for name, x in given.items() if name not in own and isinstance(x, Tensor)}
+    foreign = {
+        name: x
+        for name, x in given.items()
+        if isinstance(x, Tensor) and (name not in own or getattr(own[name], "shape", x.shape) != x.shape)
+    }
     converted = to_ours(foreign, model.key_rules)
-    if converted.keys() != foreign.keys():
-        if twice := sorted(converted.keys() & given.keys() & own.keys()):
+    if any(foreign.get(name) is not x for name, x in converted.items()) or len(converted) < len(foreign):
+        if twice := sorted(converted.keys() & (given.keys() - foreign.keys()) & own.keys()):
             raise CheckpointError(f"the weights hold these in two layouts: {enumerate_names(twice)}")
         for name in foreign:
             del state_dict[prefix + name]

@@ -68,6 +68,7 @@ _INPUT = {
 }
 _MODEL = {
     "parameters": int,
+    "size?": int,
     "weights?": _WEIGHTS,
     "reported?": _REPORTED,
     "first_conv?": str,
@@ -79,6 +80,7 @@ _FAMILY = {
     "summary": str,
     "paper": {"title": str, "authors": [str], "arxiv": str, "venue": str, "year": int},
     "repository": {"url": str, "commit": str},
+    "implementation?": str,
     "license": {"code": str, "weights": str},
     "input": _INPUT,
     "first_conv": str,
@@ -149,7 +151,7 @@ def default_cfgs(name: str) -> dict[str, Any]:
 def _cfg(family: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     source = family["input"]
     weights = facts.get("weights", {})
-    size = source["size"]
+    size = facts.get("size", source["size"])
     cfg = {
         "url": weights.get("url") or weights.get("page"),
         "hf_hub_id": weights.get("hf_hub_id"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from backbones.base import PlainBackbone
 from .facts import Facts, aliases, giga, millions, models, skeleton, twin, weights_link
 from .markdown import table
 
+_IMPLEMENTATION = "This is an\nindependent implementation, [`{file}`](../{file}); none of the original's code is in it."
 # The smallest model with published dense results, or just the smallest.
 _EXAMPLES = {"vmamba": "vmamba_tiny_s1l8", "msvmamba": "msvmamba_tiny"}
 
@@ -27,9 +29,10 @@ def card(family: str) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
     )
+    file = f"backbones/models/{family}.py"
     text = environment.get_template("card.md.j2").render(
         module=family,
-        family=facts,
+        family={"implementation": _IMPLEMENTATION.format(file=file), **facts},
         example=example,
         **_configs(facts["family"], example, entries[example].get("weights", {})),
         weights_sentence=_weights_sentence(entries),
@@ -64,11 +67,23 @@ def _configs(type_: str, example: str, weights: dict[str, str]) -> dict[str, Any
     if not isinstance(model, PlainBackbone):
         backbone = backbone.format("")
         channels = [info["num_chs"] for info in model.feature_info]
+        # Detectors want strides from 4 on.
+        finer = round(math.log2(model.feature_info[0]["reduction"] / 4))
+        neck = (
+            f'dict(type="FinerFPN", in_channels={channels}, finer={finer})'
+            if finer
+            else f"dict(in_channels={channels})"
+        )
+        indices = "" if len(channels) == 4 else f", in_index={list(range(len(channels)))}"
         return {
             "detection_base": "Mask R-CNN with a feature pyramid",
-            "detection": {"backbone": backbone, "neck": f"dict(in_channels={channels})"},
+            "detection": {"backbone": backbone, "neck": neck},
             "segmentation_base": "UPerNet",
-            "segmentation": {"backbone": backbone, "neck": None, "decode_head": f"dict(in_channels={channels})"},
+            "segmentation": {
+                "backbone": backbone,
+                "neck": None,
+                "decode_head": f"dict(in_channels={channels}{indices})",
+            },
         }
     width, last = model.num_features, len(model.blocks) - 1
     single = backbone.format(f", out_indices=({last},), out_norm=False")

@@ -17,8 +17,8 @@ Facts = dict[str, Any]
 
 
 def families() -> tuple[str, ...]:
-    """Names of the zoo's files: plain models first, then by age."""
-    return family_names()
+    """Names of the zoo's files: plain models first, then by age, and timm's own last."""
+    return family_names(guests=True)
 
 
 def models(family: str) -> Iterator[tuple[str, Facts]]:

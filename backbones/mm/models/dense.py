@@ -18,7 +18,7 @@ from backbones.base import Backbone, PlainBackbone
 from backbones.layers.constructor import Constructor
 from backbones.layers.norm import RMSNorm
 from backbones.mm.errors import UserError
-from backbones.models import FAMILIES
+from backbones.models import FAMILIES, GUESTS
 from backbones.suggest import did_you_mean
 from backbones.weights import CheckpointError, KeyRule, files, loading, rules, sources
 
@@ -30,12 +30,12 @@ class DenseBackbone(BaseModule):
 
     Args:
         arch: registered name, such as "vmamba_tiny_s1l8".
-        out_indices: stages (blocks of a plain model) whose outputs are returned, in this order.
+        out_indices: stages (blocks of a plain model) whose outputs are returned, in this order; None are all stages.
         drop_path_rate: stochastic depth of the last block.
         frozen_stages: -1 trains everything, 0 freezes the stem, i also the first i stages (blocks).
         norm_eval: keep batch norms in eval mode, with the statistics that they have.
         with_cp: compute blocks again in backward instead of keeping their activations.
-        out_norm: put a LayerNorm on every output; False returns the maps as they are.
+        out_norm: put a norm on every output, as the family's authors do; False returns the maps as they are.
         model_args: further arguments of ``timm.create_model``.
         init_cfg: ``dict(type="Pretrained", checkpoint=...)`` loads the weights of a classifier or of a
             backbone, in the official layout or in ours, when ``init_weights`` is called: see
@@ -53,7 +53,7 @@ class DenseBackbone(BaseModule):
     def __init__(
         self,
         arch: str,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         frozen_stages: int = -1,
         norm_eval: bool = False,
@@ -64,13 +64,15 @@ class DenseBackbone(BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         known = timm.list_models(module=self.family.__module__.rpartition(".")[2])
+        if not known:
+            raise UserError(f"arch: timm {timm.__version__} is too old to have a model of {type(self).__name__}")
         if arch not in known:
             raise UserError(f"arch: {arch!r} is no model of {type(self).__name__}{did_you_mean(arch, known)}")
         self.arch, self.frozen_stages, self.norm_eval = arch, frozen_stages, norm_eval
         self._model_args = {"drop_path_rate": drop_path_rate, **(model_args or {})}
-        self.model = cast(Any, timm.create_model(arch, **self._model_args))
+        self.model = cast(Any, self.family.create(arch, **self._model_args))
         info = self.model.feature_info
-        self.out_indices = _checked_indices(out_indices, len(info))
+        self.out_indices = _checked_indices(range(len(info)) if out_indices is None else out_indices, len(info))
         if not isinstance(frozen_stages, Integral) or not -1 <= frozen_stages <= len(info):
             raise UserError(f"frozen_stages: got {frozen_stages}, expected a number within -1..{len(info)}")
         self.model.prune_intermediate_layers(list(self.out_indices), prune_norm=True)
@@ -129,7 +131,7 @@ class DenseBackbone(BaseModule):
             UserError: the published weights must be downloaded by hand, or there are none.
         """
         file = fetch_weights(path, self.arch)
-        whole = cast(Any, timm.create_model(self.arch, device="meta", **self._model_args))
+        whole = cast(Any, self.family.create(self.arch, device="meta", **self._model_args))
         read = files.read(file, whole.weight_keys)
         inside = loading.inside_backbone(read)
         fitted = loading.fit(read.renamed(inside), self.model, whole.pretrained_cfg)
@@ -278,5 +280,5 @@ def _backbone_of(family: type[Backbone]) -> type[DenseBackbone]:
     return type(name, (base,), {"__module__": __name__, "__doc__": doc, "family": family})
 
 
-for _family in FAMILIES:
+for _family in (*FAMILIES, *GUESTS):
     globals()[_family.__name__] = MODELS.register_module(module=_backbone_of(_family))

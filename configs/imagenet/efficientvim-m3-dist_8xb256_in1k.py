@@ -1,0 +1,3 @@
+_base_ = "../_base_/imagenet_efficientvim-dist.py"
+
+model = dict(network=dict(name="efficientvim_m3_dist"))
