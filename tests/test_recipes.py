@@ -44,11 +44,12 @@ UNSTATED = {
 
 def facts_of(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """A model's family, what the zoo states about its training, and about its input."""
-    for family in family_names():
+    for family in family_names(guests=True):
         facts = zoo.load_family(family)
         model = facts["models"].get(facts.get("aliases", {}).get(name, name))
         if model is not None:
-            return family, {**facts["recipe"], **model.get("reported", {}).get("training", {})}, facts["input"]
+            recipe = {**facts["recipe"], **model.get("reported", {}).get("training", {})}
+            return family, recipe, {**facts["input"], "size": model.get("size", facts["input"]["size"])}
     raise AssertionError(name)
 
 
@@ -173,7 +174,10 @@ DROP_PATH = {
     **dict.fromkeys(("vim_tiny", "vim_small"), 0.1),
     **{"vmamba_tiny_s1l8": 0.2, "vmamba_tiny_s2l5": 0.2, "vmamba_small_s2l15": 0.3, "vmamba_base_s2l15": 0.6},
     **{"vssd_micro": 0.1, "vssd_tiny": 0.2, "vssd_small": 0.4},
+    "efficientvim_m4": None,
 }
+# Weights that detectors and segmentors start from, where not from those of the backbone's name.
+STARTS = {"efficientvim_m4": "published:efficientvim_m4.e450_in1k"}
 DROP_PATH_OF_SEGMENTORS = {
     "msvmamba_micro": 0.3,
     **dict.fromkeys(("vanilla_vmamba_tiny", "vanilla_vmamba_small", "vanilla_vmamba_base"), 0.3),
@@ -187,6 +191,8 @@ OPTIMIZATION = {
     "mask-rcnn_localvim-tiny": VITDET,
     "mask-rcnn_localvim-small": (1e-4, 0.05, 1, 8, 35, None),
     **{f"retinanet_plainmamba-l{i}": (1e-4, 0.05, 2, 16, 35, None) for i in (1, 2, 3)},
+    **dict.fromkeys(("mask-rcnn_efficientvim-m4", "retinanet_efficientvim-m4"), (2e-4, 0.05, 16, 16, None, None)),
+    "semantic-fpn_efficientvim-m4": (2e-4, 1e-4, 4, 32, None, None),
     "upernet_vim-tiny": (2e-4, 0.1, 8, 32, None, None),
     "upernet_vim-small": (1e-4, 0.05, 8, 32, None, None),
 }
@@ -197,6 +203,7 @@ SCHEDULES = {
     "100e": (184375, 5000, 250, 1e-3, [163889, 177546]),
     "160k": (160000, 16000, 1500, 1e-6, None),
     "60k": (60000, 6000, 1500, 1e-6, None),
+    "40k": (40000, 4000, 0, None, None),
 }
 
 
@@ -209,7 +216,7 @@ def test_dense_recipes(name: str) -> None:
     assert backbone.arch.replace("_", "-") == arch
     rates = DROP_PATH | (DROP_PATH_OF_SEGMENTORS if task == "ade20k" else {})
     assert backbone.get("drop_path_rate") == rates[backbone.arch]
-    assert backbone.init_cfg == {"type": "Pretrained", "checkpoint": "published"}
+    assert backbone.init_cfg == {"type": "Pretrained", "checkpoint": STARTS.get(backbone.arch, "published")}
 
     optimizer, wrapper = config.optim_wrapper.optimizer, config.optim_wrapper
     assert (optimizer.type, optimizer.betas) == ("AdamW", (0.9, 0.999))
@@ -225,7 +232,7 @@ def test_dense_recipes(name: str) -> None:
 
     key = next(part for word in rest for part in word.split("-") if part in SCHEDULES)
     length, interval, warmup_end, factor, steps = SCHEDULES[key]
-    if arch.startswith("plainmamba") and task == "coco":
+    if arch.startswith(("plainmamba", "efficientvim-")) and task == "coco":
         warmup_end = 500
     by_epoch = key in ("1x", "3x")
     assert config.train_cfg.type == f"{'Epoch' if by_epoch else 'Iter'}BasedTrainLoop"
@@ -234,12 +241,14 @@ def test_dense_recipes(name: str) -> None:
     checkpoint = config.default_hooks.checkpoint
     assert (checkpoint.get("by_epoch", True), checkpoint.interval) == (by_epoch, interval)
     warmup = {"type": "LinearLR", "start_factor": factor, "by_epoch": False, "begin": 0, "end": warmup_end}
-    if steps is None:
+    if key == "40k":
+        after = {"type": "PolyLR", "power": 0.9, "eta_min": 1e-6, "by_epoch": False, "begin": 0, "end": length}
+    elif steps is None:
         after = {"type": "PolyLR", "power": 1.0, "eta_min": 0.0, "by_epoch": False, "begin": warmup_end, "end": length}
     else:
         after = {"type": "MultiStepLR", "begin": 0, "end": length, "milestones": steps, "gamma": 0.1}
         after["by_epoch"] = by_epoch
-    assert config.param_scheduler == [warmup, after]
+    assert config.param_scheduler == ([warmup, after] if warmup_end else [after])
 
     facts = facts_of(backbone.arch)[2]
     preprocessor = config.model.data_preprocessor
@@ -330,6 +339,11 @@ SECOND_SOURCES = {
             "decode_head.num_classes": 150,
             "auxiliary_head.num_classes": 150,
         },
+    ),
+    "models/semantic-fpn": (
+        "mmseg",
+        "_base_/models/fpn_r50",
+        {"data_preprocessor.size.0": 512, "data_preprocessor.size.1": 512, "decode_head.num_classes": 150},
     ),
     "datasets/coco": ("mmdet", "_base_/datasets/coco_instance", {}),
     "datasets/coco_ms-crop": ("mmdet", "swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco", {}),

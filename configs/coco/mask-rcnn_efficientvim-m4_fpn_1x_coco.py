@@ -11,6 +11,8 @@ model = dict(
     neck=dict(type="FinerFPN", in_channels=[224, 320, 512], finer=2),
 )
 
+train_dataloader = dict(batch_size=16)
+
 # All that is no vector of the mixers decays, as in the authors' detectors.
 optim_wrapper = dict(optimizer=dict(lr=2e-4), paramwise_cfg=dict(norm_decay_mult=1.0, bias_decay_mult=1.0))
 param_scheduler = [

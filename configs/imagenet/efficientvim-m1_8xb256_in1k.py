@@ -1,3 +1,3 @@
 _base_ = "../_base_/imagenet_efficientvim.py"
 
-model = dict(network=dict(name="efficientvim_m1"))
+model = dict(network=dict(name="efficientvim_m1"), weight=1.0)
