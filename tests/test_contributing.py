@@ -11,7 +11,8 @@ import backbones.mm
 from backbones import zoo
 from backbones.base import Backbone
 from backbones.models import FAMILIES, GUESTS, family_names
-from tests.test_models import PROMISED, SMALLEST
+from tests.small_models import SMALLEST
+from tests.test_models import PROMISED
 from tools.parity import MODELS, RECORDED
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +65,7 @@ def test_key_rules_and_recordings(module: str) -> None:
     if family in GUESTS:  # timm tests its own contract
         return
     assert set(names) <= set(PROMISED), step(5, module, "its names in PROMISED of tests/test_models.py")
-    assert set(names) & set(SMALLEST), step(5, module, "its smallest model in SMALLEST of tests/test_models.py")
+    assert set(names) & set(SMALLEST), step(5, module, "its smallest model in SMALLEST of tests/small_models.py")
 
 
 def test_configs_and_card(module: str) -> None:

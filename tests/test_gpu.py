@@ -7,7 +7,8 @@ import timm
 import torch
 
 import backbones
-from tests.test_models import NAMES, SMALLEST, create, create_shallow, images, total
+from tests.small_models import SMALLEST, create, create_shallow, images, total
+from tests.test_models import NAMES
 from tests.tolerances import GPU, GPU_AUTOCAST, GROUPMAMBA_GPU_AUTOCAST
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -8,11 +8,11 @@ from torch import nn
 
 import backbones
 from backbones.mm import CudaGraphsHook, UserError
-from tests.test_models import create_shallow, images
+from tests.small_models import create_small, images
 
 
 def test_a_model_on_a_cpu_is_refused() -> None:
-    model = create_shallow("vim_tiny")
+    model = create_small("vim_tiny")
     with pytest.raises(ValueError, match="model, example: got tensors on cpu, expected cuda alone"):
         backbones.cuda_graphs(model)
     with pytest.raises(ValueError, match="got tensors on cpu, meta"):

@@ -14,30 +14,10 @@ from backbones.layers.rotary import RotaryEmbedding
 from backbones.models import family_names
 from backbones.models.adventurer import Mamba2Mixer
 from backbones.patterns import ATROUS, HILBERT, REVERSE, SNAKE, ScanPattern
+from tests.small_models import SMALLEST, blocks_of, create, create_small, images, is_plain, total
 from tests.tolerances import AUTOCAST, SAME_FUNCTION
 
 NAMES = sorted(name for module in family_names() for name in timm.list_models(module=module))
-PLAIN = ("vim", "lbvim", "localvim", "plainmamba", "adventurer")
-# One of every generation of every family, for what does not depend on the size; and how to make it shallow.
-SMALLEST = {
-    "vim_tiny": {"depth": 4},
-    "lbvim_tiny": {"depth": 4},
-    "lbvim_528": {"depth": 2},
-    "vanilla_vmamba_tiny": {"depths": (1, 1, 2, 1)},
-    "vmamba_tiny_s1l8": {"depths": (1, 1, 2, 1)},
-    "msvmamba_nano": {"depths": (1, 1, 2, 1)},
-    "msvmambav3_tiny": {"depths": (1, 1, 2, 1)},
-    "efficientvmamba_tiny": {"depths": (1, 1, 2, 1)},
-    "groupmamba_tiny": {"depths": (1, 1, 2, 1)},
-    "spatialmamba_tiny": {"depths": (1, 1, 2, 1)},
-    "vssd_micro": {"depths": (1, 1, 2, 1)},
-    "localvim_tiny": {"depth": 2},
-    "localvim_tiny_midcls": {"depth": 2},
-    "localvmamba_tiny": {"depths": (1, 1, 2, 1)},
-    "adventurer_tiny": {"depth": 4},
-    "plainmamba_l1": {"depth": 2},
-    "plainmamba_l2": {"depth": 2},
-}
 PROMISED = [
     "vim_tiny",
     "vim_small",
@@ -97,23 +77,9 @@ PROMISED = [
 ]
 
 
-def is_plain(name: str) -> bool:
-    return name.startswith(PLAIN)
-
-
-def create(name: str, **kwargs: object) -> nn.Module:
-    """A model for 64 x 64 pixels, on 10 classes."""
-    size = {"img_size": 64} if is_plain(name) else {}
-    return timm.create_model(name, **{"num_classes": 10, **size, **kwargs})
-
-
-def create_shallow(name: str, **kwargs: object) -> nn.Module:
-    return create(name, **SMALLEST[name], **kwargs)
-
-
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=[x if x in SMALLEST else pytest.param(x, marks=pytest.mark.slow) for x in NAMES])
 def model(request: pytest.FixtureRequest) -> nn.Module:
-    """Every registered model, in eval mode; tests leave it as it is."""
+    """Every registered model as it is registered, in eval mode; tests leave it as it is."""
     torch.manual_seed(0)
     return create(request.param).eval()
 
@@ -126,18 +92,9 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def shallow(name: str) -> nn.Module:
-    """Few blocks of it, in eval mode; tests leave it as it is."""
+    """It, narrow and shallow, in eval mode; tests leave it as it is."""
     torch.manual_seed(0)
-    return create_shallow(name).eval()
-
-
-def images(*shape: int) -> Tensor:
-    return torch.randn(shape or (2, 3, 64, 64), generator=torch.Generator().manual_seed(0))
-
-
-def total(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """A number that depends on every output; training mode may return one for each of two heads."""
-    return sum(x.square().mean() for x in (outputs if isinstance(outputs, tuple) else (outputs,)))
+    return create_small(name).eval()
 
 
 def test_the_promised_names_are_registered() -> None:
@@ -222,14 +179,14 @@ def test_each_order_may_project_only_what_it_visits(size: tuple[int, int]) -> No
 
 
 def test_every_parameter_gets_a_gradient(name: str) -> None:
-    model = create_shallow(name).train()
+    model = create_small(name).train()
     total(model(images())).backward()
     broken = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert broken == []
 
 
 def test_gradient_checkpointing_changes_nothing(name: str) -> None:
-    model = create_shallow(name, drop_path_rate=0.2).train()
+    model = create_small(name, drop_path_rate=0.2).train()
     results = []
     for enable in (False, True):
         model.zero_grad()
@@ -258,19 +215,19 @@ def test_classifier_can_be_replaced_and_removed(shallow: nn.Module) -> None:
 
 @torch.no_grad()
 def test_built_without_classifier_and_pooling(name: str) -> None:
-    model = create_shallow(name, num_classes=0, global_pool="").eval()
+    model = create_small(name, num_classes=0, global_pool="").eval()
     assert model(images()).shape == model.forward_features(images()).shape
 
 
 @torch.no_grad()
 def test_grey_images(name: str) -> None:
-    assert create_shallow(name, in_chans=1).eval()(images(1, 1, 64, 64)).shape == (1, 10)
+    assert create_small(name, in_chans=1).eval()(images(1, 1, 64, 64)).shape == (1, 10)
 
 
 @torch.no_grad()
 def test_features_only(name: str) -> None:
-    model = create_shallow(name, features_only=True, out_indices=[0, 1]).eval()
-    whole = create_shallow(name).eval()
+    model = create_small(name, features_only=True, out_indices=[0, 1]).eval()
+    whole = create_small(name).eval()
     whole.load_state_dict({**whole.state_dict(), **model.model.state_dict()})
     expected = whole.forward_intermediates(images(), indices=[0, 1], intermediates_only=True)
     for found, wanted, channels in zip(model(images()), expected, model.feature_info.channels(), strict=True):
@@ -291,7 +248,7 @@ def test_pruning_keeps_what_is_asked_for(shallow: nn.Module) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(64, 96), (57, 83), (33, 71)])
 def test_any_image_size(name: str, size: tuple[int, int]) -> None:
-    model = create_shallow(name, **({"dynamic_img_size": True} if is_plain(name) else {})).eval()
+    model = create_small(name, **({"dynamic_img_size": True} if is_plain(name) else {})).eval()
     assert model(images(1, 3, *size)).isfinite().all()
     maps = model.forward_intermediates(images(1, 3, *size), intermediates_only=True)
     assert all(x.isfinite().all() for x in maps)
@@ -302,7 +259,7 @@ def test_images_that_do_not_fit_are_named(name: str, shallow: nn.Module) -> None
         shallow(images(1, 3, 31, 64))
     if is_plain(name):
         with pytest.raises(ValueError, match="expected at least one patch of 16"):
-            create_shallow(name, dynamic_img_size=True, dynamic_img_pad=False)(images(1, 3, 64, 15))
+            create_small(name, dynamic_img_size=True, dynamic_img_pad=False)(images(1, 3, 64, 15))
 
 
 @torch.no_grad()
@@ -318,8 +275,8 @@ def test_autocast(shallow: nn.Module, dtype: torch.dtype) -> None:
 
 
 def test_device_and_dtype_of_construction(name: str) -> None:
-    assert {p.device.type for p in create_shallow(name, device="meta").parameters()} == {"meta"}
-    assert {p.dtype for p in create_shallow(name, dtype=torch.float64).parameters()} == {torch.float64}
+    assert {p.device.type for p in create_small(name, device="meta").parameters()} == {"meta"}
+    assert {p.dtype for p in create_small(name, dtype=torch.float64).parameters()} == {torch.float64}
 
 
 @torch.no_grad()
@@ -331,11 +288,11 @@ def test_double_precision_agrees(shallow: nn.Module) -> None:
 
 def test_typos_raise(name: str) -> None:
     with pytest.raises(TypeError, match="drop_path_rat"):
-        create_shallow(name, drop_path_rat=0.1)
+        create_small(name, drop_path_rat=0.1)
 
 
 def test_stochastic_depth_grows_linearly(name: str) -> None:
-    model = create_shallow(name, drop_path_rate=0.5)
+    model = create_small(name, drop_path_rate=0.5)
     rates = [m.drop_prob for m in model.modules() if isinstance(m, timm.layers.DropPath)]
     assert rates == sorted(rates)
     assert rates[-1] == pytest.approx(0.5)
@@ -355,59 +312,84 @@ def test_another_pattern_changes_the_function_but_not_the_parameters(name: str, 
     orders = max(counts, default=0)
     if not orders:  # a model without scans has no such argument
         with pytest.raises(TypeError, match="unexpected keyword argument 'pattern'"):
-            create_shallow(name, pattern=REVERSE)
+            create_small(name, pattern=REVERSE)
         return
     for pattern in (REVERSE, SNAKE, HILBERT):
         own = pattern == SNAKE and name.startswith("plainmamba")
         if pattern.num_orders == orders and name != "spatialmamba_tiny" and not own:
-            assert difference(shallow, create_shallow(name, pattern=pattern)) > 1e-8
+            assert difference(shallow, create_small(name, pattern=pattern)) > 1e-8
     odd = ScanPattern("odd", 7, lambda grid: grid.flatten().expand(7, -1))
     with pytest.raises(ValueError, match="pattern: got 'odd' with 7 orders, expected"):
-        create_shallow(name, pattern=odd)
+        create_small(name, pattern=odd)
 
 
 @torch.no_grad()
 def test_a_local_window_changes_the_function(name: str, shallow: nn.Module) -> None:
     if not any(isinstance(m, SelectiveSSM | Mamba2Mixer) for m in shallow.modules()):
         with pytest.raises(TypeError, match="unexpected keyword argument 'local_window'"):
-            create_shallow(name, local_window=3)
+            create_small(name, local_window=3)
         return
-    assert difference(shallow, create_shallow(name, local_window=3)) > 1e-8
+    assert difference(shallow, create_small(name, local_window=3)) > 1e-8
+
+
+# Tracing takes seconds a block, so one of every family is traced with as few as there are kinds.
+ONE_OF_EACH = [
+    pytest.param(x, marks=pytest.mark.slow)
+    if x in ("lbvim_528", "vanilla_vmamba_tiny", "msvmambav3_tiny", "localvim_tiny_midcls", "plainmamba_l2")
+    else x
+    for x in SMALLEST
+]
+
+
+def create_minimal(name: str, **kwargs: object) -> nn.Module:
+    """A narrow model with every kind of block once, in eval mode."""
+    torch.compiler.reset()  # one process compiles a forward at most 8 times anew, and all models share one
+    if name.startswith("adventurer"):
+        return create_small(name, depth=2, flip_layers=(1,), **kwargs).eval()
+    depth = {"depth": 2 if name.startswith("lbvim") else 1} if is_plain(name) else {"depths": (1, 1, 1, 1)}
+    return create_small(name, **depth, **kwargs).eval()
 
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_compiles_whole(shallow: nn.Module) -> None:
-    compiled = torch.compile(shallow, fullgraph=True)(images())
-    torch.testing.assert_close(compiled, shallow(images()), rtol=SAME_FUNCTION, atol=SAME_FUNCTION)
+@pytest.mark.parametrize("name", SMALLEST)
+def test_compiles_whole(name: str) -> None:
+    model = create_minimal(name)
+    compiled = torch.compile(model, fullgraph=True)(images())
+    torch.testing.assert_close(compiled, model(images()), rtol=SAME_FUNCTION, atol=SAME_FUNCTION)
 
 
 @torch.no_grad()
-def test_traces_whole(shallow: nn.Module) -> None:
-    torch.compiler.reset()  # one process compiles a forward at most 8 times anew, and all models share one
-    compiled = torch.compile(shallow, fullgraph=True, backend="aot_eager")(images())
-    torch.testing.assert_close(compiled, shallow(images()), rtol=SAME_FUNCTION, atol=SAME_FUNCTION)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_traces_whole(name: str) -> None:
+    model = create_minimal(name)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images())
+    torch.testing.assert_close(compiled, model(images()), rtol=SAME_FUNCTION, atol=SAME_FUNCTION)
 
 
 @torch.no_grad()
-def test_exports_with_a_dynamic_batch(shallow: nn.Module) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALLEST)
+def test_exports_with_a_dynamic_batch(name: str) -> None:
+    model = create_minimal(name)
     batch = torch.export.Dim("batch", min=2, max=64)
-    exported = torch.export.export(shallow, (images(),), dynamic_shapes=({0: batch},)).module()
+    exported = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},)).module()
     three = images(3, 3, 64, 64)
-    torch.testing.assert_close(exported(three), shallow(three), rtol=SAME_FUNCTION, atol=SAME_FUNCTION)
+    torch.testing.assert_close(exported(three), model(three), rtol=SAME_FUNCTION, atol=SAME_FUNCTION)
 
 
 @torch.no_grad()
-def test_exports_with_dynamic_sides(name: str) -> None:
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_exports_with_a_dynamic_batch_and_dynamic_sides(name: str) -> None:
     options = {"dynamic_img_size": True} if is_plain(name) else {}
     if name.startswith("lbvim"):
         options["local_window"] = 8  # left to itself it depends on the number of tokens
-    model = create_shallow(name, **options).eval()
+    model = create_minimal(name, **options)
     # From 160 pixels on no stage is one cell wide, a size that tracing treats as a case of its own.
     height, width = (32 * torch.export.Dim(side, min=5, max=9) for side in ("rows", "columns"))
-    example = images(2, 3, 192, 160)
-    exported = torch.export.export(model, (example,), dynamic_shapes=({2: height, 3: width},)).module()
-    wide = images(2, 3, 160, 256)
+    shapes = {0: torch.export.Dim("batch", min=2, max=64), 2: height, 3: width}
+    exported = torch.export.export(model, (images(2, 3, 192, 160),), dynamic_shapes=(shapes,)).module()
+    wide = images(3, 3, 160, 256)
     torch.testing.assert_close(exported(wide), model(wide), rtol=SAME_FUNCTION, atol=SAME_FUNCTION)
 
 
@@ -490,8 +472,8 @@ def test_hooks_fire_on_every_module(name: str, shallow: nn.Module) -> None:
 
 @torch.no_grad()
 def test_feature_hooks_give_the_getters_maps(name: str) -> None:
-    hooked = create_shallow(name, features_only=True, out_indices=[0, 1], feature_cls="hook").eval()
-    getter = create_shallow(name, features_only=True, out_indices=[0, 1]).eval()
+    hooked = create_small(name, features_only=True, out_indices=[0, 1], feature_cls="hook").eval()
+    getter = create_small(name, features_only=True, out_indices=[0, 1]).eval()
     given = {key.removeprefix("body."): x for key, x in hooked.state_dict().items()}
     getter.model.load_state_dict({key: given[key] for key in getter.model.state_dict()})
     for found, wanted in zip(hooked(images()), getter(images()), strict=True):
@@ -501,9 +483,9 @@ def test_feature_hooks_give_the_getters_maps(name: str) -> None:
 
 
 def test_checkpointing_computes_blocks_again(name: str) -> None:
-    model = create_shallow(name).train()
+    model = create_small(name).train()
     calls: list[nn.Module] = []
-    blocks = model.blocks if is_plain(name) else [block for stage in model.stages for block in stage.blocks]
+    blocks = blocks_of(model)
     for block in blocks:
         block.register_forward_pre_hook(lambda module, args: calls.append(module))
     for enable, times in ((False, 1), (True, 2)):
@@ -515,7 +497,7 @@ def test_checkpointing_computes_blocks_again(name: str) -> None:
 
 def test_training_gives_one_tensor(name: str) -> None:
     """timm's convention: only set_distilled_training(True) makes a second classifier's logits visible."""
-    model = create_shallow(name).train()
+    model = create_small(name).train()
     assert model(images()).shape == (2, 10)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training()
@@ -540,7 +522,7 @@ def test_scripting_names_the_way_out(shallow: nn.Module) -> None:
 
 
 def test_pool_size_is_that_of_the_last_map(name: str) -> None:
-    model = create_shallow(name, device="meta", **({"img_size": 224} if is_plain(name) else {}))
+    model = create_small(name, device="meta", **({"img_size": 224} if is_plain(name) else {}))
     size = model.default_cfg["pool_size"]
     assert model.default_cfg["input_size"] == (3, 224, 224)
     if is_plain(name):
@@ -569,7 +551,7 @@ def test_timms_tracing_forward(shallow: nn.Module) -> None:
 
 
 def test_timms_tracing_backward(name: str) -> None:
-    model = create_shallow(name).train()
+    model = create_small(name).train()
     graph = traced(model)
     results = []
     for either in (graph, model):
@@ -602,14 +584,14 @@ def test_torchvisions_feature_extractor_needs_no_lists(shallow: nn.Module) -> No
 
 
 def test_tracing_takes_one_image_size_of_a_plain_model() -> None:
-    model = create_shallow("vim_tiny", dynamic_img_size=True)
+    model = create_small("vim_tiny", dynamic_img_size=True)
     with pytest.raises(ValueError, match="dynamic_img_size: got True"):
         torch.fx.symbolic_trace(model)
 
 
 def test_naive_reaches_every_operator(name: str) -> None:
     """Kernels refuse second derivatives; on naive, a product with the Hessian is what differences of gradients give."""
-    model = create_shallow(name, scan_backend="naive").eval().double()
+    model = create_small(name, scan_backend="naive").eval().double()
     x, direction = images(1, 3, 64, 64).double(), torch.randn(1, 3, 64, 64, dtype=torch.float64)
 
     def gradient(x: Tensor, create_graph: bool = False) -> Tensor:

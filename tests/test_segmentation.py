@@ -19,7 +19,7 @@ from backbones.segmentation import UNetDecoder
 from backbones.segmentation.decoder import fitted
 from backbones.weights import CheckpointError
 from tests import tolerances
-from tests.test_models import SMALLEST
+from tests.small_models import SMALLEST
 from tools import recordings
 from tools.parity import UNETS, official_file, relative
 
