@@ -144,6 +144,8 @@ class HierarchicalBackbone(Backbone):
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool)
         if isinstance(self.head.fc, nn.Linear):
+            like = next(self.stem.parameters())  # a head without classifier does not know
+            self.head.fc.to(device=like.device, dtype=like.dtype)
             nn.init.normal_(self.head.fc.weight, std=0.02)
             nn.init.zeros_(self.head.fc.bias)
 

@@ -61,6 +61,7 @@ class PlainBackbone(Backbone):
     feature_indices: ClassVar[int | tuple[int, ...]] = 3
     no_decay: ClassVar[tuple[str, ...]] = ("pos_embed", "cls_token")
     head_modules = ("norm", "attn_pool")
+    head_std: ClassVar[float] = 0.02  # of the weights of a fresh classifier
     dense_tap: ClassVar[str] = "branch"  # what the authors' dense models return, see PlainDenseBackbone
     dense_rules: ClassVar[Sequence[KeyRule]] = (
         KeyRule("outnorm_{}.{}", "out_norms.{}.{}"),
@@ -182,7 +183,7 @@ class PlainBackbone(Backbone):
         like: dict[str, Any] = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
         self.head = nn.Linear(self.embed_dim, num_classes, **like) if num_classes > 0 else nn.Identity()
         if isinstance(self.head, nn.Linear):
-            trunc_normal_(self.head.weight, std=0.02)
+            trunc_normal_(self.head.weight, std=self.head_std)
             nn.init.zeros_(self.head.bias)
 
     def adapt_state_dict(self, weights: Weights, img_size: tuple[int, int] | None = None) -> Weights:

@@ -167,6 +167,7 @@ class PlainMamba(PlainBackbone):
 
     dense_tap = "stream"
     dense_norm = _output_norm
+    head_std = 0.01
     dense_rules = (KeyRule("norm_layer{}.{}", "out_norms.{}.{}"),)
     key_rules = (
         *_rules("backbone."),
@@ -195,8 +196,6 @@ class PlainMamba(PlainBackbone):
                 trunc_normal_(weight, std=0.02)
             for bias in (mixer.in_proj.bias, mixer.out_proj.bias, mixer.ssm.dt_proj_bias):
                 bias.zero_()
-        if isinstance(self.head, nn.Linear):
-            nn.init.normal_(self.head.weight, std=0.01)
 
 
 def _create_plainmamba(
