@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 from timm.data import create_transform
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
 from mmengine.config import Config
+from mmengine.registry import MODELS
 
+import backbones.mm  # noqa: F401  (registers the classifier)
 from backbones import zoo
 from backbones.models import family_names
 
@@ -27,11 +31,15 @@ DENSE = sorted(f"{path.parent.name}/{path.stem}" for task in ("coco", "ade20k") 
 NOT_IN_A_CONFIG = {"mixed_precision"}  # --amp of tools/train.py
 # The average is of no use where the published weights are the plain ones.
 NOT_AVERAGED = {"vim", "lbmamba"}, {"vanilla_vmamba_tiny"}
-# PlainMamba's RandAugment in timm's notation.
-AUGMENTATIONS = {"RandAugment, 2 of the increasing policies, level 9 of 10, std 0.5": "rand-m9-mstd0.5-inc1"}
+# In timm's notation.
+AUGMENTATIONS = {
+    "3-Augment": "3a",
+    "RandAugment, 2 of the increasing policies, level 9 of 10, std 0.5": "rand-m9-mstd0.5-inc1",
+}
 # Of the settings that a family's facts leave out.
 UNSTATED = {
     "betas": [0.9, 0.999],
+    "random_erasing": 0.25,
     "color_jitter": 0.4,
     "clip_grad": None,
     "cooldown_epochs": 0,
@@ -42,19 +50,25 @@ UNSTATED = {
 }
 
 
-def facts_of(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """A model's family, what the zoo states about its training, and about its input."""
+def facts_of(name: str, file: str = "") -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """A model's family, what the zoo states about its training, and about its input.
+
+    The name of a config tells the stage, "-stage1" the first, where there are several; without it the last is meant.
+    """
     for family in family_names(guests=True):
         facts = zoo.load_family(family)
         model = facts["models"].get(facts.get("aliases", {}).get(name, name))
         if model is not None:
             recipe = {**facts["recipe"], **model.get("reported", {}).get("training", {})}
-            return family, recipe, {**facts["input"], "size": model.get("size", facts["input"]["size"])}
+            number = file.partition("-stage")[2]
+            stage = dict(facts["stages"][int(number) - 1 if number else -1]) if "stages" in facts else {}
+            size = stage.pop("input_size", model.get("size", facts["input"]["size"]))
+            return family, recipe | stage, {**facts["input"], "size": size}
     raise AssertionError(name)
 
 
-def expected_recipe(name: str) -> dict[str, Any]:
-    family, recipe, _ = facts_of(name)
+def expected_recipe(name: str, file: str) -> dict[str, Any]:
+    family, recipe, _ = facts_of(name, file)
     expected = UNSTATED | {key: value for key, value in recipe.items() if key not in {"source", *NOT_IN_A_CONFIG}}
     expected["auto_augment"] = AUGMENTATIONS.get(expected["auto_augment"], expected["auto_augment"])
     if family in NOT_AVERAGED[0] or name in NOT_AVERAGED[1]:
@@ -129,11 +143,11 @@ def schedule_of(config: Config) -> dict[str, Any]:
 @pytest.mark.parametrize("name", IMAGENET)
 def test_a_recipe_is_the_one_that_the_zoo_states(name: str) -> None:
     config = Config.fromfile(ROOT / "imagenet" / f"{name}.py")
-    expected, found = expected_recipe(config.model.network.name), recipe_of(config)
+    expected, found = expected_recipe(config.model.network.name, name), recipe_of(config)
     numbers = {key: pytest.approx(x, rel=1e-9) if isinstance(x, float) else x for key, x in expected.items()}
     assert found == numbers
     arch, batch, data = name.split("_")
-    assert arch == config.model.network.name.replace("_", "-") and data == "in1k"
+    assert arch == config.model.network.name.replace("_", "-") and data.partition("-stage")[0] == "in1k"
     devices, images = map(int, batch.split("xb"))
     assert (images, devices * images) == (config.train_dataloader.batch_size, found["batch_size"])
 
@@ -141,7 +155,7 @@ def test_a_recipe_is_the_one_that_the_zoo_states(name: str) -> None:
 @pytest.mark.parametrize("name", IMAGENET)
 def test_images_are_prepared_as_the_zoo_states(name: str) -> None:
     config = Config.fromfile(ROOT / "imagenet" / f"{name}.py")
-    facts = facts_of(config.model.network.name)[2]
+    facts = facts_of(config.model.network.name, name)[2]
     defaults = {key: x.default for key, x in inspect.signature(create_transform).parameters.items()}
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         transform = {**defaults, **loader.dataset.transform}
@@ -382,3 +396,21 @@ def test_large_scale_jitter_agrees_with_mmdet() -> None:
     for loader in (ours.val_dataloader, ours.test_dataloader):
         assert loader.dataset.pipeline == ours.test_pipeline
     assert ours.test_pipeline[1] == {"type": "Resize", "scale": (1024, 1024), "keep_ratio": True}
+
+
+def test_a_stage_starts_from_the_one_before(tmp_path: Path) -> None:
+    """Adventurer's second stage takes weights for smaller images, and its 3-Augment is one that timm knows."""
+    first, second = (Config.fromfile(ROOT / f"imagenet/adventurer-base_8xb128_in1k-stage{i}.py") for i in (1, 2))
+    for config in (first, second):
+        config.model.network.update(name="adventurer_tiny", depth=1)
+    before = MODELS.build(first.model)
+    torch.save({"state_dict": before.state_dict()}, tmp_path / "epoch_300.pth")
+    assert second.model.init_cfg.checkpoint.endswith("/epoch_300.pth")
+    second.model.init_cfg.checkpoint = str(tmp_path / "epoch_300.pth")
+    after = MODELS.build(second.model)
+    after.init_weights()
+    assert torch.equal(after.network.head.weight, before.network.head.weight)
+    assert after.network.pos_embed.shape[1] == 14 * 14 + 1
+    assert torch.equal(after.network.pos_embed[:, -1], before.network.pos_embed[:, -1])  # the class token's
+    image = Image.new("RGB", (150, 130), (200, 30, 90))
+    assert create_transform(**first.train_dataloader.dataset.transform)(image).shape == (3, 128, 128)

@@ -43,6 +43,7 @@ _SETTINGS = {
     "self_distillation_weight?": float,
     "source": str,
 }
+_STAGE = {"input_size": int} | {field: kind for field, kind in _SETTINGS.items() if field != "source"}
 _DENSE = {"method": str, "schedule": str, "params_m?": _NUMBER, "gflops?": _NUMBER, "source": str, "weights?": str}
 _COCO = {
     **_DENSE,
@@ -91,6 +92,7 @@ _FAMILY = {
     "use": {"purpose": str, "limits": [str]},
     "notes": [str],
     "recipe": _SETTINGS,
+    "stages?": [_STAGE],
     "aliases?": dict,
     "models": dict,
 }

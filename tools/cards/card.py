@@ -52,6 +52,7 @@ def card(family: str) -> str:
         weight_notes=[(name, x["weights"]["notes"]) for name, x in entries.items() if "notes" in x.get("weights", {})],
         recipe=table(["setting", "value"], _settings(facts["recipe"])),
         recipes=_recipes(entries),
+        stages=_stages(facts.get("stages", [])),
         model_notes=[(name, note) for name, x in entries.items() for note in x.get("notes", ())],
         key=facts["family"].lower(),
     )
@@ -198,6 +199,12 @@ def _recipes(entries: dict[str, Facts]) -> str:
     for name, recipe in given.items():
         rows.append([f"`{name}`", *(_text(recipe[x]) if x in recipe else None for x in names), recipe["source"]])
     return table(["model", *(x.replace("_", " ") for x in names), "source"], rows) if rows else ""
+
+
+def _stages(stages: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for stage in stages for name in stage))
+    rows = [[i + 1, *(_text(stage[x]) if x in stage else None for x in names)] for i, stage in enumerate(stages)]
+    return table(["stage", *(x.replace("_", " ") for x in names)], rows) if rows else ""
 
 
 def _text(value: object) -> str:

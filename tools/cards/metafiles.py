@@ -64,7 +64,8 @@ def _entry(config: Path, known: dict[str, str]) -> dict[str, Any]:
 def _results(dataset: str, facts: Facts, method: str, tokens: list[str]) -> dict[str, Any] | None:
     reported = facts.get("reported", {})
     if dataset == "imagenet":
-        image = reported.get("imagenet", {})
+        # Only the last of several stages of training has the result.
+        image = {} if "-stage" in tokens[-1] else reported.get("imagenet", {})
         names = {"top1": "Top 1 Accuracy", "top5": "Top 5 Accuracy"}
         metrics = {label: image[field] for field, label in names.items() if field in image}
         task, title = "Image Classification", "ImageNet-1k"
