@@ -6,9 +6,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import backbones  # noqa: F401  (registers the models)
+from backbones.base import PlainBackbone
+from backbones.models import FAMILIES, family_names
 
-PLAIN = ("vim", "lbvim", "localvim", "plainmamba", "adventurer")
+PLAIN = [module for family, module in zip(FAMILIES, family_names(), strict=True) if issubclass(family, PlainBackbone)]
 _SHAPE: dict[str, Any] = {"dims": (16, 24, 40, 48), "depths": (1, 1, 2, 1)}
 # How to make the smallest of every generation narrow and shallow. 16 does not divide some of the widths, so that ranks
 # of step sizes are rounded up.
@@ -35,7 +36,7 @@ SMALLEST: dict[str, dict[str, Any]] = {
 
 def is_plain(name: str) -> bool:
     """Whether the model called ``name`` is a stack of blocks over tokens."""
-    return name.startswith(PLAIN)
+    return timm.models.is_model_in_modules(name, PLAIN)
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:

@@ -22,6 +22,7 @@ from backbones.ops import selective_scan
 from backbones.patterns import CROSS, MULTI_SCALE
 from backbones.weights.rules import to_official
 from tests.scripts import load_tool
+from tests.small_models import SMALLEST, create_small, is_plain
 
 # torch.export.load reads tensors from a buffer of the archive.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
@@ -60,7 +61,7 @@ def run_onnx(path: Path, *inputs: Tensor) -> list[Tensor]:
 
 
 def create(name: str, size: tuple[int, int], **arguments: object) -> nn.Module:
-    if name.startswith(("vim", "lbvim", "localvim", "plainmamba", "adventurer")):
+    if is_plain(name):
         arguments["img_size"] = size
     return timm.create_model(name, num_classes=10, scan_backend="naive", **arguments).eval()
 
@@ -82,6 +83,22 @@ def test_onnx_agrees_for_any_batch_size(name: str, tmp_path: Path) -> None:
         with torch.no_grad():
             expected = model(image)
         torch.testing.assert_close(run_onnx(path, image)[0], expected, rtol=0, atol=TOLERANCE)
+
+
+def test_every_generation_is_exported() -> None:
+    assert MODELS.keys() | {"plainmamba_l2"} == SMALLEST.keys()  # which is plainmamba_l1, but wider
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_plain_exports_name_the_way_out(name: str, dynamo: bool, tmp_path: Path) -> None:
+    model = create_small(name).eval()
+    with pytest.raises(
+        (ValueError, torch.onnx.errors.OnnxExporterError), match=r"tools/export\.py and backbones\.export"
+    ):
+        torch.onnx.export(model, (torch.zeros(2, 3, 64, 64),), tmp_path / "model.onnx", dynamo=dynamo, verbose=False)
+    assert not list(tmp_path.iterdir())
 
 
 class Scan(nn.Module):

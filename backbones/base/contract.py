@@ -24,6 +24,20 @@ def run_block(block: Callable[..., _Result], *args: Any, checkpointed: bool) -> 
     return block(*args)
 
 
+@torch.compiler.assume_constant_result  # asked directly, torch.compile and torch.export answer no
+def _in_onnx_export() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+def refuse_onnx_export() -> None:
+    """Raises a ValueError where ``torch.onnx.export`` itself runs a model, for it does not know our operators."""
+    if _in_onnx_export():
+        raise ValueError(
+            "torch.onnx.export does not know the operators of these models; tools/export.py and "
+            "backbones.export.export_onnx write ONNX files"
+        )
+
+
 class Backbone(nn.Module):
     """The part of timm's contract that does not depend on the shape of the features."""
 

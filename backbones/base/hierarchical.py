@@ -12,7 +12,7 @@ from timm.layers import ClassifierHead
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from backbones.base.contract import Backbone, run_block
+from backbones.base.contract import Backbone, refuse_onnx_export, run_block
 from backbones.layers.constructor import Constructor
 from backbones.layers.norm import LayerNorm
 
@@ -214,6 +214,7 @@ class HierarchicalBackbone(Backbone):
         return take
 
     def _stem(self, x: Tensor) -> Tensor:
+        refuse_onnx_export()
         return self.stem(_at_least(x, self.feature_info[-1]["reduction"]))
 
     def _entering(self, i: int, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from timm.layers import lecun_normal_, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from backbones.base.contract import Backbone, run_block
+from backbones.base.contract import Backbone, refuse_onnx_export, run_block
 from backbones.base.reduction import ReducedPass, TokenReduction, reduce_tokens
 from backbones.layers.constructor import Constructor
 from backbones.layers.norm import RMSNorm
@@ -353,6 +353,7 @@ class PlainBackbone(Backbone):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[Tensor, Tensor] | None]:
         """Tokens with position embedding and class token, the grid of the patches, and the tokens' rotary tables."""
+        refuse_onnx_export()
         grid, same = self.grid_size, True
         if self.dynamic_img_size:
             if isinstance(x, torch.fx.Proxy):
