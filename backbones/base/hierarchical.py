@@ -169,6 +169,7 @@ class HierarchicalBackbone(Backbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         tap: str = "output",
+        replace: Callable[[Tensor], Tensor] | None = None,
     ) -> Any:
         """Maps at the end of the stages of ``indices`` (the last n for a number, all for None), and the final features.
 
@@ -181,6 +182,7 @@ class HierarchicalBackbone(Backbone):
             output_fmt: "NCHW" or "NHWC".
             intermediates_only: return the list alone.
             tap: "output", or "input" for the maps that the stages read: the stem's, then those of the downsamplings.
+            replace: called with the stem's map (b, height, width, c), returns what the stages get in its place.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NHWC'")
@@ -189,6 +191,7 @@ class HierarchicalBackbone(Backbone):
         take, last = feature_take_indices(len(self.stages), indices)
         final = len(self.feature_info) - 1
         x = self._stem(x)
+        x = x if replace is None else replace(x)
         taken = []
         for i in range(last + 1 if stop_early else len(self.stages)):
             entering = self._entering(i, x)

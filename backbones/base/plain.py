@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -277,6 +277,7 @@ class PlainBackbone(Backbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         branch: bool = False,
+        replace: Callable[[Tensor], Tensor] | None = None,
     ) -> Any:
         """Features after the blocks of ``indices`` (the last n for a number, all for None), and the final features.
 
@@ -290,11 +291,13 @@ class PlainBackbone(Backbone):
             intermediates_only: return the list alone.
             branch: take what a block adds to the stream instead of the stream behind it, as the authors'
                 dense models do.
+            replace: called with the patch tokens (b, height, width, c), returns what the blocks get in their place;
+                positions and class token are added behind it.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'")
         take, last = feature_take_indices(len(self.blocks), indices)
-        x, grid, tables = self._embed(x)
+        x, grid, tables = self._embed(x, replace)
         reduced = self._reduced_pass(grid, tables)
         taken = []
         for i in range(last + 1 if stop_early else len(self.blocks)):
@@ -351,7 +354,9 @@ class PlainBackbone(Backbone):
         if height < smallest or width < smallest:
             raise ValueError(f"x: got an image of {height} x {width} pixels, expected at least one patch of {smallest}")
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[Tensor, Tensor] | None]:
+    def _embed(
+        self, x: Tensor, replace: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, tuple[int, int], tuple[Tensor, Tensor] | None]:
         """Tokens with position embedding and class token, the grid of the patches, and the tokens' rotary tables."""
         refuse_onnx_export()
         grid, same = self.grid_size, True
@@ -367,6 +372,7 @@ class PlainBackbone(Backbone):
             x = _of_size(x, *self.img_size)
         pos_embed = self.pos_embed if same else self._resample(self.pos_embed, self.grid_size, grid)
         x = self.patch_embed(x)
+        x = x if replace is None else replace(x.unflatten(1, grid)).flatten(1, 2)
         if self.cls_token is not None:
             x = self._insert_class_token(x, self.cls_token.expand(x.shape[0], -1, -1))
         return self.pos_drop(x + pos_embed), grid, self._rotary_tables(grid, same)

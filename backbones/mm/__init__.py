@@ -5,11 +5,12 @@ They get a dense backbone for each of :data:`backbones.models.FAMILIES` and ``GU
 ``LocalVMamba``, ``PlainMamba``, ``VSSD``, ``Adventurer`` and ``EfficientViM``.
 
 They also get ``PlainMambaAdapter``, the necks ``SimpleFeaturePyramid`` and ``FinerFPN``, the models
-``ImageClassifier``, ``HardDistillation``, ``SelfDistillation``, ``ImagePreprocessor`` and timm's losses, the dataset
-``ImageFolder`` with ``collate_images``, ``keep_worker_seed`` and ``RepeatedAugmentationSampler``,
-``ClassificationMetric``, ``TimmOptimWrapperConstructor``, ``BFloat16OptimWrapper``, the hooks ``ResumeHook``,
-``FiniteLossHook``, ``ProgressHook``, ``ReportHook``, ``CudaGraphsHook`` and ``SelfDistillationHook``, and the
-``"atomic"`` storage backend; mmengine's ``get_model_complexity_info`` counts the library's operators, too. Configs say
+``ImageClassifier``, ``HardDistillation``, ``SelfDistillation``, ``MaskedImageModelling``, ``ImagePreprocessor`` and
+timm's losses, the dataset ``ImageFolder`` with ``collate_images``, ``keep_worker_seed`` and
+``RepeatedAugmentationSampler``, ``ClassificationMetric``, ``TimmOptimWrapperConstructor``, ``BFloat16OptimWrapper``,
+the hooks ``ResumeHook``, ``FiniteLossHook``, ``ProgressHook``, ``ReportHook``, ``ReconstructionHook``,
+``CudaGraphsHook`` and ``SelfDistillationHook``, and the ``"atomic"`` storage backend; mmengine's
+``get_model_complexity_info`` counts the library's operators, too. Configs say
 ``custom_imports=dict(imports=["backbones.mm"])``.
 """
 
@@ -20,12 +21,14 @@ from backbones.mm.engine.graphs import CudaGraphsHook
 from backbones.mm.engine.hooks import FiniteLossHook, ProgressHook, ResumeHook
 from backbones.mm.engine.metrics import ClassificationMetric
 from backbones.mm.engine.optim import BFloat16OptimWrapper, TimmOptimWrapperConstructor
+from backbones.mm.engine.reconstruction import ReconstructionHook
 from backbones.mm.engine.report import ReportHook
 from backbones.mm.engine.runner import Runner
 from backbones.mm.errors import UserError
 from backbones.mm.models.classifier import ImageClassifier, ImagePreprocessor
 from backbones.mm.models.dense import DenseBackbone, PlainDenseBackbone
 from backbones.mm.models.distillation import HardDistillation, SelfDistillation, SelfDistillationHook
+from backbones.mm.models.masked import MaskedImageModelling
 from backbones.mm.models.necks import FinerFPN, SimpleFeaturePyramid
 from backbones.mm.models.vit_adapter import PlainMambaAdapter
 
@@ -41,9 +44,11 @@ __all__ = [
     "ImageClassifier",
     "ImageFolder",
     "ImagePreprocessor",
+    "MaskedImageModelling",
     "PlainDenseBackbone",
     "PlainMambaAdapter",
     "ProgressHook",
+    "ReconstructionHook",
     "RepeatedAugmentationSampler",
     "ReportHook",
     "ResumeHook",

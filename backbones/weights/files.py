@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import pickle
 import re
 import struct
@@ -17,11 +18,14 @@ from torch import Tensor
 
 from backbones.weights.rules import CheckpointError, StateDict, enumerate_names
 
+_logger = logging.getLogger(__name__)
+
 # Where files keep their weights, the first found wins. Averaged weights come last: the published accuracies
 # of the families that store both belong to the plain ones.
 WEIGHT_KEYS = ("model", "state_dict", "model_ema", "state_dict_ema", "ema_model")
 WRAPPERS = ("module.", "_orig_mod.")  # what PyTorch puts before the names of a wrapped model
-_CLASSIFIER = "network."  # our own ImageClassifier
+_CLASSIFIER = "network."  # our own ImageClassifier and MaskedImageModelling
+_PRETRAINING = "pretraining."  # what the latter trains beside the network, of no use to any model
 # What a download leaves behind that went wrong.
 _NO_WEIGHTS = {"a web page": b"<", "a pointer of Git LFS": b"version https://git-lfs"}
 # What PyTorch's reader raises on damaged bytes, found by damaging some.
@@ -100,9 +104,15 @@ def select(
         if entries:
             where = "" if key is None else f" under {key!r}"
             raise CheckpointError(f"{path}: expected names and tensors{where}, but {what}: {enumerate_names(entries)}")
+    grids = grids_of(content)
+    if _CLASSIFIER in wrappers:
+        beside = [name for name in content if name[len(_prefix(name, WRAPPERS)) :].startswith(_PRETRAINING)]
+        if beside and len(beside) < len(content):
+            _logger.info("%s: of pre-training alone, left out: %s", path, ", ".join(beside))
+            content = {name: x for name, x in content.items() if name not in beside}
     whole = {name: name.removeprefix(_prefix(name, wrappers)) for name in content}
     refuse_duplicates(whole, path)
-    grids = {whole[name]: grid for name, grid in grids_of(content).items() if name in whole}
+    grids = {whole[name]: grid for name, grid in grids.items() if name in whole}
     return Weights({whole[name]: x for name, x in content.items()}, grids)
 
 

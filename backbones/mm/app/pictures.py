@@ -1,4 +1,4 @@
-"""Pictures of what a detector or segmentor found, beside the ground truth."""
+"""Pictures of what a detector or segmentor found, or what was painted in masked cells, beside the ground truth."""
 
 from __future__ import annotations
 
@@ -52,6 +52,29 @@ def draw_predictions(path: Path, samples: Sequence[Any], classes: Sequence[str],
     if shown:
         handles = [Patch(color=colors(label), label=classes[label]) for label in sorted(shown)]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 12), frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def draw_reconstructions(path: Path, title: str, images: np.ndarray, masks: np.ndarray, rebuilt: np.ndarray) -> None:
+    """Draw each image three times: with its masked cells in grey, with what was painted there, and whole.
+
+    Args:
+        images: (n, height, width, channels), from 0 to 1.
+        masks: (n, rows, columns) bool, True for a masked cell.
+        rebuilt: as ``images``; shown in the masked cells alone.
+    """
+    count, height, width, _ = images.shape
+    cells = height // masks.shape[1], width // masks.shape[2]
+    hidden = masks.repeat(cells[0], axis=1).repeat(cells[1], axis=2)[..., None]
+    shown = [np.where(hidden, 0.5, images), np.where(hidden, rebuilt, images), images]
+    figure = Figure(figsize=(1.3 * count + 0.4, 3 * 1.35 * height / width + 0.5), layout="constrained")
+    axes = figure.subplots(3, count, squeeze=False)
+    for row, name, pictures in zip(axes, ("masked", "rebuilt", "original"), shown, strict=True):
+        for ax, picture in zip(row, pictures, strict=True):
+            ax.imshow(picture.clip(0, 1), cmap="gray", vmin=0, vmax=1)
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name, fontsize=10)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -35,6 +36,7 @@ class ImageFolder(BaseDataset):
         num_classes: how many class folders there must be, if given.
         skip_unreadable: log damaged images and leave them out of their batch, instead of stopping.
         image_mode: Pillow mode to which images are converted.
+        per_class: take the first images of each class alone, so many, to train with few labels.
 
     It follows mmengine's protocol, so that ``ClassBalancedDataset``, ``RepeatDataset`` and ``ConcatDataset`` wrap it.
     Items are ``dict(inputs=(channels, height, width) float tensor, targets=int)``, None for a skipped image.
@@ -51,7 +53,10 @@ class ImageFolder(BaseDataset):
         num_classes: int | None = None,
         skip_unreadable: bool = False,
         image_mode: str = "RGB",
+        per_class: int | None = None,
     ) -> None:
+        if per_class is not None and per_class < 1:
+            raise UserError(f"per_class: got {per_class}, expected at least 1 image of each class, or None for all")
         folder = Path(data_root, split)
         if not folder.is_dir():
             raise UserError(f"image folder {folder} does not exist")
@@ -64,12 +69,18 @@ class ImageFolder(BaseDataset):
             raise UserError(f"image folder {folder} has {len(classes)} classes, expected num_classes={num_classes}")
         self.transform = create_transform(**transform)
         self.skip_unreadable = skip_unreadable
-        self.image_mode = image_mode
+        self.image_mode, self.per_class = image_mode, per_class
         super().__init__(metainfo={"classes": tuple(classes)})
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        """Path and label of every image."""
-        return [{"img_path": str(path), "gt_label": int(label)} for path, label in self.reader.samples]
+        """Path and label of every image, or of the first of each class."""
+        seen: Counter[int] = Counter()
+        found = []
+        for path, label in self.reader.samples:
+            seen[label] += 1
+            if self.per_class is None or seen[label] <= self.per_class:
+                found.append({"img_path": str(path), "gt_label": int(label)})
+        return found
 
     def get_cat_ids(self, idx: int) -> list[int]:
         """The label of image ``idx``, in a list."""

@@ -21,6 +21,8 @@ from backbones.weights.loading import load_pretrained
 for _loss in (BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy):
     MODELS.register_module(module=_loss)
 
+_INIT = ("type", "checkpoint", "headless")
+
 
 def create_network(name: str, **kwargs: Any) -> nn.Module:
     """``timm.create_model`` that answers an unknown name with the nearest known ones.
@@ -73,7 +75,8 @@ class ImageClassifier(BaseModel):
         data_preprocessor: see :class:`ImagePreprocessor`; the number of classes is taken from the network.
         init_cfg: ``dict(type="Pretrained", checkpoint=...)`` loads weights for fine-tuning when ``init_weights`` is
             called, see :func:`backbones.mm.models.dense.fetch_weights`. A classifier for another number of classes
-            starts from random weights.
+            starts from random weights, and so does any with ``headless=True``, for files without one, as those of
+            pre-training.
 
     Raises:
         UserError: an unknown model name, or a loss that does not go with mixup.
@@ -112,9 +115,7 @@ class ImageClassifier(BaseModel):
             return
         if not isinstance(self.network, Backbone):
             raise UserError(f"init_cfg: {self.name} is not of this library, use network=dict(pretrained=True, ...)")
-        file = fetch_weights(self.init_cfg["checkpoint"], self.name)
-        cfg = cast(dict[str, Any], self.network.pretrained_cfg)
-        load_pretrained(self.network, {**cfg, "state_dict": None, "file": file}, self.name)
+        load_network(self.network, self.init_cfg, self.name)
 
     def forward(
         self, inputs: Tensor, targets: Any = None, mode: str = "tensor"
@@ -142,6 +143,20 @@ class ImageClassifier(BaseModel):
     def losses(self, outputs: Any, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Terms of the loss, which are added, from what the network made of ``inputs``."""
         return {"loss": self.criterion(mean_logits(outputs).float(), targets)}
+
+
+def load_network(network: Backbone, init_cfg: dict[str, Any], name: str) -> None:
+    """Loads the file that ``init_cfg`` names into a network; ``headless`` says that its head does not matter.
+
+    Raises:
+        CheckpointError: the weights do not fit the network; all that differ are named.
+        UserError: there is no such file, or ``init_cfg`` says something else.
+    """
+    if init_cfg.get("type") != "Pretrained" or not {"type", "checkpoint"} <= init_cfg.keys() <= {*_INIT}:
+        raise UserError(f"init_cfg: got {init_cfg}, expected dict(type='Pretrained', checkpoint=..., headless=False)")
+    file = fetch_weights(init_cfg["checkpoint"], name)
+    cfg = cast(dict[str, Any], cast(Any, network).pretrained_cfg)
+    load_pretrained(network, {**cfg, "state_dict": None, "file": file}, name, bool(init_cfg.get("headless")))
 
 
 def mean_logits(outputs: Any) -> Tensor:
