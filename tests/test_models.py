@@ -602,3 +602,17 @@ def test_naive_reaches_every_operator(name: str) -> None:
     step = 1e-8  # short, as activations have kinks
     expected = (gradient(x.detach() + step * direction) - gradient(x.detach() - step * direction)) / (2 * step)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", [None, "naive"])
+def test_no_images_give_an_empty_result(name: str, backend: str | None) -> None:
+    """As of timm's convolutional models: empty logits and maps, and gradients of zero."""
+    model, none = create_small(name, scan_backend=backend).eval(), torch.empty(0, 3, 64, 64)
+    features, maps = model.forward_intermediates(none)
+    assert features.shape == (0, *model.forward_features(images()[:1]).shape[1:])
+    whole = model.forward_intermediates(images()[:1], intermediates_only=True)
+    assert [x.shape for x in maps] == [(0, *x.shape[1:]) for x in whole]
+    logits = model.train()(none)
+    assert logits.shape == (0, 10)
+    logits.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

@@ -11,8 +11,8 @@ def per_order_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (b, l, k, i) times weight (k, o, i) gives (b, l, k, o) in the dtype of x, stored as (k, b, l, o): one small
     product for each order, without copies of the result.
     """
-    b, length, k, _ = x.shape
-    y = _PerOrderProduct.apply(x.permute(2, 0, 1, 3).reshape(k, b * length, -1), weight.to(x.dtype))
+    b, length, k, width = x.shape
+    y = _PerOrderProduct.apply(x.permute(2, 0, 1, 3).reshape(k, b * length, width), weight.to(x.dtype))
     return y.unflatten(1, (b, length)).permute(1, 2, 0, 3)
 
 
