@@ -18,10 +18,11 @@ DEMO_CONFIG := configs/digits/vim-tiny_digits.py
 DEMO_DIR    := work_dirs/vim-tiny_digits
 DET_DEMO    := mask-rcnn_vmamba-tiny-s1l8_fpn_digits
 SEG_DEMO    := upernet_efficientvmamba-tiny_digits
+UNET_DEMO   := unet_vmamba-tiny-s1l8_tissue
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-det demo-seg test test-all lint format type bench docs wheel clean
+.PHONY: help install demo demo-det demo-seg demo-unet test test-all lint format type bench docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +45,11 @@ demo-seg: $(INSTALLED) $(OPENMMLAB) ## train EfficientVMamba with UPerNet on dig
 	$(PY) tools/make_digits.py --task segmentation --out data/digits_ade
 	$(PY) tools/train.py configs/digits/$(SEG_DEMO).py --work-dir work_dirs/$(SEG_DEMO) --resume auto
 	$(PY) tools/test.py configs/digits/$(SEG_DEMO).py work_dirs/$(SEG_DEMO) --work-dir work_dirs/$(SEG_DEMO)
+
+demo-unet: $(INSTALLED) $(OPENMMLAB) ## train a U-Net on VMamba to find epithelium in tissue, test it, draw what it finds
+	$(PY) tools/make_tissue.py --out data/tissue
+	$(PY) tools/train.py configs/medical/$(UNET_DEMO).py --work-dir work_dirs/$(UNET_DEMO) --resume auto
+	$(PY) tools/test.py configs/medical/$(UNET_DEMO).py work_dirs/$(UNET_DEMO) --work-dir work_dirs/$(UNET_DEMO)
 
 test: $(INSTALLED) $(OPENMMLAB) ## run the tests that are not marked slow
 	$(PYTEST)

@@ -12,6 +12,9 @@ the hooks ``ResumeHook``, ``FiniteLossHook``, ``ProgressHook``, ``ReportHook``, 
 ``CudaGraphsHook`` and ``SelfDistillationHook``, and the ``"atomic"`` storage backend; mmengine's
 ``get_model_complexity_info`` counts the library's operators, too. Configs say
 ``custom_imports=dict(imports=["backbones.mm"])``.
+
+For U-Nets they get ``BinaryDiceLoss``, ``BatchDiceLoss`` and ``VolumeMetric``; what needs mmseg itself, ``UNetHead``
+among it, stands in :mod:`backbones.mm.segmentation`.
 """
 
 import backbones.mm.engine.complexity  # noqa: F401  (teaches mmengine's counters)
@@ -24,9 +27,11 @@ from backbones.mm.engine.optim import BFloat16OptimWrapper, TimmOptimWrapperCons
 from backbones.mm.engine.reconstruction import ReconstructionHook
 from backbones.mm.engine.report import ReportHook
 from backbones.mm.engine.runner import Runner
+from backbones.mm.engine.volumes import VolumeMetric
 from backbones.mm.errors import UserError
 from backbones.mm.models.classifier import ImageClassifier, ImagePreprocessor
 from backbones.mm.models.dense import DenseBackbone, PlainDenseBackbone
+from backbones.mm.models.dice import BatchDiceLoss, BinaryDiceLoss
 from backbones.mm.models.distillation import HardDistillation, SelfDistillation, SelfDistillationHook
 from backbones.mm.models.masked import MaskedImageModelling
 from backbones.mm.models.necks import FinerFPN, SimpleFeaturePyramid
@@ -35,6 +40,8 @@ from backbones.mm.models.vit_adapter import PlainMambaAdapter
 __all__ = [
     "AtomicBackend",
     "BFloat16OptimWrapper",
+    "BatchDiceLoss",
+    "BinaryDiceLoss",
     "ClassificationMetric",
     "CudaGraphsHook",
     "DenseBackbone",
@@ -58,6 +65,7 @@ __all__ = [
     "SimpleFeaturePyramid",
     "TimmOptimWrapperConstructor",
     "UserError",
+    "VolumeMetric",
     "collate_images",
     "keep_worker_seed",
 ]

@@ -13,6 +13,7 @@ feed-forward layer. The second drops the gate, needs a single state, and pairs e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from backbones.base import HierarchicalBackbone, build_model
-from backbones.layers import SS2D, ConvDownsample, ConvStem, PatchMerging, PatchStem, Scan
+from backbones.layers import SS2D, ConvDownsample, ConvStem, MultiHeadScan, PatchMerging, PatchStem, Scan
 from backbones.layers.key_rules import (
     BLOCKS,
     CLASSIFIER,
@@ -74,10 +75,27 @@ def _create_vmamba(
 
 
 def _create_vanilla_vmamba(
-    variant: str, pretrained: bool = False, *, d_state: int = 16, ssm_ratio: float = 2.0, **kwargs: Any
+    variant: str,
+    pretrained: bool = False,
+    *,
+    d_state: int = 16,
+    ssm_ratio: float = 2.0,
+    heads: Sequence[str] | None = None,
+    threshold: float = 0.0,
+    **kwargs: Any,
 ) -> nn.Module:
+    """``heads`` are the patterns of multi-head scanning, with ``threshold``; see `backbones.layers.MultiHeadScan`.
+
+    It replaces the scan and the output's projection, and is as wide inside as outside (MHS-VM).
+    """
     scan = Scan.pop(kwargs, CROSS)
-    block = partial(VSSBlock, mixer=partial(SS2D, scan=scan, d_state=d_state, ssm_ratio=ssm_ratio))
+    mixer = partial(SS2D, scan=scan, d_state=d_state, ssm_ratio=ssm_ratio)
+    if heads is not None:
+        scanner = partial(MultiHeadScan, patterns=heads, threshold=threshold, d_state=d_state, backend=scan.backend)
+        mixer = partial(SS2D, ssm_ratio=1.0, scanner=scanner, out_proj=False)
+    elif threshold:
+        raise ValueError(f"threshold: got {threshold} without heads, whose gates it belongs to")
+    block = partial(VSSBlock, mixer=mixer)
     parts: dict[str, Any] = {"stem": PatchStem, "block": block, "downsample": PatchMerging}
     return build_model(VanillaVMamba, variant, pretrained, scan=scan, **parts, **kwargs)
 

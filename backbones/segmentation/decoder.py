@@ -11,11 +11,12 @@ from timm.layers import ConvNormAct, Mlp
 from torch import Tensor, nn
 
 from backbones.base.contract import run_block
-from backbones.layers import SS2D, Scan, channels_first, channels_last
+from backbones.layers import SS2D, MultiHeadScan, MultiScaleConvFFN, Scan, channels_first, channels_last
 from backbones.layers.constructor import Constructor
+from backbones.layers.multi_head_scan import HEADS
 from backbones.layers.patch_expand import EXPANSIONS
 from backbones.layers.vss_block import VSSBlock
-from backbones.patterns import CROSS
+from backbones.patterns import CROSS, ScanPattern
 from backbones.suggest import did_you_mean
 
 MERGES = ("concat", "add", "add_before")
@@ -39,13 +40,35 @@ class ConvBlock(nn.Module):
         return channels_last(self.conv(channels_first(x)))
 
 
-def vss_block(scan: Scan | None = None) -> Constructor:
-    """VMamba's block of the second generation: one state, no gate, an MLP four times as wide."""
-    mixer = partial(SS2D, scan=scan or Scan(CROSS), d_state=1, ssm_ratio=1.0, gated=False, conv_bias=False)
-    return partial(VSSBlock, mixer=mixer, mlp=Mlp)
+def vss_block(mlp: Constructor = Mlp) -> Constructor:
+    """VMamba's block of the second generation: one state, no gate, a feed-forward layer four times as wide."""
+    mixer = partial(SS2D, scan=Scan(CROSS), d_state=1, ssm_ratio=1.0, gated=False, conv_bias=False)
+    return partial(VSSBlock, mixer=mixer, mlp=mlp)
 
 
-BLOCKS: dict[str, Callable[[], Constructor]] = {"vss": vss_block, "conv": lambda: ConvBlock}
+def vanilla_block() -> Constructor:
+    """VMamba's block of the first generation: 16 states, twice the width inside, a gate, no feed-forward layer."""
+    return partial(VSSBlock, mixer=partial(SS2D, scan=Scan(CROSS)))
+
+
+def multi_head_block(patterns: Sequence[ScanPattern | str] = HEADS, threshold: float = 0.0) -> Constructor:
+    """`vanilla_block` with multi-head scanning, as wide inside as outside; see `backbones.layers.MultiHeadScan`."""
+    scanner = partial(MultiHeadScan, patterns=patterns, threshold=threshold)
+    return partial(VSSBlock, mixer=partial(SS2D, ssm_ratio=1.0, scanner=scanner, out_proj=False))
+
+
+def conv_block() -> Constructor:
+    """A convolution, see `ConvBlock`."""
+    return ConvBlock
+
+
+BLOCKS: dict[str, Callable[..., Constructor]] = {
+    "vss": vss_block,
+    "vanilla": vanilla_block,
+    "multi_head": multi_head_block,
+    "multi_scale": partial(vss_block, MultiScaleConvFFN),
+    "conv": conv_block,
+}
 
 
 class UNetDecoder(nn.Module):
@@ -58,7 +81,9 @@ class UNetDecoder(nn.Module):
         dims: widths of the encoder's maps, finest first, each of half the resolution of the one before.
         depths: blocks of the bottom, then of each level from the coarsest; len(dims) of them. Without blocks at the
             bottom these are (0, ...).
-        block: "vss", "conv", or a constructor called as ``block(dim, drop_path=rate, device=, dtype=)``.
+        block: "vss", "vanilla", "multi_head", "multi_scale" (MSVM-UNet), "conv", or a constructor called as
+            ``block(dim, drop_path=rate, device=, dtype=)``.
+        block_args: of a block given by name: ``patterns`` and ``threshold`` of "multi_head".
         up: "expand", "lkpe", "bilinear", or a constructor called as ``up(dim, out_dim, scale, device=, dtype=)``, see
             :mod:`backbones.layers.patch_expand`.
         merge: "concat" joins the widened map and the encoder's by a linear layer; "add" adds them; "add_before" adds
@@ -81,6 +106,7 @@ class UNetDecoder(nn.Module):
         scale: int = 4,
         out_dim: int | None = None,
         drop_path_rate: float = 0.0,
+        block_args: dict[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -90,7 +116,9 @@ class UNetDecoder(nn.Module):
         if merge not in MERGES:
             raise ValueError(f"merge: got {merge!r}, expected one of {MERGES}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        new_block = _chosen("block", block, BLOCKS)() if isinstance(block, str) else block
+        if block_args and block != "multi_head":
+            raise ValueError(f"block_args: got {block_args}, but only block 'multi_head' has any")
+        new_block = _chosen("block", block, BLOCKS)(**(block_args or {})) if isinstance(block, str) else block
         new_up = _chosen("up", up, EXPANSIONS) if isinstance(up, str) else up
         self.merge, self.out_dim = merge, dims[0] if out_dim is None else out_dim
         self.grad_checkpointing = False

@@ -9,30 +9,18 @@ Written from the papers and from measurements of the originals, without their co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import Mlp
 
 from backbones.base import HierarchicalBackbone
-from backbones.layers import (
-    SS2D,
-    ConvDownsample,
-    ConvStem,
-    MultiHeadScan,
-    MultiScaleConvFFN,
-    PatchMerging,
-    PatchStem,
-    Scan,
-    set_backend,
-)
+from backbones.layers import ConvDownsample, ConvStem, MultiHeadScan, PatchMerging, PatchStem, set_backend
 from backbones.layers.constructor import Constructor
 from backbones.layers.key_rules import BLOCKS, PATCH_MERGING, PATCH_STEM, POINTWISE, moved, ss2d_rules
 from backbones.layers.multi_head_scan import HEADS
-from backbones.layers.vss_block import VSSBlock
-from backbones.patterns import CROSS, ScanPattern
+from backbones.patterns import ScanPattern
+from backbones.segmentation.decoder import multi_head_block, vanilla_block, vss_block
 from backbones.segmentation.unet import UNet
 from backbones.weights import KeyRule
 
@@ -128,9 +116,8 @@ def vm_unet(
         checkpoint: weight file in the authors' layout or in ours.
         scan_backend: see :func:`backbones.ops.selective_scan`.
     """
-    mixer = partial(SS2D, scan=Scan(CROSS, backend=scan_backend))
     dd: dict[str, Any] = {"device": device, "dtype": dtype}
-    net = _vm_unet(mixer, num_classes, in_chans, depths, decoder_depths, drop_path_rate, dd)
+    net = _vm_unet(vanilla_block(), num_classes, in_chans, depths, decoder_depths, drop_path_rate, dd)
     return _finished(net, checkpoint, scan_backend)
 
 
@@ -165,15 +152,9 @@ def mhs_vm(
         raise ValueError(f"heads, patterns: got {heads} and {patterns}, expected one of them")
     if heads is not None and not 1 <= heads <= len(HEADS):
         raise ValueError(f"heads: got {heads}, expected 1..{len(HEADS)}")
-    scanner = partial(
-        MultiHeadScan,
-        patterns=HEADS[:heads] if patterns is None else patterns,
-        threshold=threshold,
-        backend=scan_backend,
-    )
-    mixer = partial(SS2D, ssm_ratio=1.0, scanner=scanner, out_proj=False)
+    block = multi_head_block(HEADS[:heads] if patterns is None else patterns, threshold)
     dd: dict[str, Any] = {"device": device, "dtype": dtype}
-    net = _vm_unet(mixer, num_classes, in_chans, depths, decoder_depths, drop_path_rate, dd)
+    net = _vm_unet(block, num_classes, in_chans, depths, decoder_depths, drop_path_rate, dd)
     return _finished(net, checkpoint, scan_backend)
 
 
@@ -197,17 +178,15 @@ def msvm_unet(
         decoder_depths: blocks of the decoder's three levels, from the coarsest.
     """
     dd: dict[str, Any] = {"device": device, "dtype": dtype}
-    scan = Scan(CROSS, backend=scan_backend)
-    mixer = partial(SS2D, scan=scan, d_state=1, ssm_ratio=1.0, gated=False, conv_bias=False)
     encoder = HierarchicalBackbone(
-        ConvStem, partial(VSSBlock, mixer=mixer, mlp=Mlp), ConvDownsample, depths, _DIMS, in_chans=in_chans,
+        ConvStem, vss_block(), ConvDownsample, depths, _DIMS, in_chans=in_chans,
         num_classes=0, drop_path_rate=drop_path_rate, **dd,
     )  # fmt: skip
     net = MSVMUNet(
         encoder,
         num_classes,
         up="lkpe",
-        block=partial(VSSBlock, mixer=mixer, mlp=MultiScaleConvFFN),
+        block="multi_scale",
         depths=(0, *decoder_depths),
         drop_path_rate=drop_path_rate,
         **dd,
@@ -216,7 +195,7 @@ def msvm_unet(
 
 
 def _vm_unet(
-    mixer: Constructor,
+    block: Constructor,
     num_classes: int,
     in_chans: int,
     depths: Sequence[int],
@@ -224,7 +203,6 @@ def _vm_unet(
     drop_path_rate: float,
     dd: dict[str, Any],
 ) -> VMUNet:
-    block = partial(VSSBlock, mixer=mixer)
     encoder = HierarchicalBackbone(
         PatchStem, block, PatchMerging, depths, _DIMS, in_chans=in_chans, num_classes=0,
         drop_path_rate=drop_path_rate, **dd,

@@ -36,6 +36,8 @@ class DenseBackbone(BaseModule):
         norm_eval: keep batch norms in eval mode, with the statistics that they have.
         with_cp: compute blocks again in backward instead of keeping their activations.
         out_norm: put a norm on every output, as the family's authors do; False returns the maps as they are.
+        taps: "output" returns the maps that the stages end with; "input" those that they begin with, and behind them
+            the last stage's output, for VM-UNet. It takes all stages of a hierarchy, and no ``out_norm``.
         model_args: further arguments of ``timm.create_model``.
         init_cfg: ``dict(type="Pretrained", checkpoint=...)`` loads the weights of a classifier or of a
             backbone, in the official layout or in ours, when ``init_weights`` is called: see
@@ -61,6 +63,7 @@ class DenseBackbone(BaseModule):
         out_norm: bool = True,
         model_args: dict[str, Any] | None = None,
         init_cfg: dict[str, Any] | None = None,
+        taps: str = "output",
     ) -> None:
         super().__init__(init_cfg)
         known = timm.list_models(module=self.family.__module__.rpartition(".")[2])
@@ -73,6 +76,11 @@ class DenseBackbone(BaseModule):
         self.model = cast(Any, self.family.create(arch, **self._model_args))
         info = self.model.feature_info
         self.out_indices = _checked_indices(range(len(info)) if out_indices is None else out_indices, len(info))
+        if taps not in ("output", "input"):
+            raise UserError(f"taps: got {taps!r}, expected 'output' or 'input'")
+        if taps == "input" and (out_norm or self.out_indices != tuple(range(len(info)))):
+            raise UserError(f"taps: got 'input', expected with it out_norm=False and all {len(info)} stages in order")
+        self.taps = taps
         if not isinstance(frozen_stages, Integral) or not -1 <= frozen_stages <= len(info):
             raise UserError(f"frozen_stages: got {frozen_stages}, expected a number within -1..{len(info)}")
         self.model.prune_intermediate_layers(list(self.out_indices), prune_norm=True)
@@ -88,6 +96,9 @@ class DenseBackbone(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image (b, in_chans, h, w) to one map (b, c, h / stride, w / stride) for each of ``out_indices``."""
+        if self.taps == "input":
+            bottom, features = self.model.forward_intermediates(x, output_fmt="NHWC", tap="input")
+            return tuple(x.permute(0, 3, 1, 2).contiguous() for x in (*features, bottom))
         maps = {}
         # The model returns its features from the image to the head, whatever the order of the indices.
         for i, feature in zip(sorted(self.out_indices), self._features(x), strict=True):
