@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
+
+from backbones.ops.tracing import copies, tree_map
 
 _MOST_GRAPHS = 4  # training and inference, each with two sets of trained parameters; every graph keeps its activations
 _WARMUP = 3  # passes before a capture: they compile kernels and let cuDNN choose
@@ -215,8 +216,7 @@ def _own_gradients(parameters: list[nn.Parameter]) -> None:
     """Gradients that wait to be added to are copied: autograd left them in the graph's buffers."""
     waiting = [(x, x.grad) for x in parameters if x.grad is not None]
     if waiting:
-        copies = torch._foreach_add([grad for _, grad in waiting], 0)
-        for (parameter, _), copy in zip(waiting, copies, strict=True):
+        for (parameter, _), copy in zip(waiting, copies([grad for _, grad in waiting]), strict=True):
             parameter.grad = copy
 
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the ground up: a room imports itself and what stands before it.
 ROOMS = (
-    *("suggest", "zoo", "images", "graphs", "ops", "weights", "patterns", "scan_patterns", "layers", "base", "models"),
+    *("suggest", "zoo", "images", "ops", "graphs", "weights", "patterns", "scan_patterns", "layers", "base", "models"),
     *("segmentation", "analysis", "conversion", "export", "doctor", "mm"),
 )
 

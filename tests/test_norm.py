@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import backbones.ops.scan.triton as backend
 from backbones.layers.norm import LayerNorm
-from backbones.ops.fused.layer_norm.operator import layer_norm
+from backbones.ops import layer_norm
 from tests.scripts import run_in_the_interpreter
 from tests.tolerances import OPERATOR
 
@@ -43,7 +43,7 @@ def test_agrees_with_pytorch_in_double_precision(shape: tuple[int, ...], affine:
     given = [None if t is None else t.to(DEVICE).requires_grad_() for t in (x, *parameters)]
 
     expected = F.layer_norm(exact[0], shape[-1:], exact[1], exact[2], 1e-3)
-    y = layer_norm(*given, 1e-3, dtype)
+    y = layer_norm(*given, 1e-3, dtype=dtype, backend="triton")
     assert y.dtype == dtype
     tolerance = OPERATOR[str(dtype).removeprefix("torch.")]
     assert error(y.detach(), expected.detach()) <= tolerance
@@ -57,7 +57,7 @@ def test_agrees_with_pytorch_in_double_precision(shape: tuple[int, ...], affine:
 @needs_kernels
 def test_reads_rows_of_any_strides_and_writes_another_dtype() -> None:
     x = torch.randn(2, 6, 4, device=DEVICE).transpose(1, 2)
-    y = layer_norm(x, None, None, 1e-5, torch.bfloat16)
+    y = layer_norm(x, None, None, 1e-5, dtype=torch.bfloat16, backend="triton")
     assert y.dtype == torch.bfloat16
     assert error(y, F.layer_norm(x.double(), (6,)).cpu()) <= OPERATOR["bfloat16"]
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import ops
-from backbones.ops import selective_scan
-from backbones.ops.scan import operator as dispatch
+from backbones.ops import native, selective_scan
 from backbones.ops.scan.naive import selective_scan_naive
+from backbones.ops.scan.operator import scan_op
 from tests.operator_cases import CASES, PLAIN, Case
 from tests.tolerances import OPERATOR
 from tools.recordings import load_arrays
@@ -148,7 +148,7 @@ def test_opcheck(name: str, backend: str) -> None:
     orders = None if t["orders"] is None else t["orders"].int()
     args = (t["u"], t["delta"], t["A"], t["B"], t["C"], t["D"], orders, t["delta_bias"], t["dt_weight"])
     visits = None if orders is None else [True, False, False, False]
-    torch.library.opcheck(dispatch.scan_op, (*args, case.softplus, case.out, case.window, True, visits, backend))
+    torch.library.opcheck(scan_op, (*args, case.softplus, case.out, case.window, True, visits, backend))
 
 
 @pytest.mark.parametrize("name", ["shared u", "repeats and skips", "window, sixteen states", "projected"])
@@ -279,7 +279,7 @@ def test_bad_options_are_named(options: dict, message: str) -> None:
 
 
 def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch.BACKENDS["cpu"], "unavailable_reason", lambda: "no compiler was found")
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "no compiler was found")
     with pytest.raises(ValueError, match="backend: 'cpu' cannot run here: no compiler was found"):
         scan(PLAIN, PLAIN.tensors(torch.float32), "cpu")
     with pytest.raises(ValueError, match="no double precision"):
@@ -289,7 +289,7 @@ def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
 def test_automatic_choice_says_once_why_it_fell_back(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(dispatch.BACKENDS["cpu"], "unavailable_reason", lambda: "no compiler was found here")
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "no compiler was found here")
     tensors = PLAIN.tensors(torch.float32)
     for _ in range(2):
         selective_scan(**tensors)

@@ -114,7 +114,7 @@ def test_ties_round_to_even(backend: str) -> None:
     y = depthwise_conv(one, TIES.view(1, c, 1), None, *window_taps(1, 1, 1), backend=backend)
     assert torch.equal(y[0, 0, 0], expected)
     for tie in TIES[:8].tolist():  # SiLU(64) is 64
-        y = silu_gate(one, torch.full_like(one, 64), tie / 64, backend)
+        y = silu_gate(one, torch.full_like(one, 64), tie / 64, backend=backend)
         assert torch.equal(y, torch.full_like(one, tie))
 
 
@@ -180,8 +180,8 @@ def test_batch_of_none_elsewhere(backend: str) -> None:
     y = depthwise_conv(x, weight, bias, *window_taps(3, 4, 3, 2), silu=True, backend=backend)
     assert y.shape == (0, 4, 1, 4)
     scale = torch.ones(4, requires_grad=True)
-    normed = rms_norm(x, scale, 1e-5, backend)
-    gated = silu_gate(x, x, 0.5, backend)
+    normed = rms_norm(x, scale, 1e-5, backend=backend)
+    gated = silu_gate(x, x, 0.5, backend=backend)
     assert normed.shape == gated.shape == x.shape
     (y.sum() + normed.sum() + gated.sum()).backward()
     for leaf in (x, weight, bias, scale):
@@ -226,4 +226,4 @@ def test_orders_of_unequal_lengths_are_refused() -> None:
 
 def test_naive_gate_is_pytorchs_own() -> None:
     x, z = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    assert torch.equal(silu_gate(x, z, 0.5, "naive"), x * F.silu(z) * 0.5)
+    assert torch.equal(silu_gate(x, z, 0.5, backend="naive"), x * F.silu(z) * 0.5)

@@ -27,8 +27,7 @@ from torch import Tensor
 from backbones import zoo
 from backbones.analysis import flops
 from backbones.models import family_names
-from backbones.ops import native
-from backbones.ops.scan import operator as dispatch
+from backbones.ops import dispatch, native
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tools are not installed
@@ -78,7 +77,7 @@ def _replay(name: str, model: str | dict[str, Any]) -> dict[str, Any]:
         "input": list(recording.input_shape),
         "logits_max_error": _rounded(error.abs().max()),
         "logits_relative_rms": _rounded(error.square().mean().sqrt() / expected.square().mean().sqrt()),
-        "backend": dispatch.choose_backend(None, "cpu", torch.float32),
+        "backend": dispatch.choose("selective_scan", None, "cpu", torch.float32),
     }
     if len(reference):
         found["gradient_max_error"] = _rounded((gradient - reference).abs().max() / reference.abs().max())

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbones.layers import SelectiveSSM
 from backbones.ops.scan.projection import per_order_linear
+from backbones.ops.tracing import TorchDispatchMode
 
 _SCAN = torch.ops.backbones.selective_scan.default
 

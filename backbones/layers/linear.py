@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
+
+from backbones.ops.tracing import is_hooked
 
 
 def linear_parts(linear: nn.Module, x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
@@ -22,10 +23,5 @@ def linear_parts(linear: nn.Module, x: Tensor, sizes: Sequence[int]) -> Sequence
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a call of ``module`` is a product with its weight and nothing else."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return (
-        type(module) is nn.Linear
-        and "forward" not in vars(module)  # replaced on the instance
-        and not any(hooks)
-        and not _has_any_global_hook()
-    )
+    replaced = "forward" in vars(module)  # on the instance
+    return type(module) is nn.Linear and not replaced and not is_hooked(module)

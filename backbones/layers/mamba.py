@@ -15,7 +15,8 @@ from backbones.layers.scan import Scan
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.layers.tracing import Opaque
 from backbones.ops import Visits, depthwise_conv, silu_gate
-from backbones.patterns import BIDIRECTIONAL, FORWARD, REVERSE, ScanPattern, is_traced
+from backbones.ops.tracing import is_traced
+from backbones.patterns import BIDIRECTIONAL, FORWARD, REVERSE, ScanPattern
 from backbones.patterns.taps import causal_taps
 
 _BIDIRECTIONAL = Scan(BIDIRECTIONAL)
@@ -86,7 +87,7 @@ class MambaMixer(Opaque, nn.Module):
         """
         if self.merge is None and not per_order:
             y, z = self._scanned(x, grid, "sum")
-            return self.out_proj(silu_gate(y, z, 1 / self.scan.pattern.num_orders, self.ssm.backend))
+            return self.out_proj(silu_gate(y, z, 1 / self.scan.pattern.num_orders, backend=self.ssm.backend))
         y, z = self._scanned(x, grid, "per_order", gaps)
         gated = y * F.silu(z).unsqueeze(2)
         merged = self.out_proj(gated.mean(2) if self.merge is None else self.merge(gated))
@@ -106,7 +107,7 @@ class MambaMixer(Opaque, nn.Module):
         visits = _visits(pattern, grid)
         tokens = x.shape[1]
         x, z = linear_parts(self.in_proj, x, [self.d_inner] * 2)
-        make = _tables if is_traced(x) else _cached_tables
+        make = _tables if is_traced() else _cached_tables
         orders, *taps = make(pattern, *grid, tokens, self.d_conv, x.device)
         u = depthwise_conv(x, self.conv_weight, self.conv_bias, *taps, silu=True, backend=self.ssm.backend)
         if gaps is not None:

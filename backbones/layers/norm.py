@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.layers.scan import OnBackend
-from backbones.ops import rms_norm
-from backbones.ops.fused.layer_norm.operator import layer_norm, runs_on
+from backbones.ops import layer_norm, rms_norm
 
 
 class LayerNorm(OnBackend, nn.LayerNorm):
@@ -32,12 +31,9 @@ class LayerNorm(OnBackend, nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
-        if self.backend == "naive" or not runs_on(x):
-            return super().forward(x)
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type) if self.autocast_out else torch.float32
-        return layer_norm(x, self.weight, self.bias, self.eps, dtype)
+        narrow = self.autocast_out and x.is_cuda and torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if narrow else None
+        return layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype, backend=self.backend)
 
 
 class RMSNorm(OnBackend, nn.RMSNorm):
@@ -61,4 +57,4 @@ class RMSNorm(OnBackend, nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
-        return rms_norm(x, self.weight, self.eps, self.backend)
+        return rms_norm(x, self.weight, self.eps, backend=self.backend)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from backbones.layers.scan import OnBackend
 from backbones.ops import Visits, selective_scan
-from backbones.ops.scan.operator import choose_backend
+from backbones.ops.dispatch import choose
 from backbones.ops.scan.projection import joint_linear, per_order_linear
 
 # Widest rank at which the `cpu` kernel projects step sizes itself while training. Measured on one core, as the layer's
@@ -99,7 +99,7 @@ class SelectiveSSM(OnBackend, nn.Module):
         training = torch.is_grad_enabled() or torch.jit.is_tracing()  # type: ignore[attr-defined]
         fused = not training or self.dt_rank <= _MAX_FUSED_RANK_IN_TRAINING
         # A meta tensor is only counted, and a product counts as one where it is visible.
-        return fused and u.device.type == "cpu" and choose_backend(self.backend, "cpu", u.dtype) == "cpu"
+        return fused and u.device.type == "cpu" and choose("selective_scan", self.backend, "cpu", u.dtype) == "cpu"
 
     def operands(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
         """What is scanned: u, what `project` makes of it, and D."""

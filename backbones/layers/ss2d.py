@@ -10,7 +10,7 @@ from backbones.layers.scan import OnBackend, Scan
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.layers.tracing import Opaque
 from backbones.ops import depthwise_conv, silu_gate
-from backbones.ops.scan.operator import has_kernel
+from backbones.ops.dispatch import has_kernel
 from backbones.patterns import ATROUS, CROSS
 from backbones.patterns.taps import window_outputs, window_taps
 
@@ -49,7 +49,8 @@ class DepthwiseConv2d(OnBackend, nn.Conv2d):
         (height, width), size, stride = x.shape[1:3], self.kernel_size[0], self.stride[0]
         # PyTorch's own convolution is faster than the naive operator, and what compilers fuse and other runtimes know.
         traced = torch.compiler.is_compiling() or not isinstance(height, int)
-        if traced or self.backend == "naive" or not has_kernel(x.device.type, x.dtype):
+        slow = self.backend is None and not has_kernel("depthwise_conv", x.device.type, x.dtype)
+        if traced or slow or self.backend == "naive":
             y = super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             return F.silu(y) if self.silu else y
         taps, inverse_taps = window_taps(height, width, size, stride, device=x.device)

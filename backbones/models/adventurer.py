@@ -30,7 +30,8 @@ from backbones.layers.linear import linear_parts
 from backbones.layers.norm import RMSNorm
 from backbones.layers.scan import OnBackend
 from backbones.ops import depthwise_conv, selective_scan, silu_gate, ssd
-from backbones.patterns import FORWARD, ScanPattern, backwards, is_traced
+from backbones.ops.tracing import is_traced
+from backbones.patterns import FORWARD, ScanPattern, backwards
 from backbones.patterns.taps import causal_taps
 from backbones.weights import ONE_ORDER, KeyRule, Layout
 from backbones.zoo import default_cfgs as zoo_cfgs
@@ -77,7 +78,7 @@ class Mamba2Mixer(OnBackend, nn.Module):
         mixed = self.d_inner + 2 * self.d_state
         x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
         z, u, dt = linear_parts(self.in_proj, x, [self.d_inner, mixed, self.num_heads])
-        make = _tables if is_traced(x) else _cached_tables
+        make = _tables if is_traced() else _cached_tables
         orders, *taps = make(self.scan.pattern, *grid, x.shape[1], self.d_conv, x.device)
         u = depthwise_conv(u, self.conv_weight, self.conv_bias, *taps, silu=True, backend=self.backend).squeeze(2)
         u, B, C = u.split([self.d_inner, self.d_state, self.d_state], dim=-1)

@@ -10,11 +10,12 @@
 torch.Size([2, 6, 4])
 """
 
+from backbones.ops import dispatch
 from backbones.ops.depthwise.operator import depthwise_conv
 from backbones.ops.fused.gate.operator import silu_gate
+from backbones.ops.fused.layer_norm.operator import layer_norm
 from backbones.ops.fused.rms_norm.operator import rms_norm
 from backbones.ops.scan.api import selective_scan
-from backbones.ops.scan.operator import BACKENDS
 from backbones.ops.scan.visits import Visits
 from backbones.ops.ssd.api import ssd, ssd_noncausal
 
@@ -22,6 +23,7 @@ __all__ = [
     "Visits",
     "backends",
     "depthwise_conv",
+    "layer_norm",
     "rms_norm",
     "selective_scan",
     "silu_gate",
@@ -32,4 +34,4 @@ __all__ = [
 
 def backends() -> dict[str, str | None]:
     """Every backend's name, with None where it runs here and the reason where it does not."""
-    return {name: module.unavailable_reason() for name, module in BACKENDS.items()}
+    return {name: dispatch.unavailable_reason(name) for name in dispatch.BACKENDS}

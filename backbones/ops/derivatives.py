@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-_WAY_OUT = "backend='naive' has (for a whole model scan_backend='naive', or backbones.layers.set_backend)"
+WAY_OUT = "backend='naive' has (for a whole model scan_backend='naive', or backbones.layers.set_backend)"
 
 
 def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
@@ -55,27 +54,4 @@ class _FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError(f"{ctx.operator}: this backend has no second derivatives, {_WAY_OUT}")
-
-
-def is_transformed(*tensors: Any) -> bool:
-    """Whether forward-mode differentiation or a gradient of ``torch.func`` follows one of these.
-
-    Both see through plain PyTorch only: an operator would lose the tangent, or have no rule for it.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    if forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None:
-        return False  # nobody differentiates so: a tenth of a microsecond
-    given = [x for x in tensors if isinstance(x, Tensor)]
-    if any(torch._C._functorch.is_gradtrackingtensor(x) for x in given):
-        return True
-    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
-
-
-def refuse_transforms(operator: str, *tensors: Any) -> None:
-    """Raises NotImplementedError where :func:`is_transformed`."""
-    if is_transformed(*tensors):
-        raise NotImplementedError(
-            f"{operator}: this backend has no forward-mode derivatives and no torch.func gradients, {_WAY_OUT}"
-        )
+        raise NotImplementedError(f"{ctx.operator}: this backend has no second derivatives, {WAY_OUT}")

@@ -32,7 +32,7 @@ from backbones.patterns.catalogue import (
     get_pattern,
     local_windows,
 )
-from backbones.patterns.pattern import PATTERNS, OrderFn, ScanPattern, is_traced
+from backbones.patterns.pattern import PATTERNS, OrderFn, ScanPattern
 from backbones.patterns.traversals import (
     both_ways,
     column_major,
@@ -78,7 +78,6 @@ __all__ = [
     "filled_up",
     "get_pattern",
     "hilbert",
-    "is_traced",
     "local_windows",
     "mirrored",
     "raster",

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.fx.experimental import symbolic_shapes
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._python_dispatch import _disable_current_modes
 
 from backbones.ops.scan.visits import Visits
+from backbones.ops.tracing import has_static_value, is_exporting, is_traced, statically_true, untraced
 
 OrderFn = Callable[[Tensor], Tensor]
-
-# Older versions of PyTorch lack it, and cannot tell while they compile.
-has_static_value = getattr(
-    symbolic_shapes, "has_static_value", lambda side: isinstance(side, int) and not torch.compiler.is_compiling()
-)
 
 
 @dataclass(frozen=True)
@@ -68,11 +60,11 @@ class ScanPattern:
         if pad_index is not None:
             pad_index = checked_int("pad_index", pad_index) if self.padded(height, width) else None
         probe = torch.empty(0, device="cpu" if device is None else device)
-        if is_traced(probe):
+        if is_traced():
             # Opaque to compilers, which neither have to index along the orders' arithmetic nor do it at every call.
             if (
                 torch.compiler.is_compiling()
-                and not _is_exporting()
+                and not is_exporting()
                 and self._is_catalogued()
                 and _static(height, width)
             ):
@@ -117,7 +109,7 @@ class ScanPattern:
     def padded(self, height: int, width: int) -> bool:
         """Whether `orders` may hold padded slots on this grid (with dynamic sides: on some grid)."""
         sides = checked_int("height", height), checked_int("width", width)
-        return not all(statically_known_true(side % self.pad_to == 0) for side in sides)
+        return not all(statically_true(side % self.pad_to == 0) for side in sides)
 
 
 PATTERNS: dict[str, ScanPattern] = {}  # the catalogue, by name
@@ -134,11 +126,6 @@ def _checked_name(name: str) -> ScanPattern:
     return pattern
 
 
-@torch.compiler.assume_constant_result  # traced, PyTorch's own is True whether one exports or not
-def _is_exporting() -> bool:
-    return getattr(torch.compiler, "is_exporting", lambda: True)()  # older versions of PyTorch cannot tell
-
-
 def _static(*sides: int) -> bool:
     return all(has_static_value(side) for side in sides)
 
@@ -151,16 +138,6 @@ def checked_int(name: str, value: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     return value
-
-
-def is_traced(tensor: Tensor) -> bool:
-    """Whether tensors made now belong to a tracer or function transform, and must not outlive it."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or type(tensor) is not Tensor
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
 
 
 def _table(pattern: ScanPattern, height: int, width: int, device: torch.device) -> Tensor:
@@ -191,17 +168,10 @@ def _cached_table(pattern: ScanPattern, height: int, width: int, device: torch.d
         return _filled(table, pad_index).to(device)
 
 
-@contextmanager
-def _untraced() -> Iterator[None]:
-    """Tensors made within hold numbers, which those of a tracer do not."""
-    with _disable_current_modes(), torch._C._DisableFuncTorch():
-        yield
-
-
 @lru_cache(maxsize=1024)
 def _cached_visits(pattern: ScanPattern, height: int, width: int) -> tuple[bool, ...]:
     cells, padded = height * width, pattern.padded(height, width)
-    with _untraced():
+    with untraced():
         table = _cached_table(pattern, height, width, torch.device("cpu"), cells if padded else None)
         return tuple(Visits.of(table, cells + padded))
 
@@ -209,7 +179,7 @@ def _cached_visits(pattern: ScanPattern, height: int, width: int) -> tuple[bool,
 @lru_cache(maxsize=1024)
 def _cached_visits_each_cell_once(pattern: ScanPattern, height: int, width: int) -> bool:
     cells = height * width
-    with _untraced():
+    with untraced():
         table = _cached_table(pattern, height, width, torch.device("cpu"), None).long()
         counts = torch.zeros(pattern.num_orders, cells + 1, dtype=torch.int64)
         counts.scatter_add_(1, table.where(table >= 0, cells), torch.ones_like(table))
@@ -231,6 +201,6 @@ def _(like: Tensor, pattern: str, height: int, width: int, pad_index: int | None
 
 @torch.library.register_fake("backbones::scan_orders", lib=_library)
 def _(like: Tensor, pattern: str, height: int, width: int, pad_index: int | None) -> Tensor:
-    with _untraced():
+    with untraced():
         shape = _cached_table(_checked_name(pattern), height, width, torch.device("cpu"), pad_index).shape
     return like.new_empty(shape, dtype=torch.int32)

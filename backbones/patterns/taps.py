@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from backbones.patterns.pattern import is_traced
+from backbones.ops.tracing import is_traced
 
 Tables = tuple[Tensor, Tensor]
 
@@ -52,7 +52,7 @@ def window_taps(
     modify them in place.
     """
     probe = torch.empty(0, device="cpu" if device is None else device)
-    make = _window_taps if is_traced(probe) else _cached_window_taps
+    make = _window_taps if is_traced() else _cached_window_taps
     return make(height, width, kernel_size, stride, dilation, probe.device)
 
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.patterns.pattern import ScanPattern, is_traced
+from backbones.ops.tracing import is_traced
+from backbones.patterns.pattern import ScanPattern
 
 START, RIGHT, LEFT, UP, DOWN = range(5)
 
@@ -18,7 +19,7 @@ def walks(pattern: ScanPattern, height: int, width: int, device: torch.device) -
     Directions are codes: ``START``, ``RIGHT``, ``LEFT``, ``UP``, ``DOWN``. A move that changes row and column goes up
     or down. The tables are cached and shared: never modify them in place.
     """
-    make = _walks if is_traced(torch.empty(0, device=device)) else _cached_walks
+    make = _walks if is_traced() else _cached_walks
     return make(pattern, height, width, device)
 
 

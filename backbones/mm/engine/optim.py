@@ -14,11 +14,11 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from timm.models._manipulate import group_with_matcher
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from backbones.mm.errors import UserError
+from backbones.ops.tracing import RunningNorm
 
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (RunningNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def no_decay_names(model: nn.Module) -> set[str]:

@@ -12,13 +12,13 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from backbones.base import Backbone, PlainBackbone
 from backbones.layers.constructor import Constructor
 from backbones.layers.norm import RMSNorm
 from backbones.mm.errors import UserError
 from backbones.models import FAMILIES, GUESTS
+from backbones.ops.tracing import BatchNorm
 from backbones.suggest import did_you_mean
 from backbones.weights import CheckpointError, KeyRule, files, loading, rules, sources
 
@@ -118,7 +118,7 @@ class DenseBackbone(BaseModule):
                     part.requires_grad_(False)
         if self.norm_eval:
             for module in self.modules():
-                if isinstance(module, _BatchNorm):
+                if isinstance(module, BatchNorm):
                     module.eval()
         return self
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from backbones.ops.depthwise import naive as depthwise_naive
-from backbones.ops.derivatives import empty_result, first_order, is_transformed, refuse_transforms
-from backbones.ops.scan.operator import choose_backend
+from backbones.ops.derivatives import empty_result, first_order
+from backbones.ops.dispatch import choose_for
 
 
 def depthwise_conv(
@@ -57,11 +57,11 @@ def depthwise_conv(
         ValueError: an argument has another shape, dtype or device than stated, is empty (but for a batch of 0,
             whose result is empty), or, on a CPU, names a token or output out of range; the message names it. Also
             where ``backend`` is given and cannot run.
+        NotImplementedError: forward-mode or ``torch.func`` derivatives, or second ones, through another backend than
+            "naive".
     """
     _check(x, weight, bias, taps, inverse_taps)
-    backend = choose_backend(backend, x.device.type, x.dtype, "depthwise_conv")
-    if backend != "naive":
-        refuse_transforms("depthwise_conv", x, weight, bias)
+    backend, transformed = choose_for("depthwise_conv", backend, x, weight, bias)
     if x.shape[0] == 0:
         return empty_result((0, taps.shape[2], *weight.shape[:2]), x, weight, bias)
     state_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -74,7 +74,7 @@ def depthwise_conv(
         inverse_taps.to(torch.int32).contiguous(),
         silu,
     )
-    y = depthwise_naive.forward(*arguments) if is_transformed(x, weight, bias) else conv_op(*arguments, backend)
+    y = depthwise_naive.forward(*arguments) if transformed else conv_op(*arguments, backend)
     return y.to(x.dtype).permute(1, 2, 0, 3)
 
 

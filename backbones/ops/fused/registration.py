@@ -47,3 +47,15 @@ def register(name: str, other: str, constant: str, kernel: ModuleType) -> Any:
     torch.library.register_fake(backward, lambda grad, x, other, constant: _contiguous_like(x, other), lib=_library)
     torch.library.register_autograd(op, differentiate, setup_context=setup_context, lib=_library)
     return op
+
+
+def reads(x: Tensor, other: Tensor) -> bool:
+    """Whether the C++ kernels serve such tensors, and nobody compiles: compilers fuse PyTorch's own operations."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == other.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+    )

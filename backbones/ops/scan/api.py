@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbones.ops.derivatives import empty_result, is_transformed, refuse_transforms
+from backbones.ops.derivatives import empty_result
+from backbones.ops.dispatch import choose_for
 from backbones.ops.scan import naive
-from backbones.ops.scan.operator import choose_backend, output_shape, scan_op
+from backbones.ops.scan.operator import output_shape, scan_op
 from backbones.ops.scan.visits import Visits
 
 _OUTPUTS = ("sum", "per_order", "per_step")
@@ -68,6 +69,8 @@ def selective_scan(
         ValueError: an argument has another shape, dtype or device than stated, is empty (but for a batch of 0,
             whose result is empty), or names a token out of range; the message names it. Also where ``backend`` is
             given and cannot run. Any strides are fine, and NaN flows through.
+        NotImplementedError: forward-mode or ``torch.func`` derivatives, or second ones, through another backend than
+            "naive".
     """
     _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, orders=orders, delta_bias=delta_bias, dt_weight=dt_weight)
     _check_shapes(u, delta, A, B, C, D, orders, delta_bias, dt_weight)
@@ -78,14 +81,14 @@ def selective_scan(
     if visits is not None and not isinstance(visits, Visits):
         raise ValueError(f"visits: got {type(visits).__name__}, expected backbones.ops.Visits")
 
-    backend = choose_backend(backend, u.device.type, u.dtype)
+    floats = (u, delta, A, B, C, D, delta_bias, dt_weight)
+    backend, transformed = choose_for("selective_scan", backend, *floats)
     if u.shape[0] == 0:
         steps = delta.shape[1] if orders is None else orders.shape[1]
         shape = output_shape(out, 0, delta.shape[1], steps, A.shape[0], A.shape[1])
         return empty_result(shape, u, delta, A, B, C, D, delta_bias, dt_weight)
     state_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     token_dtype = _token_dtype(backend, u, delta, B, C)
-    floats = (u, delta, A, B, C, D, delta_bias, dt_weight)
     # `torch.jit.trace` runs once with gradients and once without, and expects the same program.
     save = torch.jit.is_tracing() or (  # type: ignore[attr-defined]
         torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in floats])
@@ -106,9 +109,7 @@ def selective_scan(
         save,
         list(visits) if visits is not None and backend == "triton" else None,  # the others look, at no cost
     )
-    if is_transformed(*floats):
-        if backend != "naive":
-            refuse_transforms("selective_scan", *floats)
+    if transformed:
         return _as(naive.forward(*arguments)[0], u.dtype)
     y, _ = scan_op(*arguments, backend)
     return _as(y, u.dtype)

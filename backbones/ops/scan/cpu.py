@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from backbones.ops.native import ScanCall, contiguous_rows, pointer, run
-from backbones.ops.native import unavailable_reason as unavailable_reason
 from backbones.ops.scan.projection import projection_gradients
 
 CHUNK = 64  # steps between two saved states; kChunk in csrc/scan.h

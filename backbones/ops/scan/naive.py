@@ -81,11 +81,6 @@ def _states(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, local_window: int) -> l
     return states
 
 
-def unavailable_reason() -> str | None:
-    """None: plain PyTorch runs everywhere."""
-    return None
-
-
 def states_shape(b: int, t: int, k: int, c: int, n: int) -> tuple[int, ...]:
     """Nothing is kept for backward, which runs the forward again under autograd."""
     return (0,)

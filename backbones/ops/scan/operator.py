@@ -1,14 +1,12 @@
-"""Which backend runs a scan, and the ``torch.library`` operator through which every backend is reached.
+"""The ``torch.library`` operator through which every backend of the scan is reached.
 
 One forward and one backward operator serve all backends (the name is an argument), so that shapes, gradients
 and FLOPs are stated once, and ``torch.compile``, ``torch.export`` and ``FlopCounterMode`` see one node
 instead of a loop.
 
-A backend is a module with four functions, called with checked and normalised tensors (see
+A backend is a module with three functions, called with checked and normalised tensors (see
 ``backbones.ops.selective_scan``):
 
-``unavailable_reason()``
-    None where it runs, else one line that says why it does not.
 ``states_shape(b, t, k, c, n)``
     Shape of the float32 states that its forward keeps for its backward.
 ``forward(u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, local_window, save, visits)``
@@ -19,7 +17,6 @@ visits)``
     is None.
 """
 
-import logging
 from types import ModuleType
 from typing import Any
 
@@ -29,58 +26,9 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from backbones.ops.derivatives import first_order
 from backbones.ops.scan import cpu, naive, triton
+from backbones.ops.tracing import below_autograd
 
-BACKENDS: dict[str, ModuleType] = {"naive": naive, "cpu": cpu, "triton": triton}
-_FASTEST = {"cpu": "cpu", "meta": "cpu", "cuda": "triton"}
-_logger = logging.getLogger(__name__)
-_fallbacks_told: set[tuple[str, str]] = set()
-
-
-@torch.compiler.assume_constant_result  # what runs here does not change, and its probing cannot be traced
-def choose_backend(
-    backend: str | None, device_type: str, dtype: torch.dtype, operator: str = "selective_scan"
-) -> str:  # fmt: skip
-    """The backend for tensors on a device: the one named by the caller, or the fastest that runs.
-
-    A named backend that cannot run raises ``ValueError`` with the reason. The automatic choice falls back to
-    ``naive`` and says why, once; float64 always takes ``naive``, the only backend in double precision.
-    """
-    if backend is None:
-        backend = _meant_for(device_type, dtype)
-        problem = _problem(backend, device_type, dtype)
-        if problem is None:
-            return backend
-        if (operator, problem) not in _fallbacks_told:
-            _fallbacks_told.add((operator, problem))
-            _logger.warning("%s falls back to the slow 'naive' backend: %s", operator, problem)
-        return "naive"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}, or None")
-    problem = _problem(backend, device_type, dtype)
-    if problem is not None:
-        raise ValueError(f"backend: {backend!r} cannot run here: {problem}")
-    return backend
-
-
-@torch.compiler.assume_constant_result
-def has_kernel(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether tensors on a device have a faster backend than ``naive``."""
-    backend = _meant_for(device_type, dtype)
-    return backend != "naive" and _problem(backend, device_type, dtype) is None
-
-
-def _meant_for(device_type: str, dtype: torch.dtype) -> str:
-    return "naive" if dtype == torch.float64 else _FASTEST.get(device_type, "naive")
-
-
-def _problem(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    if backend == "naive":
-        return None
-    if dtype == torch.float64:
-        return "it has no double precision (the input is float64)"
-    if backend == "cpu" and device_type not in ("cpu", "meta"):
-        return f"the tensors are on {device_type}"
-    return BACKENDS[backend].unavailable_reason()
+_MODULES: dict[str, ModuleType] = {"naive": naive, "cpu": cpu, "triton": triton}
 
 
 def output_shape(out: str, b: int, length: int, steps: int, k: int, c: int) -> tuple[int, ...]:
@@ -93,6 +41,11 @@ _TENSORS = (
     "Tensor? dt_weight"
 )
 _OPTIONS = "bool delta_softplus, str out, int local_window"
+_ARGUMENTS = (
+    *("u", "delta", "A", "B", "C", "D", "orders", "delta_bias", "dt_weight"),
+    *("delta_softplus", "out", "local_window", "save", "visits", "backend"),
+)
+_WITH_GRADIENTS = ("u", "delta", "A", "B", "C", "D", "delta_bias", "dt_weight")  # in the order of the gradients
 
 
 # `torch.library.custom_op` would do the same, but looks for aliases in every call: 10 microseconds, forward alone.
@@ -112,12 +65,12 @@ scan_backward_op = torch.ops.backbones.selective_scan_backward.default
 
 @torch.library.impl(_library, "selective_scan", "CompositeExplicitAutograd")
 def _(*args):  # type: ignore[no-untyped-def]
-    return BACKENDS[args[-1]].forward(*args[:-1])
+    return _MODULES[args[-1]].forward(*args[:-1])
 
 
 @torch.library.impl(_library, "selective_scan_backward", "CompositeExplicitAutograd")
 def _(*args):  # type: ignore[no-untyped-def]
-    return BACKENDS[args[-1]].backward(*args[:-1])
+    return _MODULES[args[-1]].backward(*args[:-1])
 
 
 @torch.library.register_fake(scan_op, lib=_library)
@@ -126,7 +79,7 @@ def _(u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, 
     k, c, n = A.shape
     t = length if orders is None else orders.shape[1]
     shape = output_shape(out, b, length, t, k, c)
-    states = BACKENDS[backend].states_shape(b, t, k, c, n) if save else (0,)
+    states = _MODULES[backend].states_shape(b, t, k, c, n) if save else (0,)
     return u.new_empty(shape), u.new_empty(states, dtype=torch.float32)
 
 
@@ -143,7 +96,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        y, states = _below_autograd(keys, *args)
+        y, states = below_autograd(scan_op, keys, *args)
         *tensors, ctx.delta_softplus, ctx.out, ctx.local_window, _, ctx.visits, ctx.backend = args
         ctx.save_for_backward(*tensors, states)
         ctx.set_materialize_grads(False)
@@ -151,8 +104,8 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 16
+        if grad is None:  # nobody reads y
+            return (None,) * len(ctx.needs_input_grad)
         tensors = ctx.saved_tensors
         args = (grad, *tensors, ctx.delta_softplus, ctx.out, ctx.local_window, ctx.visits)
         # The gradient of plain PyTorch is autograd's own, which does not run inside of an operator.
@@ -160,19 +113,14 @@ class _Scan(torch.autograd.Function):
             grads = naive.backward(*args)
         else:
             grads = first_order("selective_scan", scan_backward_op(*args, ctx.backend), (grad, *tensors[:-1]))
-        given = (*tensors[:6], *tensors[7:9])
-        *before, ddelta_bias, ddt_weight = (None if x is None else y for x, y in zip(given, grads, strict=True))
-        return None, *before, None, ddelta_bias, ddt_weight, *(None,) * 6
-
-
-def _below_autograd(keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
-        return scan_op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+        found = dict(zip(_WITH_GRADIENTS, grads, strict=True))
+        given = dict(zip(_ARGUMENTS, tensors, strict=False))
+        return None, *[found.get(name) if given.get(name) is not None else None for name in _ARGUMENTS]
 
 
 def _with_autograd(keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
     differentiable = torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in args])
-    return _Scan.apply(keys, *args) if differentiable else _below_autograd(keys, *args)
+    return _Scan.apply(keys, *args) if differentiable else below_autograd(scan_op, keys, *args)
 
 
 _library.impl("selective_scan", _with_autograd, "Autograd", with_keyset=True)

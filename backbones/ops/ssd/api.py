@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbones.ops.dispatch import choose
 from backbones.ops.ssd.chunked import ssd_chunked
 from backbones.ops.ssd.naive import ssd_naive
-
-_BACKENDS = ("naive", "chunked")
 
 
 def ssd(
@@ -66,8 +65,7 @@ def ssd(
     _check_orders(orders, x.shape[1])
     if chunk < 1:
         raise ValueError(f"chunk: got {chunk}, expected a number of steps >= 1")
-    if backend is not None and backend not in _BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(_BACKENDS)}, or None")
+    backend = choose("ssd", backend, x.device.type, x.dtype)
     dtype = _state_dtype(x)
     with _without_autocast(x):
         dt = _step_sizes(dt, dt_bias, dt_softplus, dtype)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_host import cdiv, device_of, empty, multiprocessors, next_power_of_2
+from backbones.ops.triton_host import cdiv, check_device, device_of, empty, multiprocessors, next_power_of_2
 
 
 @triton.jit
@@ -78,6 +78,7 @@ def forward(
 
     x is contiguous; weight and bias are (c), or neither is given.
     """
+    check_device("x", x)
     c = x.shape[-1]
     rows = x.numel() // c
     y = empty(x.shape, dtype, x.device)

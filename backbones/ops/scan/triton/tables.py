@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from backbones.ops.scan.visits import Visits
+from backbones.ops.tracing import identity
 
 _known: dict[tuple, tuple[StorageWeakRef, Visits]] = {}
 
@@ -21,9 +22,7 @@ def order_facts(orders: Tensor | None, length: int, k: int) -> Visits:
     """
     if orders is None:
         return Visits(repeats=False, complete=True, disjoint=k == 1, covers=True)
-    storage = orders.untyped_storage()
-    version = 0 if orders.is_inference() else orders._version
-    key = (storage._cdata, orders.storage_offset(), tuple(orders.shape), version, length)
+    key = (*identity(orders), length)
     if key in _known:
         reference, facts = _known[key]
         if not reference.expired():
@@ -33,7 +32,7 @@ def order_facts(orders: Tensor | None, length: int, k: int) -> Visits:
     for old in [old for old, (reference, _) in list(_known.items()) if reference.expired()]:
         _known.pop(old, None)
     facts = Visits.of(orders, length)
-    _known[key] = StorageWeakRef(storage), facts
+    _known[key] = StorageWeakRef(orders.untyped_storage()), facts
     return facts
 
 

@@ -1,0 +1,119 @@
+"""Everything that this package uses of PyTorch without PyTorch's promise, behind functions of its own.
+
+Names with an underscore and ``torch.fx.experimental`` may change in any version. Nothing else in the package uses them;
+`tests/test_private_torch.py` holds it to that, and each of them to what is assumed of it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental import symbolic_shapes
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.batchnorm import _NormBase as RunningNorm
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map
+
+__all__ = [
+    "BatchNorm",  # of any number of dimensions, over all processes or one
+    "RunningNorm",  # and instance norms, which may keep statistics as well
+    "TorchDispatchMode",
+    "below_autograd",
+    "copies",
+    "has_static_value",
+    "identity",
+    "is_exporting",
+    "is_hooked",
+    "is_traced",
+    "is_transformed",
+    "statically_true",
+    "tree_map",
+    "untraced",
+]
+
+
+def is_transformed(*tensors: Any) -> bool:
+    """Whether forward-mode differentiation or a gradient of ``torch.func`` follows one of these.
+
+    Both see through plain PyTorch only: an operator would lose the tangent, or have no rule for it.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None:
+        return False  # nobody differentiates so: a tenth of a microsecond
+    given = [x for x in tensors if isinstance(x, Tensor)]
+    if any(torch._C._functorch.is_gradtrackingtensor(x) for x in given):
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+
+
+def is_traced() -> bool:
+    """Whether tensors made now belong to a tracer or function transform, and must not outlive it."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
+    if not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    probe = torch.empty(0, device="cpu")  # some modes only look on
+    return type(probe) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(probe)
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Tensors made within hold numbers, which those of a tracer do not; no tracer records what is done with them."""
+    state = torch._C._get_tracing_state()
+    if state is not None:
+        torch._C._set_tracing_state(None)
+    try:
+        with _disable_current_modes(), torch._C._DisableFuncTorch():
+            yield
+    finally:
+        if state is not None:
+            torch._C._set_tracing_state(state)
+
+
+def below_autograd(op: Any, keys: Any, *args: Any) -> Any:
+    """Runs an operator's kernels, out of its implementation for autograd that got ``keys``."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+
+def has_static_value(side: int | torch.SymInt) -> bool:
+    """Whether a side is one number for every call of the program that is traced."""
+    known = getattr(symbolic_shapes, "has_static_value", None)
+    if known is None:  # older versions of PyTorch cannot tell while they compile
+        return isinstance(side, int) and not torch.compiler.is_compiling()
+    return known(side)
+
+
+def statically_true(condition: Any) -> bool:
+    """Whether ``condition`` is known to hold without adding a guard to the program that is traced."""
+    return symbolic_shapes.statically_known_true(condition)
+
+
+@torch.compiler.assume_constant_result  # traced, PyTorch's own is True whether one exports or not
+def is_exporting() -> bool:
+    """Whether a program is traced for ``torch.export``; True where PyTorch cannot tell."""
+    return getattr(torch.compiler, "is_exporting", lambda: True)()
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether hooks would see a call of ``module``."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(hooks) or _has_any_global_hook()
+
+
+def identity(x: Tensor) -> tuple[Any, ...]:
+    """What two tensors share exactly where they are the same, unmodified part of one storage."""
+    version = 0 if x.is_inference() else x._version
+    return x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), version
+
+
+def copies(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Copies of all tensors, in few launches."""
+    return torch._foreach_add(list(tensors), 0)

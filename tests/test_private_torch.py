@@ -1,0 +1,271 @@
+"""Private PyTorch is used in `ops/tracing.py` alone, and each of its names still does what is assumed of it there."""
+
+import ast
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental import symbolic_shapes
+from torch.utils.flop_counter import FlopCounterMode
+
+from backbones.ops import tracing
+
+ROOT = Path(__file__).parents[1]
+ATTRIBUTES = {  # of tensors, storages and modules
+    "_version", "_cdata", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_schema",
+}  # fmt: skip
+
+
+def is_private(name: str) -> bool:
+    """Whether a dotted name of PyTorch, such as ``torch._C``, is without its promise."""
+    parts = name.split(".")
+    hidden = any(part.startswith("_") and not part.startswith("__") for part in parts)
+    return hidden or name.startswith("torch.fx.experimental") or parts[-1] in ATTRIBUTES
+
+
+def private_names(source: str) -> Iterator[str]:
+    """What a module's source uses of private PyTorch."""
+    tree = ast.parse(source)
+    bound: dict[str, str] = {}  # local names, and what they are in PyTorch
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "torch":
+                    bound[alias.asname or "torch"] = alias.name if alias.asname else "torch"
+                    yield from [alias.name] if is_private(alias.name) else []
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            for alias in node.names:
+                bound[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                yield from [f"{node.module}.{alias.name}"] if is_private(f"{node.module}.{alias.name}") else []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            root: ast.expr = node
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            name = ast.unparse(node)
+            if isinstance(root, ast.Name) and root.id in bound:
+                name = bound[root.id] + name.removeprefix(root.id)
+                yield from [name] if is_private(name) else []
+            elif node.attr in ATTRIBUTES:
+                yield name
+
+
+def test_the_search_finds_private_names() -> None:
+    source = (
+        "import torch\nfrom torch.autograd import forward_ad as ad\nfrom torch.utils._pytree import tree_map\n"
+        "import torch._dynamo as d\nx = torch._C.f\ny = ad._level\nz = x._version\nw = torch.nn.Linear.__init__\n"
+    )
+    found = set(private_names(source))
+    assert {"torch.utils._pytree.tree_map", "torch._dynamo", "torch._C.f"} < found
+    assert {"torch.autograd.forward_ad._level", "x._version"} < found
+    assert not any("Linear" in name for name in found)
+
+
+def test_only_tracing_uses_private_pytorch() -> None:
+    found = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in (ROOT / "backbones").rglob("*.py")
+        if path != Path(tracing.__file__)
+        for name in private_names(path.read_text(encoding="utf-8"))
+    }
+    assert not found, "move to backbones/ops/tracing.py: " + ", ".join(sorted(found))
+
+
+def test_every_private_name_is_tested_here() -> None:
+    used = {name.rpartition(".")[2] for name in private_names(Path(tracing.__file__).read_text(encoding="utf-8"))}
+    used -= {"_C", "_functorch", "_python_dispatch", "_pytree", "symbolic_shapes"}  # where they are
+    assert used == {name for test in ASSUMED for name in test}
+
+
+def forward_mode() -> None:
+    assert forward_ad._current_level == -1, "forward_ad._current_level: expected -1 where no dual level is open"
+    with forward_ad.dual_level():
+        assert forward_ad._current_level == 0, "forward_ad._current_level: expected 0 in the first dual level"
+        x = forward_ad.make_dual(torch.ones(1), torch.ones(1))
+        assert tracing.is_transformed(None, x), "a dual tensor is not recognised"
+        assert not tracing.is_transformed(torch.ones(1)), "a tensor without tangent is taken for a dual one"
+
+
+def functorch() -> None:
+    peek = torch._C._functorch.peek_interpreter_stack
+    assert peek() is None, "peek_interpreter_stack: expected None outside of torch.func"
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        made = torch.empty(0)
+        seen.append(
+            (
+                peek() is not None,
+                torch._C._functorch.is_gradtrackingtensor(x),
+                torch._C._functorch.is_functorch_wrapped_tensor(made),
+                tracing.is_transformed(x),
+                tracing.is_traced(),
+            )
+        )
+        with tracing.untraced():
+            seen.append(torch._C._functorch.is_functorch_wrapped_tensor(torch.empty(0)))
+        return x.sum()
+
+    torch.func.grad(look)(torch.ones(2))
+    names = ("peek_interpreter_stack", "is_gradtrackingtensor", "is_functorch_wrapped_tensor")
+    for name, right in zip((*names, "is_transformed", "is_traced"), seen[0], strict=True):
+        assert right, f"{name}: expected to tell that torch.func.grad follows"
+    assert not seen[1], "_DisableFuncTorch: expected plain tensors within"
+    assert not tracing.is_transformed(torch.ones(1)) and not tracing.is_traced()
+
+
+def modes() -> None:
+    count = torch._C._len_torch_dispatch_stack
+    assert count() == 0, "_len_torch_dispatch_stack: expected 0 outside of modes"
+    with FakeTensorMode():
+        assert count() == 1, "_len_torch_dispatch_stack: expected to count FakeTensorMode"
+        assert tracing.is_traced()
+        with tracing.untraced():
+            assert type(torch.empty(0)) is Tensor, "_disable_current_modes: expected plain tensors within"
+            assert not tracing.is_traced()
+        assert count() == 1, "_disable_current_modes: expected the mode back"
+    with FlopCounterMode(display=False):
+        assert count() == 1 and not tracing.is_traced(), "a mode that only looks on is taken for a tracer"
+
+    names = []
+
+    class Recorder(tracing.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        torch.ones(1) + 1
+    assert "aten.add.Tensor" in names, "TorchDispatchMode: expected to see every operator"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+def jit_trace() -> None:
+    states = []
+
+    def look(x: Tensor) -> Tensor:
+        states.append(torch._C._get_tracing_state() is not None)
+        with tracing.untraced():
+            states.append(torch._C._get_tracing_state() is not None)
+            states.append(torch.jit.is_tracing())
+            torch.ones(3).sum().item()  # traced, it would be recorded
+        states.append(torch._C._get_tracing_state() is not None)
+        return x + 1
+
+    program = torch.jit.trace(look, torch.ones(2), check_trace=False)
+    assert states == [True, False, False, True], "_set_tracing_state: expected to pause the tracer and to go on"
+    assert "aten::sum" not in str(program.graph), "_set_tracing_state: expected nothing to be recorded meanwhile"
+
+
+def dispatch_keys() -> None:
+    library = torch.library.Library("private_torch_test", "DEF")
+    library.define("double(Tensor x) -> Tensor")
+    op = torch.ops.private_torch_test.double.default
+    seen = []
+
+    def kernel(x: Tensor) -> Tensor:
+        seen.append(x.requires_grad)
+        return x * 2
+
+    def autograd(keys, x):  # type: ignore[no-untyped-def]
+        return tracing.below_autograd(op, keys, x)
+
+    library.impl("double", kernel, "CompositeExplicitAutograd")
+    library.impl("double", autograd, "Autograd", with_keyset=True)
+    y = op(torch.ones(2, requires_grad=True))
+    library._destroy()
+    assert seen == [True], "redispatch: expected the kernel behind autograd to run once"
+    assert y.tolist() == [2, 2]
+    assert not y.requires_grad, "_AutoDispatchBelowAutograd: expected nothing to be recorded below autograd"
+
+
+def symbolic_sides() -> None:
+    assert tracing.has_static_value(3), "has_static_value: expected True for a number"
+    assert tracing.statically_true(True) and not tracing.statically_true(False)
+    seen = []
+
+    class Look(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(
+                (
+                    symbolic_shapes.has_static_value(x.shape[0]),
+                    symbolic_shapes.has_static_value(x.shape[1]),
+                    symbolic_shapes.statically_known_true(x.shape[0] >= 1),
+                    symbolic_shapes.statically_known_true(x.shape[0] % 2 == 0),
+                )
+            )
+            return x + 1
+
+    batch = torch.export.Dim("batch", min=2)
+    torch.export.export(Look(), (torch.ones(4, 3),), dynamic_shapes=({0: batch},), strict=False)
+    assert seen[0] == (False, True, True, False), (
+        "has_static_value, statically_known_true: expected to know fixed sides and bounds, nothing of a dynamic side"
+    )
+
+
+def hooks() -> None:
+    module = nn.Linear(2, 2)
+    assert not tracing.is_hooked(module), "_has_any_global_hook: expected none"
+    for register in (
+        module.register_forward_hook,
+        module.register_forward_pre_hook,
+        module.register_full_backward_hook,
+        module.register_full_backward_pre_hook,
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_full_backward_hook,
+    ):
+        handle = register(lambda *args: None)
+        assert tracing.is_hooked(module), f"{register.__name__}: expected to find its hook"
+        handle.remove()
+        assert not tracing.is_hooked(module), f"{register.__name__}: expected to find it gone"
+
+
+def norms() -> None:
+    batch = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    for norm in (*batch, nn.InstanceNorm2d):
+        assert issubclass(norm, tracing.RunningNorm), f"_NormBase: expected to be a base of {norm.__name__}"
+        assert issubclass(norm, tracing.BatchNorm) is (norm in batch), f"_BatchNorm: expected no {norm.__name__}"
+    assert not issubclass(nn.GroupNorm, tracing.RunningNorm) and not issubclass(nn.LayerNorm, tracing.RunningNorm)
+
+
+def tensors() -> None:
+    x = torch.arange(4)
+    before = tracing.identity(x)
+    assert before == tracing.identity(x.view(4)), "_cdata: expected one storage of two views"
+    assert before != tracing.identity(x[1:]) and before != tracing.identity(x.clone())
+    x.add_(1)
+    assert before != tracing.identity(x), "_version: expected to count modifications"
+    with torch.inference_mode():
+        tracing.identity(torch.arange(4))
+    a, b = tracing.copies([x, x + 1])
+    assert a.tolist() == x.tolist() and a.data_ptr() != x.data_ptr() and b.tolist() == (x + 1).tolist(), "_foreach_add"
+    tree = tracing.tree_map(lambda t: t + 1, {"a": [x, (x,)]})
+    assert tree["a"][1][0].tolist() == (x + 1).tolist(), "tree_map: expected to go through dicts, lists and tuples"
+
+
+ASSUMED = {
+    ("_current_level",): forward_mode,
+    ("peek_interpreter_stack", "is_gradtrackingtensor", "is_functorch_wrapped_tensor", "_DisableFuncTorch"): functorch,
+    ("_len_torch_dispatch_stack", "TorchDispatchMode", "_disable_current_modes"): modes,
+    ("_get_tracing_state", "_set_tracing_state"): jit_trace,
+    ("_AutoDispatchBelowAutograd", "_after_autograd_keyset"): dispatch_keys,
+    ("statically_known_true",): symbolic_sides,
+    (
+        *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
+        "_has_any_global_hook",
+    ): hooks,
+    ("_BatchNorm", "_NormBase"): norms,
+    ("_version", "_cdata", "_foreach_add", "tree_map"): tensors,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize("check", ASSUMED.values(), ids=lambda check: check.__name__)
+def test_private_names_do_what_is_assumed(check) -> None:  # type: ignore[no-untyped-def]
+    assert inspect.isfunction(check)
+    check()
