@@ -115,8 +115,8 @@ def check(tensors: dict, options: dict, dtype: torch.dtype = torch.float32) -> N
         name: x.detach().double().requires_grad_() for name, x in tensors.items() if x is not None and name != "orders"
     }
     expected = naive.selective_scan_naive(
-        *(exact.get(name) for name in NAMES[:6]), orders, exact.get("delta_bias"), options["delta_softplus"],
-        options["out"], options["local_window"], exact.get("dt_weight"),
+        *(exact.get(name) for name in NAMES[:6]), orders, exact.get("delta_bias"), exact.get("dt_weight"),
+        options["delta_softplus"], options["out"], options["local_window"],
     )  # fmt: skip
     grad = torch.randn(expected.shape, dtype=torch.float64).to(dtype)
     expected_grads = torch.autograd.grad(expected, list(exact.values()), grad.double())

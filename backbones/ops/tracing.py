@@ -68,13 +68,13 @@ def untraced() -> Iterator[None]:
     """Tensors made within hold numbers, which those of a tracer do not; no tracer records what is done with them."""
     state = torch._C._get_tracing_state()
     if state is not None:
-        torch._C._set_tracing_state(None)
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         with _disable_current_modes(), torch._C._DisableFuncTorch():
             yield
     finally:
         if state is not None:
-            torch._C._set_tracing_state(state)
+            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def below_autograd(op: Any, keys: Any, *args: Any) -> Any:

@@ -1,7 +1,6 @@
 """The selective scan in plain PyTorch: the definition that every other backend is held against.
 
-Any device, any floating dtype. The cost is linear in the number of steps, backward included, because the loop
-runs over
+Any device, any floating dtype. The cost is linear in the number of steps, backward included, because the loop runs over
 ``unbind``: the gradient of an ``x[:, t]`` would be a zero tensor as large as ``x``.
 """
 
@@ -21,10 +20,10 @@ def selective_scan_naive(
     D: Tensor | None = None,
     orders: Tensor | None = None,
     delta_bias: Tensor | None = None,
+    dt_weight: Tensor | None = None,
     delta_softplus: bool = True,
     out: str = "sum",
     local_window: int = 0,
-    dt_weight: Tensor | None = None,
 ) -> Tensor:
     """:func:`backbones.ops.selective_scan` as a loop over steps; arguments and shapes as there, unchecked.
 
@@ -98,7 +97,7 @@ def forward(
         if low < 0 or high >= length:
             found = low if low < 0 else high
             raise ValueError(f"orders: found token {found}, expected 0..{length - 1} (delta has {length} tokens)")
-    y = selective_scan_naive(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, dt_weight)
+    y = selective_scan_naive(u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, local_window)
     return y, u.new_empty(0, dtype=torch.float32)
 
 
@@ -111,7 +110,7 @@ def backward(
 
     def scan(u, delta, A, B, C, D, delta_bias, dt_weight):  # type: ignore[no-untyped-def]
         return selective_scan_naive(
-            u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, dt_weight
+            u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, local_window
         )
 
     found = gradients(scan, (u, delta, A, B, C, D, delta_bias, dt_weight), grad)
