@@ -160,22 +160,31 @@ def test_groups_of_a_hierarchy_follow_its_depth(hierarchy: str, group: Callable[
     assert found == {name: expected[part] for name, (part,) in parts.items()}
 
 
+def _rows_in_turn(grid: torch.Tensor) -> torch.Tensor:
+    even, odd = grid[::2].flatten(), grid[1::2].flatten()
+    return torch.stack([even, nn.functional.pad(odd, (0, len(even) - len(odd)), value=-1)])
+
+
+@pytest.mark.parametrize("pattern", [ATROUS, ScanPattern("rows_in_turn", 2, _rows_in_turn, pad_to=2)])
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (4, 6), (5, 6), (4, 7), (5, 3)])
-def test_each_order_may_project_only_what_it_visits(size: tuple[int, int]) -> None:
-    """The atrous orders share the cells; projecting every cell for every order gives the same, gradients too."""
+def test_each_order_may_project_only_what_it_visits(size: tuple[int, int], pattern: ScanPattern) -> None:
+    """Orders that share the cells; projecting every cell for every order gives the same, gradients too."""
     torch.manual_seed(0)
-    ssm = SelectiveSSM(3, d_state=2, dt_rank=1, num_orders=4, dtype=torch.float64)
+    ssm = SelectiveSSM(3, d_state=2, dt_rank=1, num_orders=pattern.num_orders, dtype=torch.float64)
     x = torch.randn(2, *size, 3, dtype=torch.float64, requires_grad=True)
     whole = nn.functional.pad(x.flatten(1, 2), (0, 0, 0, 1))
     cells = size[0] * size[1]
     results = []
+    given = []
+    ssm.register_forward_pre_hook(lambda module, args: given.append(args[1]))
     for y in (
-        scan_grid(ssm, x, Scan(ATROUS)).flatten(1, 2),
-        ssm(whole, ATROUS.orders(*size).masked_fill(ATROUS.orders(*size) < 0, cells))[:, :cells],
+        scan_grid(ssm, x, Scan(pattern)).flatten(1, 2),
+        ssm(whole, pattern.orders(*size, pad_index=cells))[:, :cells],
     ):
         grads = torch.autograd.grad((y * torch.arange(y.numel()).view_as(y)).sum(), [x, *ssm.parameters()])
         results.append([y, *grads])
     torch.testing.assert_close(*results)
+    assert given[0] is None  # the steps of each order, already in turn
 
 
 def test_every_parameter_gets_a_gradient(name: str) -> None:

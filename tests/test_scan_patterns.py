@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gzip
+import itertools
 import json
 import pickle
 from collections import Counter
@@ -34,8 +35,10 @@ from backbones.patterns import (
     both_ways,
     column_major,
     concatenated,
+    directions,
     get_pattern,
     hilbert,
+    known,
     local_windows,
     mirrored,
     raster,
@@ -46,7 +49,7 @@ from backbones.patterns import (
     transposed,
     turned,
 )
-from backbones.patterns import pattern as pattern_module
+from backbones.patterns.tokens import token_tables
 
 # Recorded from the public implementations: "source/traversal/HxW" -> cells in turn, -1 for a padded slot.
 RECORDED: dict[str, list[int]] = json.loads(
@@ -111,9 +114,9 @@ COUNTERPARTS = {
 
 @pytest.fixture(autouse=True)
 def _empty_cache() -> Iterator[None]:
-    pattern_module._cached_table.cache_clear()
+    known.CACHE.clear()
     yield
-    pattern_module._cached_table.cache_clear()
+    known.CACHE.clear()
 
 
 def step_lengths(order: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -248,7 +251,45 @@ def test_tables_are_cached_and_bounded() -> None:
     assert CROSS.orders(7, 5) is not first
     assert ATROUS.orders(5, 7, pad_index=35) is ATROUS.orders(5, 7, pad_index=35)
     assert ATROUS.orders(4, 6, pad_index=24) is ATROUS.orders(4, 6)
-    assert pattern_module._cached_table.cache_parameters()["maxsize"] is not None
+
+
+def test_the_cache_is_bounded_by_bytes() -> None:
+    cache, made = known.Cache(3000), []
+
+    def table(key: str) -> Tensor:
+        def make() -> Tensor:
+            made.append(key)
+            return torch.zeros(200)  # 800 bytes, and 512 for the books
+
+        return cache.get(key, make)
+
+    first = table("a")
+    table("b")
+    assert table("a") is first
+    table("c")  # "b" goes, not asked for since
+    assert len(cache) == 2
+    assert table("a") is first
+    table("b")
+    assert made == ["a", "b", "c", "b"]
+    cache.get("large", lambda: torch.zeros(10**6))
+    assert len(cache) == 1
+    cache.clear()
+    assert len(cache) == cache.bytes == 0
+
+
+def test_a_pattern_for_each_of_many_layers_stays_known() -> None:
+    names = ("h", "h_flip", "v", "v_flip", "w2", "w2_flip", "w7", "w7_flip")
+    patterns = [directions(*four) for four in itertools.permutations(names, 4)][:200]
+    first = [token_tables(pattern, 7, 7, 50, 4, device=None) for pattern in patterns]
+    again = [token_tables(pattern, 7, 7, 50, 4, device=None) for pattern in patterns]
+    assert all(tables is others for tables, others in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (2, 4), (5, 7)], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=pattern_id)
+def test_shared_cells(pattern: ScanPattern, size: tuple[int, int]) -> None:
+    counts = Counter(cell for order in pattern.orders(*size).tolist() for cell in order if cell >= 0)
+    assert pattern.shares_cells(*size) is all(counts[cell] == 1 for cell in range(size[0] * size[1]))
 
 
 def test_same_name_and_size_but_another_function() -> None:
@@ -274,7 +315,7 @@ def test_fake_and_transformed_tensors_stay_out_of_the_cache() -> None:
     with FakeTensorMode():
         assert isinstance(CROSS.orders(3, 4, "cpu"), FakeTensor)
     torch.func.grad(lambda x: (x[CROSS.orders(3, 4)] ** 2).sum())(torch.ones(12))
-    assert pattern_module._cached_table.cache_info().currsize == 0
+    assert len(known.CACHE) == 0
     with torch.device("meta"):
         orders = CROSS.orders(3, 4)
     assert orders.device.type == "cpu"

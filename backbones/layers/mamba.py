@@ -1,6 +1,5 @@
 """The Mamba mixer over image tokens, as Vim and LBVim use it, and its residual block."""
 
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -15,13 +14,10 @@ from backbones.layers.scan import Scan
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.layers.tracing import Opaque
 from backbones.ops import Visits, depthwise_conv, silu_gate
-from backbones.ops.tracing import is_traced
-from backbones.patterns import BIDIRECTIONAL, FORWARD, REVERSE, ScanPattern
-from backbones.patterns.taps import causal_taps
+from backbones.patterns import BIDIRECTIONAL, ScanPattern
+from backbones.patterns.tokens import token_tables
 
 _BIDIRECTIONAL = Scan(BIDIRECTIONAL)
-# Patterns that walk the tokens themselves, the class token among them: 1 for an order from first to last, -1 back.
-_SEQUENCE_PATTERNS: dict[ScanPattern, tuple[int, ...]] = {FORWARD: (1,), REVERSE: (-1,), BIDIRECTIONAL: (1, -1)}
 
 
 class MambaMixer(Opaque, nn.Module):
@@ -99,7 +95,7 @@ class MambaMixer(Opaque, nn.Module):
 
         None: the orders are those of a grid.
         """
-        return _SEQUENCE_PATTERNS.get(self.scan.pattern)
+        return self.scan.pattern.sequence
 
     def _scanned(self, x: Tensor, grid: tuple[int, int], out: str, gaps: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the scans make of x, and the gate."""
@@ -107,8 +103,7 @@ class MambaMixer(Opaque, nn.Module):
         visits = _visits(pattern, grid)
         tokens = x.shape[1]
         x, z = linear_parts(self.in_proj, x, [self.d_inner] * 2)
-        make = _tables if is_traced() else _cached_tables
-        orders, *taps = make(pattern, *grid, tokens, self.d_conv, x.device)
+        orders, *taps = token_tables(pattern, *grid, tokens, self.d_conv, device=x.device)
         u = depthwise_conv(x, self.conv_weight, self.conv_bias, *taps, silu=True, backend=self.ssm.backend)
         if gaps is not None:
             return self.ssm.per_order_over_gaps(u, gaps, orders, visits), z
@@ -124,42 +119,6 @@ def _visits(pattern: ScanPattern, grid: tuple[int, int]) -> Visits | None:
             "a causal convolution along its orders needs"
         )
     return known and Visits(repeats=False, complete=True, disjoint=pattern.num_orders == 1, covers=True)
-
-
-def _tables(
-    pattern: ScanPattern, height: int, width: int, tokens: int, num_taps: int, device: torch.device
-) -> tuple[Tensor, ...]:
-    """The orders, and the taps of causal convolutions along them, whose outputs are the tokens, then padded slots."""
-    orders = _token_orders(pattern, height, width, tokens, device)
-    taps, inverse_taps = causal_taps(orders, num_taps)
-    return orders, taps.masked_fill(taps >= tokens, -1), inverse_taps[:, :, :tokens]
-
-
-@lru_cache(maxsize=128)
-def _cached_tables(
-    pattern: ScanPattern, height: int, width: int, tokens: int, num_taps: int, device: torch.device
-) -> tuple[Tensor, ...]:
-    # Tensors made under inference_mode could not be saved for the backward pass of a later training step.
-    with torch.inference_mode(False):
-        tables = _tables(pattern, height, width, tokens, num_taps, torch.device("cpu"))
-        return tuple(table.to(device) for table in tables)
-
-
-def _token_orders(pattern: ScanPattern, height: int, width: int, tokens: int, device: torch.device) -> Tensor:
-    """Orders of the grid as orders of the tokens: a class token in the middle, each order's padded slots at the end."""
-    if pattern in _SEQUENCE_PATTERNS:
-        return pattern.orders(1, tokens, device)
-    cells = height * width
-    orders = pattern.orders(height, width, device)
-    if tokens != cells:
-        middle = cells // 2
-        orders = orders + (orders >= middle).to(orders.dtype)
-        class_token = orders.new_full((orders.shape[0], 1), middle)
-        orders = torch.cat([orders[:, :middle], class_token, orders[:, middle:]], dim=1)
-    if pattern.padded(height, width):
-        slots = orders < 0
-        orders = torch.where(slots, tokens - 1 + slots.cumsum(1), orders).int()
-    return orders
 
 
 class MambaBlock(nn.Module):

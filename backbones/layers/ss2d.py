@@ -11,11 +11,10 @@ from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.layers.tracing import Opaque
 from backbones.ops import depthwise_conv, silu_gate
 from backbones.ops.dispatch import has_kernel
-from backbones.patterns import ATROUS, CROSS
+from backbones.patterns import CROSS
 from backbones.patterns.taps import window_outputs, window_taps
 
 _CROSS = Scan(CROSS)
-_PARTITIONS = {ATROUS}  # their orders share the cells among them
 
 
 class DepthwiseConv2d(OnBackend, nn.Conv2d):
@@ -79,7 +78,8 @@ def scan_grid(ssm: SelectiveSSM, x: Tensor, scan: Scan, out: str = "sum") -> Ten
         tokens = F.pad(tokens, (0, 0) * (tokens.dim() - 2) + (0, 1))
     orders = pattern.orders(height, width, x.device, pad_index=cells)
     # A GPU gains nothing: what matters there is the number of launches, of which gathering makes more.
-    if pattern in _PARTITIONS and not x.is_cuda and x.dim() == 4 and out == "sum":
+    gathers = not x.is_cuda and x.dim() == 4 and out == "sum" and pattern.num_orders > 1
+    if gathers and pattern.shares_cells(height, width):
         visited = orders.t().flatten().long()  # step by step, order by order
         steps = tokens.index_select(1, visited).unflatten(1, (-1, pattern.num_orders))
         steps = ssm(steps, None, "per_step", window).flatten(1, 2)

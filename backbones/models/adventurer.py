@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -30,8 +30,8 @@ from backbones.layers.linear import linear_parts
 from backbones.layers.norm import RMSNorm
 from backbones.layers.scan import OnBackend
 from backbones.ops import depthwise_conv, selective_scan, silu_gate, ssd
-from backbones.ops.tracing import is_traced
 from backbones.patterns import FORWARD, ScanPattern, backwards
+from backbones.patterns.known import known_tables
 from backbones.patterns.taps import causal_taps
 from backbones.weights import ONE_ORDER, KeyRule, Layout
 from backbones.zoo import default_cfgs as zoo_cfgs
@@ -78,8 +78,7 @@ class Mamba2Mixer(OnBackend, nn.Module):
         mixed = self.d_inner + 2 * self.d_state
         x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
         z, u, dt = linear_parts(self.in_proj, x, [self.d_inner, mixed, self.num_heads])
-        make = _tables if is_traced() else _cached_tables
-        orders, *taps = make(self.scan.pattern, *grid, x.shape[1], self.d_conv, x.device)
+        orders, *taps = _tables(self.scan.pattern, *grid, x.shape[1], self.d_conv, device=x.device)
         u = depthwise_conv(u, self.conv_weight, self.conv_bias, *taps, silu=True, backend=self.backend).squeeze(2)
         u, B, C = u.split([self.d_inner, self.d_state, self.d_state], dim=-1)
         y = self._scanned(u, dt, B.unsqueeze(2), C.unsqueeze(2), orders)
@@ -104,26 +103,17 @@ class Mamba2Mixer(OnBackend, nn.Module):
         )  # fmt: skip
 
 
+@known_tables
 def _tables(
-    pattern: ScanPattern, height: int, width: int, tokens: int, num_taps: int, device: torch.device
+    pattern: ScanPattern, height: int, width: int, tokens: int, num_taps: int, *, device: torch.device
 ) -> tuple[Tensor, ...]:
     """The order (1, l) of the mean, the patches and, where there is one, the class token, and the taps along it."""
+    if pattern.padded(height, width) or pattern.visits_each_cell_once(height, width) is False:
+        raise ValueError(f"pattern: {pattern.name!r} does not visit each cell of a {height} x {width} grid once")
     order = pattern.orders(height, width, device) + 1
     ends = torch.arange(tokens, device=device, dtype=order.dtype)[None]
     order = torch.cat([ends[:, :1], order, ends[:, height * width + 1 :]], dim=1)
     return order, *causal_taps(order, num_taps)
-
-
-@lru_cache(maxsize=128)
-def _cached_tables(
-    pattern: ScanPattern, height: int, width: int, tokens: int, num_taps: int, device: torch.device
-) -> tuple[Tensor, ...]:
-    if pattern.padded(height, width) or not pattern.visits_each_cell_once(height, width):
-        raise ValueError(f"pattern: {pattern.name!r} does not visit each cell of a {height} x {width} grid once")
-    # Tensors made under inference_mode could not be saved for the backward pass of a later training step.
-    with torch.inference_mode(False):
-        tables = _tables(pattern, height, width, tokens, num_taps, torch.device("cpu"))
-        return tuple(table.to(device) for table in tables)
 
 
 class SwiGLU(OnBackend, nn.Module):

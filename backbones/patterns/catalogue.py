@@ -70,9 +70,9 @@ def directions(*names: str) -> ScanPattern:
     return COMPOSED.setdefault(pattern.name, pattern)
 
 
-FORWARD = ScanPattern("forward", 1, stacked(raster))
-REVERSE = ScanPattern("reverse", 1, stacked(reversed_order(raster)))
-BIDIRECTIONAL = ScanPattern("bidirectional", 2, both_ways(raster))  # Vim
+FORWARD = ScanPattern("forward", 1, stacked(raster), sequence=(1,))
+REVERSE = ScanPattern("reverse", 1, stacked(reversed_order(raster)), sequence=(-1,))
+BIDIRECTIONAL = ScanPattern("bidirectional", 2, both_ways(raster), sequence=(1, -1))  # Vim
 CROSS = ScanPattern("cross", 4, both_ways(raster, column_major))  # VMamba, GroupMamba
 # EfficientVMamba: disjoint orders, one for each parity of (i, j): (0, 0), (1, 0), (0, 1), (1, 1). Those of
 # the odd rows go column by column: transposed, which exchanges the parities too.
@@ -148,10 +148,10 @@ def checked_pattern(pattern: ScanPattern | str, default: ScanPattern) -> ScanPat
 def backwards(pattern: ScanPattern) -> ScanPattern:
     """The same orders, each from its last step to its first."""
     if pattern == FORWARD:
-        return REVERSE  # known to the mixers as a walk along the sequence
-    return ScanPattern(
-        f"{pattern.name}_backwards", pattern.num_orders, partial(_last_to_first, pattern.order_fn), pattern.pad_to
-    )
+        return REVERSE
+    order_fn = partial(_last_to_first, pattern.order_fn)
+    sequence = None if pattern.sequence is None else tuple(-way for way in pattern.sequence)
+    return ScanPattern(f"{pattern.name}_backwards", pattern.num_orders, order_fn, pattern.pad_to, sequence)
 
 
 def _last_to_first(order_fn: OrderFn, grid: Tensor) -> Tensor:

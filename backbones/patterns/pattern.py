@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from backbones.ops.scan.visits import Visits
 from backbones.ops.tracing import has_static_value, is_exporting, is_traced, statically_true, untraced
+from backbones.patterns.known import known_fact, known_tables
 
 OrderFn = Callable[[Tensor], Tensor]
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,16 @@ class ScanPattern:
             Made of tensor operations it serves dynamic shapes too; made of module-level functions, as the
             combinators below leave it, it can be pickled.
         pad_to: sides are padded to multiples of this, at the bottom and right; only then may orders hold -1.
+        sequence: of orders along the sequence of tokens, 1 for each from the first to the last and -1 for each that
+            goes back; None for orders of a grid. Along the sequence a class token is visited where it stands, in a grid
+            at the middle step of each order.
     """
 
     name: str
     num_orders: int
     order_fn: OrderFn = field(repr=False)
     pad_to: int = 1
+    sequence: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         checked_int("num_orders", self.num_orders)
@@ -59,18 +64,11 @@ class ScanPattern:
         height, width = checked_int("height", height), checked_int("width", width)
         if pad_index is not None:
             pad_index = checked_int("pad_index", pad_index) if self.padded(height, width) else None
-        probe = torch.empty(0, device="cpu" if device is None else device)
-        if is_traced():
-            # Opaque to compilers, which neither have to index along the orders' arithmetic nor do it at every call.
-            if (
-                torch.compiler.is_compiling()
-                and not is_exporting()
-                and self._is_catalogued()
-                and _static(height, width)
-            ):
-                return torch.ops.backbones.scan_orders(probe, self.name, height, width, pad_index)
-            return _filled(_table(self, height, width, probe.device), pad_index)
-        return _cached_table(self, height, width, probe.device, pad_index)
+        # Opaque to compilers, which neither have to index along the orders' arithmetic nor do it at every call.
+        if torch.compiler.is_compiling() and not is_exporting() and self._is_catalogued() and _static(height, width):
+            like = torch.empty(0, device="cpu" if device is None else device)
+            return torch.ops.backbones.scan_orders(like, self.name, height, width, pad_index)
+        return _orders(self, height, width, pad_index, device=device)
 
     def visits(self, height: int, width: int) -> Visits | None:
         """What ``selective_scan`` asks of ``orders(height, width, pad_index=height * width)``; None: not known yet.
@@ -89,7 +87,7 @@ class ScanPattern:
 
     @torch.compiler.assume_constant_result
     def _visits(self, height: int, width: int) -> tuple[bool, ...]:
-        return _cached_visits(self, height, width)
+        return _visits(self, height, width)
 
     def visits_each_cell_once(self, height: int, width: int) -> bool | None:
         """Whether every order visits every cell once, padded slots aside; None: not known yet, see `visits`."""
@@ -100,7 +98,16 @@ class ScanPattern:
 
     @torch.compiler.assume_constant_result
     def _visits_each_cell_once(self, height: int, width: int) -> bool:
-        return _cached_visits_each_cell_once(self, height, width)
+        return _visits_each_cell_once(self, height, width)
+
+    def shares_cells(self, height: int, width: int) -> bool | None:
+        """Whether the orders share the cells among them: one order visits each, once. None: not known, see `visits`."""
+        sides = checked_int("height", height), checked_int("width", width)
+        return self._shares_cells(*sides) if _static(*sides) else None
+
+    @torch.compiler.assume_constant_result
+    def _shares_cells(self, height: int, width: int) -> bool:
+        return _shares_cells(self, height, width)
 
     @torch.compiler.assume_constant_result
     def _is_catalogued(self) -> bool:
@@ -140,50 +147,57 @@ def checked_int(name: str, value: int) -> int:
     return value
 
 
-def _table(pattern: ScanPattern, height: int, width: int, device: torch.device) -> Tensor:
+@known_tables
+def _orders(
+    pattern: ScanPattern, height: int, width: int, pad_index: int | None, *, device: torch.device | str | None
+) -> Tensor:
     table = pattern.order_fn(torch.arange(height * width, device=device).view(height, width))
     if table.ndim != 2 or table.shape[0] != pattern.num_orders or table.is_floating_point():
         raise ValueError(
             f"order_fn of pattern {pattern.name!r} must return integers of shape "
             f"({pattern.num_orders}, steps), got {table.dtype} of shape {tuple(table.shape)}"
         )
-    return table.to(torch.int32)
-
-
-def _filled(table: Tensor, pad_index: int | None) -> Tensor:
-    return table if pad_index is None else table.masked_fill(table < 0, pad_index)
-
-
-@lru_cache(maxsize=128)
-def _cached_table(pattern: ScanPattern, height: int, width: int, device: torch.device, pad_index: int | None) -> Tensor:
-    # A tensor made under inference_mode could not be saved for the backward pass of a later training step.
-    with torch.inference_mode(False):
-        table = _table(pattern, height, width, torch.device("cpu"))
+    if not is_traced():
         first, last = (-1 if pattern.padded(height, width) else 0), height * width - 1
         if int(table.min()) < first or int(table.max()) > last:
             raise ValueError(
                 f"order_fn of pattern {pattern.name!r} (pad_to={pattern.pad_to}) must name cells "
                 f"{first}..{last} of a {height} x {width} grid, got {int(table.min())}..{int(table.max())}"
             )
-        return _filled(table, pad_index).to(device)
+    table = table.to(torch.int32)
+    return table if pad_index is None else table.masked_fill(table < 0, pad_index)
 
 
-@lru_cache(maxsize=1024)
-def _cached_visits(pattern: ScanPattern, height: int, width: int) -> tuple[bool, ...]:
+def _cached_orders(
+    pattern: ScanPattern, height: int, width: int, pad_index: int | None, device: torch.device
+) -> Tensor:
+    return _orders.cached(pattern, height, width, pad_index, device=device)  # type: ignore[attr-defined]
+
+
+@known_fact
+def _visits(pattern: ScanPattern, height: int, width: int) -> tuple[bool, ...]:
     cells, padded = height * width, pattern.padded(height, width)
-    with untraced():
-        table = _cached_table(pattern, height, width, torch.device("cpu"), cells if padded else None)
-        return tuple(Visits.of(table, cells + padded))
+    table = _cached_orders(pattern, height, width, cells if padded else None, _CPU)
+    return tuple(Visits.of(table, cells + padded))
 
 
-@lru_cache(maxsize=1024)
-def _cached_visits_each_cell_once(pattern: ScanPattern, height: int, width: int) -> bool:
+@known_fact
+def _visits_each_cell_once(pattern: ScanPattern, height: int, width: int) -> bool:
+    return bool((_visits_of_cells(pattern, height, width) == 1).all())
+
+
+@known_fact
+def _shares_cells(pattern: ScanPattern, height: int, width: int) -> bool:
+    return bool((_visits_of_cells(pattern, height, width).sum(0) == 1).all())
+
+
+def _visits_of_cells(pattern: ScanPattern, height: int, width: int) -> Tensor:
+    """How often each order visits each cell, (k, cells)."""
     cells = height * width
-    with untraced():
-        table = _cached_table(pattern, height, width, torch.device("cpu"), None).long()
-        counts = torch.zeros(pattern.num_orders, cells + 1, dtype=torch.int64)
-        counts.scatter_add_(1, table.where(table >= 0, cells), torch.ones_like(table))
-        return bool((counts[:, :cells] == 1).all())
+    table = _cached_orders(pattern, height, width, None, _CPU).long()
+    counts = torch.zeros(pattern.num_orders, cells + 1, dtype=torch.int64)
+    counts.scatter_add_(1, table.where(table >= 0, cells), torch.ones_like(table))
+    return counts[:, :cells]
 
 
 _library = torch.library.Library("backbones", "FRAGMENT")
@@ -196,11 +210,11 @@ _library.define(
 @torch.library.impl(_library, "scan_orders", "CompositeExplicitAutograd")
 def _(like: Tensor, pattern: str, height: int, width: int, pad_index: int | None) -> Tensor:
     # A copy, because compilers may write into what an operator gave them.
-    return _cached_table(_checked_name(pattern), height, width, like.device, pad_index).clone()
+    return _cached_orders(_checked_name(pattern), height, width, pad_index, like.device).clone()
 
 
 @torch.library.register_fake("backbones::scan_orders", lib=_library)
 def _(like: Tensor, pattern: str, height: int, width: int, pad_index: int | None) -> Tensor:
     with untraced():
-        shape = _cached_table(_checked_name(pattern), height, width, torch.device("cpu"), pad_index).shape
+        shape = _cached_orders(_checked_name(pattern), height, width, pad_index, _CPU).shape
     return like.new_empty(shape, dtype=torch.int32)

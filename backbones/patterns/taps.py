@@ -5,12 +5,12 @@
 with tap j, or -1; the backward pass goes by it.
 """
 
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from backbones.ops.tracing import is_traced
+from backbones.patterns.known import known_tables
 
 Tables = tuple[Tensor, Tensor]
 
@@ -51,9 +51,7 @@ def window_taps(
     Taps are in raster order, as ``conv2d``'s weights, tokens and outputs too. The tables are cached and shared: never
     modify them in place.
     """
-    probe = torch.empty(0, device="cpu" if device is None else device)
-    make = _window_taps if is_traced() else _cached_window_taps
-    return make(height, width, kernel_size, stride, dilation, probe.device)
+    return _window_taps(height, width, kernel_size, stride, dilation, device=device)
 
 
 def window_outputs(length: int, kernel_size: int, stride: int = 1, dilation: int = 1) -> int:
@@ -61,23 +59,16 @@ def window_outputs(length: int, kernel_size: int, stride: int = 1, dilation: int
     return (length + 2 * (dilation * (kernel_size // 2)) - dilation * (kernel_size - 1) - 1) // stride + 1
 
 
-def _window_taps(height: int, width: int, kernel_size: int, stride: int, dilation: int, device: torch.device) -> Tables:
+@known_tables
+def _window_taps(
+    height: int, width: int, kernel_size: int, stride: int, dilation: int, *, device: torch.device | str | None
+) -> Tables:
     line = partial(_line_taps, kernel_size=kernel_size, stride=stride, dilation=dilation, device=device)
     (rows, output_rows), (columns, output_columns) = line(height), line(width)
     return _on_grid(rows, columns, width), _on_grid(output_rows, output_columns, columns.shape[1])
 
 
-@lru_cache(maxsize=128)
-def _cached_window_taps(
-    height: int, width: int, kernel_size: int, stride: int, dilation: int, device: torch.device
-) -> Tables:
-    # Tensors made under inference_mode could not be saved for the backward pass of a later training step.
-    with torch.inference_mode(False):
-        taps, inverse_taps = _window_taps(height, width, kernel_size, stride, dilation, torch.device("cpu"))
-        return taps.to(device), inverse_taps.to(device)
-
-
-def _line_taps(length: int, kernel_size: int, stride: int, dilation: int, device: torch.device) -> Tables:
+def _line_taps(length: int, kernel_size: int, stride: int, dilation: int, device: torch.device | str | None) -> Tables:
     """Both tables of one side of the window, (kernel_size, outputs) and (kernel_size, length)."""
     padding, outputs = dilation * (kernel_size // 2), window_outputs(length, kernel_size, stride, dilation)
     offset = torch.arange(kernel_size, device=device).unsqueeze(1) * dilation - padding
