@@ -368,6 +368,15 @@ def test_lenient_loading_is_refused(whole: Runner, option: dict[str, Any]) -> No
         whole.load_checkpoint(str(find_best(whole.work_dir)), **option)
 
 
+def test_a_network_for_other_classes_than_the_data_is_refused(data_root: Path, tmp_path: Path) -> None:
+    config = make_config(data_root, tmp_path)
+    config.model.network.num_classes = 5
+    with pytest.raises(
+        UserError, match=r"model\.network has num_classes=5, the data set of train_dataloader 4 classes"
+    ):
+        train(config)
+
+
 def test_run_stops_at_a_loss_that_is_not_finite(data_root: Path, tmp_path: Path) -> None:
     class Spoil(Hook):
         def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:

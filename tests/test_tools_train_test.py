@@ -166,8 +166,24 @@ def test_second_start_in_the_same_folder_is_refused(
         ),
         (
             "train",
-            ["plain.py", "--cfg-options", "train_dataloader.dataset.num_classes=11"],
+            ["plain.py", "--cfg-options", "num_classes=11"],
             ["has 10 classes, expected num_classes=11"],
+        ),
+        (
+            "train",
+            ["plain.py", "--cfg-options", "train_dataloader.dataset.num_classes=11"],
+            ["train_dataloader.dataset.num_classes is 11, num_classes of the config is 10; change num_classes alone"],
+        ),
+        ("train", ["plain.py", "--cfg-options", "num_classes=-1"], ["num_classes: got -1, expected a whole number"]),
+        (
+            "train",
+            ["plain.py", "--cfg-options", "optim_wrapper.optimizer.lrr=1"],
+            ["optim_wrapper.optimizer has no 'lrr'; did you mean lr?"],
+        ),
+        (
+            "test",
+            ["plain.py", "x.pth", "--cfg-options", "model.network.patch=2"],
+            ["network: test_vit takes no such argument", "'patch'"],
         ),
     ],
 )

@@ -37,7 +37,12 @@ def build_model(
             in ours.
         cache_dir: where downloads are kept.
         kwargs: arguments of the model, and timm's ``features_only``, ``out_indices`` and ``feature_cls``.
+
+    Raises:
+        ValueError: ``num_classes`` is negative.
     """
+    if (classes := kwargs.get("num_classes")) is not None and classes < 0:
+        raise ValueError(f"num_classes: got {classes}, expected at least 1, or 0 for no classifier")
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     features_only = kwargs.get("features_only", False)
     # The registered size is that of the published weights, which a file need not be.

@@ -7,7 +7,7 @@ _base_ = [
 
 model = dict(
     type="ImageClassifier",
-    network=dict(num_classes=1000),
+    network=dict(num_classes=_base_.num_classes),
     loss=dict(type="SoftTargetCrossEntropy"),
     data_preprocessor=dict(
         type="ImagePreprocessor",

@@ -1,6 +1,7 @@
 # Half the width of VMamba-T and small heads, for two CPU cores; from random weights.
 _base_ = ["../_base_/models/mask-rcnn_fpn.py", "../_base_/mmdet_runtime.py"]
 
+num_classes = 10
 widths = [48, 96, 192, 384]
 channels = 96
 
@@ -14,9 +15,9 @@ model = dict(
     ),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=channels, featmap_strides=[4, 8, 16], finest_scale=28),
-        bbox_head=dict(in_channels=channels, fc_out_channels=256, num_classes=10),
+        bbox_head=dict(in_channels=channels, fc_out_channels=256, num_classes=num_classes),
         mask_roi_extractor=dict(out_channels=channels, featmap_strides=[4, 8, 16], finest_scale=28),
-        mask_head=dict(num_convs=2, in_channels=channels, conv_out_channels=64, num_classes=10),
+        mask_head=dict(num_convs=2, in_channels=channels, conv_out_channels=64, num_classes=num_classes),
     ),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),

@@ -6,6 +6,6 @@ _base_ = [
 
 model = dict(
     type="ImageClassifier",
-    network=dict(name="vim_tiny", img_size=24, patch_size=8, num_classes=10),
+    network=dict(name="vim_tiny", img_size=24, patch_size=8, num_classes=_base_.num_classes),
     loss=dict(type="LabelSmoothingCrossEntropy", smoothing=0.1),
 )

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from mmengine.config import Config, DictAction
 
 from backbones.mm.app.console import hidden_prints
+from backbones.mm.app.options import check_options, spread_classes
 from backbones.mm.data.annotations import check_annotations
 from backbones.mm.data.datasets import check_class_folders
 from backbones.mm.errors import UserError
@@ -45,8 +46,8 @@ def load_config(args: Namespace, loaders: Sequence[str] = ()) -> Config:
             unless the config says ``check_annotations=False``.
 
     Raises:
-        UserError: no such config, a package that is missing, a data folder that does not exist, or annotations that
-            do not match.
+        UserError: no such config, an option or numbers of classes that cannot be meant, a package that is missing, a
+            data folder that does not exist, or annotations that do not match.
     """
     path = Path(args.config)
     if not path.is_file():
@@ -56,10 +57,13 @@ def load_config(args: Namespace, loaders: Sequence[str] = ()) -> Config:
         config = Config.fromfile(path)
     except ImportError as error:
         raise UserError(f"config {path} imports what is not installed: {error}") from error
-    if args.cfg_options:
-        config.merge_from_dict(args.cfg_options)
-    config.launcher = args.launcher
     config.verbose = args.verbose
+    _import_packages(config)  # whose types tell what options there are
+    options = args.cfg_options or {}
+    check_options(config, options)
+    config.merge_from_dict(options)
+    spread_classes(config, options)
+    config.launcher = args.launcher
     config.work_dir = args.work_dir or config.get("work_dir") or str(Path("work_dirs", path.stem))
     _import_packages(config)
     for root in sorted({root for name in loaders for root in _data_roots(config.get(name))}):

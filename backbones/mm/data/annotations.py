@@ -125,6 +125,13 @@ def _check_heads(model: Any, classes: int, loader: str) -> None:
             raise UserError(
                 f"the {name} has num_classes={head['num_classes']}, the data set of {loader} {classes} classes"
             )
+        losses = head.get("loss_decode", ())
+        for loss in losses if isinstance(losses, list | tuple) else [losses]:
+            if len(loss.get("class_weight") or range(classes)) != classes:
+                raise UserError(
+                    f"the {name} has a loss with class_weight for {len(loss['class_weight'])} classes, the data set of "
+                    f"{loader} {classes} classes"
+                )
 
 
 def _heads(model: Any, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

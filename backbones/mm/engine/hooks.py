@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from mmengine.dist import get_rank, get_world_size, is_main_process
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from rich.console import Console
@@ -112,10 +113,19 @@ class FiniteLossHook(Hook):
 
 
 class LabelRangeHook(Hook):
-    """Stops a run whose label maps hold more classes than the data set.
+    """Stops a run whose network has another number of classes than the data, or whose label maps hold more of them.
 
     The loss would end with an index error, on a GPU one that names nothing; IoU would not count such pixels.
     """
+
+    def before_train(self, runner: Runner) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        found = getattr(getattr(model, "network", None), "num_classes", None)
+        classes = getattr(runner.train_dataloader.dataset, "metainfo", {}).get("classes")
+        if found is not None and classes is not None and found != len(classes):
+            raise UserError(
+                f"model.network has num_classes={found}, the data set of train_dataloader {len(classes)} classes"
+            )
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         self._check(runner.train_dataloader.dataset, data_batch)

@@ -28,11 +28,20 @@ def create_network(name: str, **kwargs: Any) -> nn.Module:
     """``timm.create_model`` that answers an unknown name with the nearest known ones.
 
     Raises:
-        UserError: ``name`` is not registered in timm.
+        UserError: ``name`` is not registered in timm, the model takes no such argument, or ``num_classes`` is negative.
     """
+    classes = kwargs.get("num_classes")
+    if classes is not None and classes < 0:
+        raise UserError(f"num_classes: got {classes}, expected at least 1, or 0 for no classifier")
     if ":" not in name and not timm.is_model(name):
         raise UserError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}")
-    return timm.create_model(name, **kwargs)
+    try:
+        return timm.create_model(name, **kwargs)
+    except TypeError as error:
+        # Python's words for it; any other error of type is a fault.
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise UserError(f"network: {name} takes no such argument: {error}") from error
 
 
 @MODELS.register_module()

@@ -1,6 +1,8 @@
 # 1,438 training and 359 validation images of handwritten digits.
 data_hint = "make it with: python tools/make_digits.py --out data/digits"
 
+num_classes = 10
+
 train_dataloader = dict(
     batch_size=16,
     num_workers=0,
@@ -8,7 +10,7 @@ train_dataloader = dict(
         type="ImageFolder",
         data_root="data/digits",
         split="train",
-        num_classes=10,
+        num_classes=num_classes,
         # Digits are shifted and scaled a little, never mirrored.
         transform=dict(
             input_size=24,
@@ -34,7 +36,7 @@ val_dataloader = dict(
         type="ImageFolder",
         data_root="data/digits",
         split="val",
-        num_classes=10,
+        num_classes=num_classes,
         transform=dict(input_size=24, crop_pct=1.0, interpolation="bilinear"),
     ),
     sampler=dict(type="DefaultSampler", shuffle=False),

@@ -1,6 +1,8 @@
 # ImageNet-1K in folders of classes, augmented as in the recipes of DeiT and Swin.
 data_hint = "it must hold train/ and val/ with a folder for each of the 1,000 classes; or set data_root"
 
+num_classes = 1000
+
 train_dataloader = dict(
     batch_size=128,
     num_workers=8,
@@ -9,7 +11,7 @@ train_dataloader = dict(
         type="ImageFolder",
         data_root="data/imagenet",
         split="train",
-        num_classes=1000,
+        num_classes=num_classes,
         transform=dict(
             input_size=224,
             is_training=True,
@@ -33,7 +35,7 @@ val_dataloader = dict(
         type="ImageFolder",
         data_root="data/imagenet",
         split="val",
-        num_classes=1000,
+        num_classes=num_classes,
         transform=dict(input_size=224, crop_pct=0.875, interpolation="bicubic"),
     ),
     sampler=dict(type="DefaultSampler", shuffle=False),

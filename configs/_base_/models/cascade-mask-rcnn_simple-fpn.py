@@ -1,5 +1,6 @@
 # ViTDet's Cascade Mask R-CNN: a simple feature pyramid and heads with layer norms. A leaf names the backbone, its width
 # and whether boxes are regressed for each class.
+num_classes = 80
 norm_cfg = dict(type="LayerNorm2d", eps=1e-6)
 cascade = [  # IoU from which a box is positive, deviations of its encoded coordinates
     (0.5, [0.1, 0.1, 0.2, 0.2]),
@@ -47,7 +48,7 @@ model = dict(
                 conv_out_channels=256,
                 fc_out_channels=1024,
                 roi_feat_size=7,
-                num_classes=80,
+                num_classes=num_classes,
                 norm_cfg=norm_cfg,
                 bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_means=[0.0, 0.0, 0.0, 0.0], target_stds=deviations),
                 reg_class_agnostic=True,
@@ -67,7 +68,7 @@ model = dict(
             num_convs=4,
             in_channels=256,
             conv_out_channels=256,
-            num_classes=80,
+            num_classes=num_classes,
             norm_cfg=norm_cfg,
             loss_mask=dict(type="CrossEntropyLoss", use_mask=True, loss_weight=1.0),
         ),

@@ -1,4 +1,6 @@
 # Mask R-CNN with a feature pyramid. A leaf names the backbone and the widths of its maps.
+num_classes = 80
+
 model = dict(
     type="MaskRCNN",
     data_preprocessor=dict(
@@ -33,7 +35,7 @@ model = dict(
             in_channels=256,
             fc_out_channels=1024,
             roi_feat_size=7,
-            num_classes=80,
+            num_classes=num_classes,
             bbox_coder=dict(
                 type="DeltaXYWHBBoxCoder", target_means=[0.0, 0.0, 0.0, 0.0], target_stds=[0.1, 0.1, 0.2, 0.2]
             ),
@@ -52,7 +54,7 @@ model = dict(
             num_convs=4,
             in_channels=256,
             conv_out_channels=256,
-            num_classes=80,
+            num_classes=num_classes,
             loss_mask=dict(type="CrossEntropyLoss", use_mask=True, loss_weight=1.0),
         ),
     ),

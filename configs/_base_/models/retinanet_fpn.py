@@ -1,4 +1,6 @@
 # RetinaNet on the maps of strides 8 to 32. A leaf names the backbone and their widths.
+num_classes = 80
+
 model = dict(
     type="RetinaNet",
     data_preprocessor=dict(
@@ -12,7 +14,7 @@ model = dict(
     neck=dict(type="FPN", out_channels=256, add_extra_convs="on_input", num_outs=5),
     bbox_head=dict(
         type="RetinaHead",
-        num_classes=80,
+        num_classes=num_classes,
         in_channels=256,
         stacked_convs=4,
         feat_channels=256,

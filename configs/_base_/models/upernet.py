@@ -1,4 +1,5 @@
 # UPerNet with an auxiliary FCN on the third map. A leaf names the backbone and the widths of its maps.
+num_classes = 150
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 
 model = dict(
@@ -19,7 +20,7 @@ model = dict(
         pool_scales=(1, 2, 3, 6),
         channels=512,
         dropout_ratio=0.1,
-        num_classes=150,
+        num_classes=num_classes,
         norm_cfg=norm_cfg,
         align_corners=False,
         loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
@@ -31,7 +32,7 @@ model = dict(
         num_convs=1,
         concat_input=False,
         dropout_ratio=0.1,
-        num_classes=150,
+        num_classes=num_classes,
         norm_cfg=norm_cfg,
         align_corners=False,
         loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
