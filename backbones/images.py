@@ -1,10 +1,11 @@
-"""How every tool and data set reads an image: upright, and with all of its grey levels."""
+"""How every tool and data set reads an image, upright and with all of its grey levels, and how pictures are written."""
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -33,6 +34,20 @@ def read_image(file: str | Path | IO[bytes], mode: str = "RGB") -> Image.Image:
         if "transparency" in image.info:  # Pillow warns where it drops that of a palette
             image = image.convert("RGBA")
         return image.convert(mode)
+
+
+def write_picture(figure: Any, path: str | Path, dpi: int = 110) -> None:
+    """Write a figure of matplotlib's to the PNG ``path``, which appears when it is complete.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it, and what was there before stays.
+    """
+    partial = Path(path).with_name(f".partial-{Path(path).name}")
+    try:
+        figure.savefig(partial, dpi=dpi, format="png")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def image_size(file: str | Path) -> tuple[int, int]:

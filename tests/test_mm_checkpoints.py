@@ -62,7 +62,7 @@ def test_text_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, function, failing)
-            with pytest.raises(OSError, match="disk full"):
+            with pytest.raises(UserError, match=r"cannot write .*best\.txt: disk full"):
                 checkpoints.write_text(path, "new")
         assert path.read_text() == "old"
         assert [file.name for file in tmp_path.iterdir()] == ["best.txt"]

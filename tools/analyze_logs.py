@@ -11,14 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from backbones.mm.app import pictures
 from backbones.mm.app.cli import run_tool
 from backbones.mm.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tools are not installed
+
+from tools.outputs import unwritable
 
 Curve = list[tuple[int, float]]  # iterations, counted from 1, and values
 
@@ -135,8 +141,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the PNG to write (default: %(default)s)")
     args = parser.parse_args()
 
-    if args.out.suffix != ".png" or not args.out.parent.is_dir():
-        raise UserError(f"--out: got {args.out}, expected a .png in a folder that exists")
+    if reason := unwritable(args.out, ".png"):
+        raise UserError(f"--out: {reason}")
     names = [path.resolve().name for path in args.work_dirs]
     if len(set(names)) < len(names):
         names = [str(path) for path in args.work_dirs]
@@ -146,7 +152,7 @@ def main() -> None:
         if not any(key in run for run in runs.values()):
             known = ", ".join(sorted({key for run in runs.values() for key in run}))
             raise UserError(f"--keys: no run has {key!r}; there are {known}")
-    draw(runs, keys).savefig(args.out, dpi=110)
+    pictures.save(draw(runs, keys), args.out)
     print(table(runs, keys))
     print(args.out)
 

@@ -18,6 +18,7 @@ import os
 import sys
 from pathlib import Path
 
+import timm
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -26,12 +27,15 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tools are not installed
 
+import backbones  # noqa: F401  (registers the models in timm)
 from backbones.ops import native
+from backbones.suggest import did_you_mean
 from tools.bench.gpu import bench_gpu
 from tools.bench.measure import ParityError, conditions
 from tools.bench.models import COMPANIONS, KINDS, bench_model
 from tools.bench.operator import bench_limits, bench_op
 from tools.bench.shapes import SHAPES
+from tools.outputs import unwritable, unwritable_folder
 
 console = Console()
 
@@ -144,6 +148,13 @@ def main() -> int:
     args = parse_args()
     if args.run is bench_limits and native.unavailable_reason() is not None:
         print(f"limits: {native.unavailable_reason()}", file=sys.stderr)
+        return 2
+    names = (*getattr(args, "names", ()), *getattr(args, "against", ()))
+    if unknown := [name for name in names if not timm.is_model(name)]:
+        print(f"unknown model {unknown[0]!r}{did_you_mean(unknown[0], timm.list_models())}", file=sys.stderr)
+        return 2
+    if args.csv is not None and (reason := unwritable_folder(args.csv.parent) or unwritable(args.csv)):
+        print(f"--csv: {reason}", file=sys.stderr)
         return 2
     keep_freed_memory()
     torch.set_num_threads(args.threads)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ from backbones.mm.app import pictures
 from backbones.mm.app.cli import load_config, run_tool
 from backbones.mm.app.console import hidden_prints
 from backbones.mm.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tools are not installed
+
+from tools.outputs import unwritable
 
 
 def draw_samples(config: Config, loader: str, count: int, seed: int) -> Figure:
@@ -104,13 +109,13 @@ def main() -> None:
     if args.count < 1:
         raise UserError(f"--count: got {args.count}, expected at least 1")
     out = args.out or Path(f"{Path(args.config).stem}_{args.loader}.png")
-    if out.suffix != ".png" or not out.parent.is_dir():
-        raise UserError(f"--out: got {out}, expected a .png in a folder that exists")
+    if reason := unwritable(out, ".png"):
+        raise UserError(f"--out: {reason}")
     loader = f"{args.loader}_dataloader"
     common = argparse.Namespace(**vars(args), launcher="none", verbose=False, work_dir=None)
     config = load_config(common, [loader])
     figure = draw_samples(config, loader, args.count, args.seed)
-    figure.savefig(out, dpi=110)
+    pictures.save(figure, out)
     print(out)
 
 

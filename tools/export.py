@@ -28,6 +28,10 @@ from backbones.models import family_names
 from backbones.suggest import did_you_mean
 from backbones.weights import CheckpointError
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tools are not installed
+
+from tools.outputs import unwritable
+
 TOLERANCE = 1e-4  # of the largest output; float32 in another order of summation
 
 
@@ -86,8 +90,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.onnx is None and args.pt2 is None:
         raise ExportError("nothing to write: give --onnx FILE, --pt2 FILE, or both")
     for option, path, suffix in (("--onnx", args.onnx, ".onnx"), ("--pt2", args.pt2, ".pt2")):
-        if path is not None and (path.suffix != suffix or not path.parent.is_dir()):
-            raise ExportError(f"{option}: got {path}, expected a name that ends in {suffix}, in a folder that exists")
+        if path is not None and (reason := unwritable(path, suffix)):
+            raise ExportError(f"{option}: {reason}")
     if args.img_size and (len(args.img_size) > 2 or min(args.img_size) < 32):
         raise ExportError(f"--img-size: got {args.img_size}, expected one or two sides of at least 32 pixels")
     reason = ops.backends().get(args.scan_backend, "no such backend") if args.scan_backend else None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ from backbones.mm.app.cli import load_config, run_tool
 from backbones.mm.app.inference import Predictor, load_predictor, read_image
 from backbones.mm.engine.report import find_best
 from backbones.mm.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tools are not installed
+
+from tools.outputs import unwritable_folder
 
 
 def show(predictor: Predictor, path: Path, args: argparse.Namespace) -> tuple[str, Figure]:
@@ -92,6 +97,8 @@ def main() -> None:
     repeated = [name for name, count in Counter(path.stem for path in args.images).items() if count > 1]
     if repeated:
         raise UserError(f"several images are called {repeated[0]}, and so would their pictures in {args.out}")
+    if reason := unwritable_folder(args.out):
+        raise UserError(f"--out: {reason}")
     for path in args.images:
         read_image(path)
     if args.topk < 1:
@@ -99,11 +106,10 @@ def main() -> None:
     config = load_config(argparse.Namespace(**vars(args), launcher="none", verbose=False, work_dir=None))
     checkpoint = Path(args.checkpoint)
     predictor = load_predictor(config, find_best(checkpoint) if checkpoint.is_dir() else checkpoint)
-    args.out.mkdir(parents=True, exist_ok=True)
     for path in args.images:
         text, figure = show(predictor, path, args)
         out = args.out / f"{path.stem}.png"
-        figure.savefig(out, dpi=110)
+        pictures.save(figure, out)
         print(f"{path}: {text}  ({out})")
 
 

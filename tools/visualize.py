@@ -31,12 +31,14 @@ from PIL import Image
 from torch import Tensor
 
 from backbones.analysis.hidden_attention import RecordedScan, hidden_attention, recorded_scans
+from backbones.images import write_picture
 from backbones.layers import Scan
 from backbones.patterns import PATTERNS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tools are not installed
 
 from tools.orders import draw_orders
+from tools.outputs import unwritable
 from tools.subject import Subject, load_image, load_subject
 
 __all__ = ["draw_orders"]
@@ -236,8 +238,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"--size: got {args.size}, expected a side, or height and width, of at least 1")
     args.size = (args.size[0], args.size[-1]) if args.size else None
     args.out = args.out or Path(f"{Path(args.model).stem}_{args.command}.png")
-    if args.out.suffix != ".png" or not args.out.parent.is_dir():
-        raise ValueError(f"--out: got {args.out}, expected a .png in a folder that exists")
+    if reason := unwritable(args.out, ".png"):
+        raise ValueError(f"--out: {reason}")
     return args
 
 
@@ -247,10 +249,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_args(argv)
         with torch.no_grad():
             figure = PICTURES[args.command](args)
+        write_picture(figure, args.out, dpi=130)
     except (ValueError, OSError) as error:
         print(f"visualize.py: error: {error}", file=sys.stderr)
         return 2
-    figure.savefig(args.out, dpi=130)
     print(args.out)
     return 0
 

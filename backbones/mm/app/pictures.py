@@ -13,7 +13,8 @@ from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from backbones.images import read_image
+from backbones.images import read_image, write_picture
+from backbones.mm.errors import UserError
 
 SCORE = 0.3
 _PAIRS_PER_ROW = 3
@@ -52,7 +53,19 @@ def draw_predictions(path: Path, samples: Sequence[Any], classes: Sequence[str],
     if shown:
         handles = [Patch(color=colors(label), label=classes[label]) for label in sorted(shown)]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 12), frameon=False)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path, dpi: int = 110) -> None:
+    """Write a PNG, see :func:`backbones.images.write_picture`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        write_picture(figure, path, dpi)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
 
 
 def draw_reconstructions(path: Path, title: str, images: np.ndarray, masks: np.ndarray, rebuilt: np.ndarray) -> None:

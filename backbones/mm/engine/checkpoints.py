@@ -108,11 +108,17 @@ def lock(work_dir: str | Path, verb: str = "trains") -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace the small text file ``path`` in one step."""
+    """Replace the small text file ``path`` in one step.
+
+    Raises:
+        UserError: it cannot be written; what was there before stays.
+    """
     partial = Path(f"{path}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 

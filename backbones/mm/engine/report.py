@@ -19,7 +19,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from rich.console import Console
 
-from backbones.mm.app.pictures import draw_predictions
+from backbones.mm.app.pictures import draw_predictions, save
 from backbones.mm.engine.checkpoints import write_text
 from backbones.mm.engine.hooks import VALIDATED
 from backbones.mm.errors import UserError
@@ -198,7 +198,7 @@ def draw_report(
     figure.align_ylabels([loss, score, rate])
     if confusion:
         _draw_confusion(figure.add_subplot(grid[:, 1]), *confusion)
-    figure.savefig(path, dpi=130)
+    save(figure, path, dpi=130)
 
 
 def _draw_loss(axes: Axes, loss: np.ndarray) -> None:

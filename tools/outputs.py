@@ -1,0 +1,31 @@
+"""Whether what a tool is to write can be written, asked before any work is done."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+
+def unwritable(path: Path, suffix: str = "") -> str | None:
+    """Why a file of this name cannot be written, or None.
+
+    Args:
+        suffix: what the name must end in.
+    """
+    if suffix and path.suffix != suffix:
+        return f"got {path}, expected a name that ends in {suffix}"
+    if path.is_dir():
+        return f"got {path}, which is a folder"
+    if not path.parent.is_dir():
+        return f"got {path}, expected a name in a folder that exists"
+    return unwritable_folder(path.parent)
+
+
+def unwritable_folder(folder: Path) -> str | None:
+    """Why nothing can be written into ``folder``, which is made if need be, or None."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"nothing can be written to {folder}: {error.strerror}"
