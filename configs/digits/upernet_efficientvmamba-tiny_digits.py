@@ -7,13 +7,14 @@ norm_cfg = dict(type="BN", requires_grad=True)
 widths = [48, 96, 192, 384]
 # Nine of ten pixels are photograph.
 loss = dict(class_weight=[0.1] + [1.0] * (num_classes - 1))
-head = dict(num_classes=num_classes, channels=64, norm_cfg=norm_cfg, loss_decode=loss)
 
 model = dict(
     data_preprocessor=dict(size=size),
     backbone=dict(_delete_=True, type="EfficientVMamba", arch="efficientvmamba_tiny"),
-    decode_head=dict(head, in_channels=widths),
-    auxiliary_head=dict(head, in_channels=widths[2]),
+    decode_head=dict(in_channels=widths, channels=64, num_classes=num_classes, norm_cfg=norm_cfg, loss_decode=loss),
+    auxiliary_head=dict(
+        in_channels=widths[2], channels=64, num_classes=num_classes, norm_cfg=norm_cfg, loss_decode=loss
+    ),
 )
 
 data_root = "data/digits_ade"
