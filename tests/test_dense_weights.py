@@ -148,3 +148,20 @@ def test_outputs_of_a_plain_model_are_counted_by_position(tmp_path: Path) -> Non
     torch.save(rules.to_official(inner, model.key_rules) | {"out_map_0.weight": torch.zeros(1)}, tmp_path / "map.pth")
     with pytest.raises(CheckpointError, match=r"unknown: .*out_maps\.1\.weight"):
         target.load_pretrained(str(tmp_path / "map.pth"))
+
+
+@pytest.mark.parametrize("options", [{"out_indices": (0, 2)}, {"out_indices": (3, 1)}, {"out_norm": False}])
+@pytest.mark.parametrize("family", [x.__name__ for x in FAMILIES if "depths" in SMALL.get(x.__name__, ("", {}))[1]])
+def test_a_classifier_gives_any_outputs(family: str, options: dict, tmp_path: Path) -> None:
+    """Its last norm goes to the output that it stands behind in the family's dense models, and else nowhere."""
+    arch, args = SMALL[family]
+    source = randomised(timm.create_model(arch, **args))
+    torch.save(rules.to_official(source.state_dict(), source.key_rules), tmp_path / "weights.pth")
+    target = build(family, **options)
+    target.load_pretrained(str(tmp_path / "weights.pth"))
+    for name, x in target.model.state_dict().items():
+        assert torch.equal(x, source.state_dict()[name])
+    for index, norm in target.out_norms.items():
+        last = family == "GroupMamba" and index == "3"
+        expected = source.head.norm if last else build(family, **options).out_norms[index]
+        assert torch.equal(norm.weight, expected.weight)

@@ -75,6 +75,7 @@ class HierarchicalBackbone(Backbone):
                 f"downsample {len(downsamples)}; they must agree"
             )
         _check_pool(global_pool)
+        self.depths = tuple(depths)  # as built: weight files have all stages, also where some are pruned
         self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, dims[-1]
         self.stem = stem(in_chans, dims[0], **dd)
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())

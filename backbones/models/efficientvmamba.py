@@ -148,8 +148,8 @@ class EfficientVMamba(HierarchicalBackbone):
     def key_rules(self) -> Sequence[KeyRule]:  # type: ignore[override]
         """Official names, which depend on the depths of the convolutional stages."""
         rules: list[KeyRule] = []
-        for stage in range(2, len(self.stages)):  # fewer where stages are pruned
-            rules += _convolutional_stage_rules(stage, len(self.stages[stage].blocks))
+        for stage in range(2, len(self.depths)):
+            rules += _convolutional_stage_rules(stage, self.depths[stage])
         return (*rules, *PATCH_STEM, *PATCH_MERGING, *ss2d_rules(), *BLOCKS, *CLASSIFIER)
 
 

@@ -176,7 +176,8 @@ class DenseBackbone(BaseModule):
 
     def _norm_rules(self) -> tuple[KeyRule, ...]:
         """Names of the output norms in the authors' dense models, applied after the model's own rules."""
-        return tuple(self.model.dense_rules)
+        absent = tuple(f"out_norms.{i}." for i in range(len(self.model.feature_info)) if str(i) not in self.out_norms)
+        return tuple(x for x in self.model.dense_rules if not isinstance(x.ours, str) or not x.ours.startswith(absent))
 
     def _may_be_fresh(self, name: str) -> bool:
         """Whether the parameter ``name`` may be missing in a file and keep its initialisation."""
