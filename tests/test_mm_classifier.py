@@ -62,6 +62,15 @@ def test_pretrained_weights_survive_mmengine(tmp_path: Path) -> None:
         assert torch.equal(model.network.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("length", [1, 3, 4])
+def test_every_label_of_a_mixed_batch_is_smoothed(length: int) -> None:
+    mixup = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.2, "mode": "batch"}
+    preprocessor = ImagePreprocessor(mixup=mixup, num_classes=4)
+    targets = torch.tensor([2, 2, 2, 2])[:length]  # a mixture of one class is that class
+    batch = preprocessor({"inputs": torch.rand(length, 3, 4, 4), "targets": targets}, training=True)
+    torch.testing.assert_close(batch["targets"], torch.tensor([[0.05, 0.05, 0.85, 0.05]]).expand(length, 4))
+
+
 @pytest.mark.parametrize("length", [1, 4, 5])
 @pytest.mark.parametrize("mode", ["batch", "elem"])
 def test_mixup_mixes_pairs_and_labels_alike(length: int, mode: str) -> None:

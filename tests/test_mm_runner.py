@@ -153,6 +153,62 @@ def test_loop_over_iterations_is_resumed(data_root: Path, tmp_path: Path, moment
     assert histories(resumed) == histories(expected)
 
 
+def test_a_loop_over_iterations_validates_at_its_end(data_root: Path, tmp_path: Path) -> None:
+    """Also where the interval does not divide its length, and where that validation was cut off."""
+
+    def config(**options: Any) -> Config:
+        config = make_config(data_root, tmp_path, **options)
+        config.train_cfg = {"type": "IterBasedTrainLoop", "max_iters": 5, "val_interval": 4}
+        config.train_dataloader.sampler.type = "InfiniteSampler"
+        config.param_scheduler = []
+        config.log_processor = {"by_epoch": False}
+        config.default_hooks.checkpoint.update(by_epoch=False, interval=4)
+        return config
+
+    class InterruptLast(Hook):
+        priority = "HIGHEST"
+
+        def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+            if runner.iter == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config(), InterruptLast())
+    latest = find_latest(tmp_path)
+    assert latest.name == "iter_5.pth"
+    resumed = train(config(resume=True, load_from=str(latest)))
+    assert histories(resumed)[VALIDATED] == [4, 5]
+    assert len(histories(resumed)["val/accuracy/top1"]) == 2
+
+
+@pytest.mark.parametrize("changed", ["renamed", "reordered", "fewer"])
+def test_a_checkpoint_for_other_classes_is_refused(
+    whole: Runner, data_root: Path, tmp_path: Path, changed: str
+) -> None:
+    content = read_checkpoint(find_latest(whole.work_dir))
+    names = {"renamed": ["0", "1", "2", "x"], "reordered": ["1", "0", "2", "3"], "fewer": ["0", "1", "2"]}[changed]
+    content["meta"]["dataset_meta"] = {"classes": names}
+    torch.save(content, tmp_path / "other.pth")
+    what = {"renamed": "missing 'x'; unknown '3'", "reordered": r"class 0 is \['0'\]", "fewer": "unknown '3'"}[changed]
+
+    def runner(**options: Any) -> Runner:
+        return Runner.from_cfg(
+            make_config(data_root, tmp_path / "run", load_from=str(tmp_path / "other.pth"), **options)
+        )
+
+    for run, loader in ((runner().test, "test"), (runner().val, "val"), (runner(resume=True).train, "train")):
+        with pytest.raises(UserError, match=rf"{loader}_dataloader has other classes than .*other\.pth: .*{what}"):
+            run()
+
+
+def test_a_run_that_starts_from_weights_may_have_other_classes(whole: Runner, data_root: Path, tmp_path: Path) -> None:
+    content = read_checkpoint(find_latest(whole.work_dir))
+    content["meta"]["dataset_meta"] = {"classes": ["a", "b", "c", "d"]}
+    torch.save(content, tmp_path / "other.pth")
+    options = {"load_from": str(tmp_path / "other.pth"), "train_cfg.max_epochs": 1}
+    assert train(make_config(data_root, tmp_path / "run", **options)).epoch == 1
+
+
 @pytest.fixture(scope="module")
 def begun(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a run that ended in its second epoch."""
