@@ -180,8 +180,7 @@ DROP_PATH = {
     **dict.fromkeys(("lbvim_tiny", "lbvim_small", "lbvim_300", "lbvim_528"), 0.1),
     **dict.fromkeys(("localvim_tiny", "localvim_small", "localvmamba_tiny"), 0.1),
     "localvmamba_small": 0.2,
-    "msvmamba_micro": 0.2,
-    "msvmamba_tiny": 0.2,
+    **{"msvmamba_nano": 0.2, "msvmamba_micro": 0.2, "msvmamba_tiny": 0.2},
     **{"plainmamba_l1": 0.1, "plainmamba_l2": 0.2, "plainmamba_l3": 0.3},
     **{"spatialmamba_tiny": 0.2, "spatialmamba_small": 0.3, "spatialmamba_base": 0.5},
     **dict.fromkeys(("vanilla_vmamba_tiny", "vanilla_vmamba_small", "vanilla_vmamba_base"), 0.2),
@@ -206,6 +205,7 @@ OPTIMIZATION = {
     "mask-rcnn_localvim-small": (1e-4, 0.05, 1, 8, 35, None),
     **{f"retinanet_plainmamba-l{i}": (1e-4, 0.05, 2, 16, 35, None) for i in (1, 2, 3)},
     **dict.fromkeys(("mask-rcnn_efficientvim-m4", "retinanet_efficientvim-m4"), (2e-4, 0.05, 16, 16, None, None)),
+    **dict.fromkeys(("rtmdet_efficientvmamba-small", "rtmdet_msvmamba-nano"), (4e-3, 0.05, 32, 256, None, None)),
     "semantic-fpn_efficientvim-m4": (2e-4, 1e-4, 4, 32, None, None),
     "upernet_vim-tiny": (2e-4, 0.1, 8, 32, None, None),
     "upernet_vim-small": (1e-4, 0.05, 8, 32, None, None),
@@ -217,6 +217,7 @@ SCHEDULES = {
     "100e": (184375, 5000, 250, 1e-3, [163889, 177546]),
     "160k": (160000, 16000, 1500, 1e-6, None),
     "60k": (60000, 6000, 1500, 1e-6, None),
+    "300e": (300, 10, 1000, 1e-5, None),
     "40k": (40000, 4000, 0, None, None),
 }
 
@@ -248,7 +249,7 @@ def test_dense_recipes(name: str) -> None:
     length, interval, warmup_end, factor, steps = SCHEDULES[key]
     if arch.startswith(("plainmamba", "efficientvim-")) and task == "coco":
         warmup_end = 500
-    by_epoch = key in ("1x", "3x")
+    by_epoch = key in ("1x", "3x", "300e")
     assert config.train_cfg.type == f"{'Epoch' if by_epoch else 'Iter'}BasedTrainLoop"
     assert config.train_cfg["max_epochs" if by_epoch else "max_iters"] == length
     assert config.train_cfg.val_interval == interval
@@ -257,6 +258,9 @@ def test_dense_recipes(name: str) -> None:
     warmup = {"type": "LinearLR", "start_factor": factor, "by_epoch": False, "begin": 0, "end": warmup_end}
     if key == "40k":
         after = {"type": "PolyLR", "power": 0.9, "eta_min": 1e-6, "by_epoch": False, "begin": 0, "end": length}
+    elif key == "300e":
+        after = {"type": "CosineAnnealingLR", "eta_min": 2e-4, "begin": 150, "end": 300, "T_max": 150, "by_epoch": True}
+        after["convert_to_iter_based"] = True
     elif steps is None:
         after = {"type": "PolyLR", "power": 1.0, "eta_min": 0.0, "by_epoch": False, "begin": warmup_end, "end": length}
     else:
@@ -354,6 +358,16 @@ SECOND_SOURCES = {
             "auxiliary_head.num_classes": 150,
         },
     ),
+    "models/rtmdet": (
+        "mmdet",
+        "rtmdet/rtmdet_tiny_8xb32-300e_coco",
+        # Our backbones see images as RGB.
+        {
+            "data_preprocessor.bgr_to_rgb": True,
+            **{f"data_preprocessor.mean.{i}": x for i, x in ((0, 123.675), (2, 103.53))},
+            **{f"data_preprocessor.std.{i}": x for i, x in ((0, 58.395), (2, 57.375))},
+        },
+    ),
     "models/semantic-fpn": (
         "mmseg",
         "_base_/models/fpn_r50",
@@ -361,6 +375,7 @@ SECOND_SOURCES = {
     ),
     "datasets/coco": ("mmdet", "_base_/datasets/coco_instance", {}),
     "datasets/coco_ms-crop": ("mmdet", "swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco", {}),
+    "datasets/coco_mosaic": ("mmdet", "rtmdet/rtmdet_tiny_8xb32-300e_coco", {}),
     "datasets/ade20k": ("mmseg", "_base_/datasets/ade20k", {"train_dataloader.batch_size": 2}),
 }
 # How data are loaded says nothing about the recipe.
