@@ -1,15 +1,6 @@
-_base_ = "../_base_/mask-rcnn_fpn_1x_coco.py"
+_base_ = "../_base_/mask-rcnn_plainmamba_1x_coco.py"
 
-norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(
-    backbone=dict(
-        type="PlainMambaAdapter", arch="plainmamba_l3", out_indices=(8, 17, 26, 35), num_heads=8, drop_path_rate=0.3
-    ),
-    neck=dict(in_channels=[448, 448, 448, 448], norm_cfg=norm_cfg),
-    roi_head=dict(bbox_head=dict(type="Shared4Conv1FCBBoxHead", conv_out_channels=256, norm_cfg=norm_cfg)),
+    backbone=dict(arch="plainmamba_l3", out_indices=(8, 17, 26, 35), num_heads=8, drop_path_rate=0.3),
+    neck=dict(in_channels=[448, 448, 448, 448]),
 )
-
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),
-    dict(type="MultiStepLR", by_epoch=True, begin=0, end=12, milestones=[8, 11], gamma=0.1),
-]

@@ -1,26 +1,6 @@
-_base_ = "../_base_/retinanet_fpn_1x_coco.py"
+_base_ = "../_base_/retinanet_plainmamba_1x_coco.py"
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type="PlainMambaAdapter",
-        arch="plainmamba_l1",
-        drop_path_rate=0.1,
-        init_cfg=dict(type="Pretrained", checkpoint="published"),
-    ),
-    neck=dict(
-        in_channels=[192, 192, 192, 192],
-        start_level=1,
-        add_extra_convs="on_output",
-        norm_cfg=dict(type="SyncBN", requires_grad=True),
-    ),
+    backbone=dict(arch="plainmamba_l1", drop_path_rate=0.1),
+    neck=dict(in_channels=[192, 192, 192, 192]),
 )
-
-optim_wrapper = dict(clip_grad=dict(max_norm=35.0))
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),
-    dict(type="MultiStepLR", by_epoch=True, begin=0, end=12, milestones=[8, 11], gamma=0.1),
-]
-
-# The maps of stride 4 are not read.
-find_unused_parameters = True
