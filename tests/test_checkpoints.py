@@ -60,6 +60,17 @@ def test_plain_weights_win_over_averaged_ones(official: dict[str, Tensor], tmp_p
     assert torch.equal(create("vim_tiny", path).cls_token, official["cls_token"])
 
 
+@pytest.mark.parametrize(("name", "first"), [("vssd_micro", "model"), ("vssd_tiny", "model_ema")])
+def test_which_weights_of_vssd_were_published(name: str, first: str, tmp_path: Path) -> None:
+    """The files called ema hold averaged ones, vssd_micro_best.pth does not."""
+    small = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "d_state": 4}
+    state = {key: timm.create_model(name, **small).state_dict() for key in ("model", "model_ema")}
+    model = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay={"file": str(save(tmp_path, state))}, **small
+    )
+    assert all(torch.equal(x, state[first][key]) for key, x in model.state_dict().items())
+
+
 @pytest.mark.parametrize("prefix", ["module.", "module._orig_mod.", "network."])
 def test_wrappers_are_peeled_off(prefix: str, official: dict[str, Tensor], tmp_path: Path) -> None:
     path = save(tmp_path, {"state_dict": {prefix + key: x for key, x in official.items()}})

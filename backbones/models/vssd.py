@@ -156,10 +156,17 @@ class VSSD(HierarchicalBackbone):
     )
 
 
+class VSSDMicro(VSSD):
+    """VSSD whose published file was chosen by the plain weights, not by the averaged ones."""
+
+    weight_keys = WEIGHT_KEYS
+
+
 def _create_vssd(
     variant: str,
     pretrained: bool = False,
     *,
+    model_cls: type[VSSD] = VSSD,
     num_heads: Sequence[int] = (2, 4, 8, 16),
     d_state: int = 64,
     mlp_ratio: float = 4.0,
@@ -174,7 +181,7 @@ def _create_vssd(
     blocks = [partial(PositionalBlock, mixer=mixer, mlp_ratio=mlp_ratio) for mixer in mixers]
     parts: dict[str, Any] = {"stem": ResidualConvStem, "block": blocks, "downsample": WideDownsample}
     scan = Scan(FORWARD, backend=scan_backend)  # nothing scans: its backend is what the operators take
-    return build_model(VSSD, variant, pretrained, scan=scan, **parts, **kwargs)
+    return build_model(model_cls, variant, pretrained, scan=scan, **parts, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("vssd"))
@@ -184,7 +191,7 @@ default_cfgs = generate_default_cfgs(zoo_cfgs("vssd"))
 def vssd_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """VSSD-M, 14 M parameters."""
     args = {"depths": (2, 2, 8, 4), "dims": (48, 96, 192, 384), "d_state": 48}
-    return _create_vssd("vssd_micro", pretrained, **dict(args, **kwargs))
+    return _create_vssd("vssd_micro", pretrained, model_cls=VSSDMicro, **dict(args, **kwargs))
 
 
 @register_model
