@@ -28,7 +28,10 @@ def texts() -> dict[Path, str]:
     files = {ROOT / "model_cards" / f"{family}.md": card(family) for family in facts.families()}
     files |= metafiles(ROOT)
     readme = ROOT / "README.md"
-    files[readme] = _with_blocks(readme, {"models": facts.model_table("")} | _speed(""))
+    files[readme] = _with_blocks(
+        readme,
+        {"families": facts.family_list(""), "types": facts.type_list(), "models": facts.model_table("")} | _speed(""),
+    )
     page = ROOT / "docs" / "benchmarks.md"
     files[page] = _with_blocks(page, _speed("../"))
     return files

@@ -9,9 +9,10 @@ from typing import Any
 import timm
 
 from backbones import zoo
-from backbones.models import family_names
+from backbones.base import PlainBackbone
+from backbones.models import FAMILIES, GUESTS, family_names
 
-from .markdown import table
+from .markdown import enumerated, table
 
 Facts = dict[str, Any]
 
@@ -19,6 +20,24 @@ Facts = dict[str, Any]
 def families() -> tuple[str, ...]:
     """Names of the zoo's files: plain models first, then by age, and timm's own last."""
     return family_names(guests=True)
+
+
+def family_list(prefix: str) -> str:
+    """The families' titles as one sentence; ``prefix`` leads to the cards."""
+    links = {name: f"[{zoo.load_family(name)['title']}]({prefix}model_cards/{name}.md)" for name in families()}
+    guests = [links[name] for name in families() if name not in family_names()]
+    own = [links[name] for name in family_names()]
+    return f"{enumerated(own)}; of timm's own models {enumerated(guests)}, as a backbone for OpenMMLab."
+
+
+def type_list() -> str:
+    """Names of the dense backbones for OpenMMLab, and which of them need a neck that makes their pyramid."""
+    names = [f"`{family.__name__}`" for family in (*FAMILIES, *GUESTS)]
+    plain = [f"`{family.__name__}`" for family in FAMILIES if issubclass(family, PlainBackbone)]
+    return (
+        f"The types are {enumerated(names)}. {enumerated(plain)} have all maps at one stride: "
+        'they take `neck=dict(type="SimpleFeaturePyramid", ...)`.'
+    )
 
 
 def models(family: str) -> Iterator[tuple[str, Facts]]:

@@ -25,3 +25,9 @@ def replace_block(text: str, name: str, content: str) -> str:
     if len(pattern.findall(text)) != 1:
         raise ValueError(f"expected one block '<!-- generated: {name} -->' ... '<!-- end of {name} -->'")
     return pattern.sub(lambda match: f"{match[1]}\n{content}\n\n{match[3]}", text)
+
+
+def enumerated(words: Sequence[str]) -> str:
+    """Words as "a, b and c"."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
