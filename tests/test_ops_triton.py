@@ -89,10 +89,11 @@ def poisoned(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[torch.
     return buffers
 
 
-@pytest.fixture
-def segmented(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["carried by the scan", "carried by a kernel"])
+def segmented(launch: ModuleType, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """As on a GPU with so many multiprocessors that every scan is cut into the shortest segments."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 10**6)
+    monkeypatch.setattr(launch, "_CARRIED", 100 if request.param == "carried by the scan" else 0)
 
 
 @pytest.fixture
@@ -338,7 +339,7 @@ def test_memory_is_as_the_traffic_model_says(
     blocks = -(-c // config.BLOCK_C)
     scratch = k * blocks * (64 // config.U) * config.N * config.BLOCK_C * 4
     of_B_and_C = 2 * blocks * b * length * k * n * 4
-    per_batch = b * k * blocks * (config.N + 2) * config.BLOCK_C * 4
+    per_batch = b * k * c * (n + 2) * 4
     assert allocated() == (2 * per_order + b * length * c) * e + scratch + of_B_and_C + per_batch
 
 

@@ -223,6 +223,15 @@ def hooks() -> None:
         assert tracing.is_hooked(module), f"{register.__name__}: expected to find its hook"
         handle.remove()
         assert not tracing.is_hooked(module), f"{register.__name__}: expected to find it gone"
+    handle = module.register_forward_pre_hook(lambda *args: None)
+    assert tracing.is_hooked_before(module), "_forward_pre_hooks: expected to hold the hook"
+    handle.remove()
+    assert not tracing.is_hooked_before(module)
+    assert tracing.own_weight(module, "weight") is module.weight, "_parameters: expected the parameter"
+    vars(module)["weight"] = torch.zeros(2, 2)
+    assert tracing.own_weight(module, "weight") is None and module.weight.sum() == 0, (
+        "vars(module): expected to go first"
+    )
 
 
 def norms() -> None:
@@ -244,6 +253,8 @@ def tensors() -> None:
         tracing.identity(torch.arange(4))
     a, b = tracing.copies([x, x + 1])
     assert a.tolist() == x.tolist() and a.data_ptr() != x.data_ptr() and b.tolist() == (x + 1).tolist(), "_foreach_add"
+    a, b = tracing.casts([x, x[::2]], torch.float64)
+    assert a.dtype == torch.float64 and b.tolist() == x[::2].tolist(), "_foreach_copy_: expected to convert"
     tree = tracing.tree_map(lambda t: t + 1, {"a": [x, (x,)]})
     assert tree["a"][1][0].tolist() == (x + 1).tolist(), "tree_map: expected to go through dicts, lists and tuples"
 
@@ -260,7 +271,7 @@ ASSUMED = {
         "_has_any_global_hook",
     ): hooks,
     ("_BatchNorm", "_NormBase"): norms,
-    ("_version", "_cdata", "_foreach_add", "tree_map"): tensors,
+    ("_version", "_cdata", "_foreach_add", "_foreach_copy_", "tree_map"): tensors,
 }
 
 

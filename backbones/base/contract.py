@@ -11,17 +11,28 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backbones.layers.constructor import Constructor
+from backbones.layers.half_weights import with_half_weights
 from backbones.weights import WEIGHT_KEYS, KeyRule, Weights
 from backbones.weights.loading import accept
 
 _Result = TypeVar("_Result")
 
 
-def run_block(block: Callable[..., _Result], *args: Any, checkpointed: bool) -> _Result:
-    """``block(*args)``, computed again in backward if ``checkpointed`` instead of keeping its activations."""
+def run_block(
+    block: nn.Module, *args: Any, checkpointed: bool, function: Callable[..., _Result] | None = None
+) -> _Result:
+    """``block(*args)``, computed again in backward if ``checkpointed`` instead of keeping its activations.
+
+    Args:
+        block: what runs.
+        args: its arguments.
+        checkpointed: trade time for memory.
+        function: a method of the block to call instead.
+    """
+    call = function or block
     if checkpointed and torch.is_grad_enabled():
-        return checkpoint(block, *args, use_reentrant=False)
-    return block(*args)
+        return checkpoint(with_half_weights, call, block, *args, use_reentrant=False)
+    return with_half_weights(call, block, *args)
 
 
 @torch.compiler.assume_constant_result  # asked directly, torch.compile and torch.export answer no

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from backbones.base.contract import Backbone, refuse_onnx_export, run_block
 from backbones.base.reduction import ReducedPass, TokenReduction, reduce_tokens
 from backbones.layers.constructor import Constructor
+from backbones.layers.mamba import token_norm
 from backbones.layers.norm import RMSNorm
 from backbones.layers.patch_embed import PatchEmbed
 from backbones.layers.rotary import RotaryEmbedding, resampled, rotate
@@ -49,8 +50,8 @@ class PlainBackbone(Backbone):
             token is not turned.
         dynamic_img_size: take images of any size and resample the position embedding to their grid.
         dynamic_img_pad: pad an image to whole patches, instead of dropping its remainder.
-        norm_layer: constructor of the norms.
-        final_norm: constructor of the norm behind the last block, ``norm_layer`` unless given.
+        norm_layer: constructor of the norms in the blocks.
+        final_norm: constructor of the norm behind the last block.
         attn_pool: constructor called as ``attn_pool(embed_dim, device=, dtype=)``, a learned pooling.
         drop_rate: dropout before the classifier.
         pos_drop_rate: dropout after the position embedding.
@@ -85,8 +86,8 @@ class PlainBackbone(Backbone):
         rope: bool = False,
         dynamic_img_size: bool = False,
         dynamic_img_pad: bool = False,
-        norm_layer: Constructor = RMSNorm,
-        final_norm: Constructor | None = None,
+        norm_layer: Constructor = token_norm,
+        final_norm: Constructor = RMSNorm,
         attn_pool: Constructor | None = None,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
@@ -121,7 +122,7 @@ class PlainBackbone(Backbone):
             blocks[i % len(blocks)](embed_dim, norm_layer=norm_layer, drop_path=rate, **dd)
             for i, rate in enumerate(rates)
         )
-        self.norm = (final_norm or norm_layer)(embed_dim, **dd)
+        self.norm = final_norm(embed_dim, **dd)
         self.attn_pool = attn_pool(embed_dim, **dd) if attn_pool is not None else None
         self.head_drop = nn.Dropout(drop_rate)
         self.head: nn.Module = nn.Identity()
@@ -332,7 +333,7 @@ class PlainBackbone(Backbone):
             return reduced.through(i, block, x, branch)
         x = rotate(x, *tables) if tables else x
         if branch:
-            feature = run_block(block.branch, x, grid, checkpointed=self.grad_checkpointing)
+            feature = run_block(block, x, grid, checkpointed=self.grad_checkpointing, function=block.branch)
             return block.join(x, feature, grid), feature
         x = run_block(block, x, grid, checkpointed=self.grad_checkpointing)
         return x, x

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -186,7 +187,10 @@ class ReducedPass:
         if gaps is None and not observed and not branch:
             x = run_block(block, x, grid, checkpointed=self._checkpointed)
             return x, x
-        x, added, self._evidence = run_block(self._run, block, x, grid, gaps, observed, checkpointed=self._checkpointed)
+        run = partial(self._run, block)
+        x, added, self._evidence = run_block(
+            block, x, grid, gaps, observed, checkpointed=self._checkpointed, function=run
+        )
         return x, added if branch else x
 
     def _run(

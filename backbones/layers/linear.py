@@ -11,13 +11,14 @@ from backbones.ops.tracing import is_hooked
 def linear_parts(linear: nn.Module, x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     """``linear(x)`` split into ``sizes`` along its last axis.
 
-    A plain linear layer is computed as one product per part, which write contiguous rows. Any other module is called:
-    adapters, quantized and parametrised layers, and hooks act as everywhere.
+    On a CPU, a plain linear layer is computed as one product per part, which write contiguous rows. Any other module is
+    called: adapters, quantized and parametrised layers, and hooks act as everywhere. GPUs are spared the launches.
     """
-    if not _is_plain(linear):
+    if x.is_cuda or not _is_plain(linear):
         return linear(x).split(list(sizes), dim=-1)
-    weights = linear.get_parameter("weight").split(list(sizes))
-    biases = [None] * len(sizes) if linear.bias is None else linear.get_parameter("bias").split(list(sizes))
+    assert isinstance(linear, nn.Linear)
+    weights = linear.weight.split(list(sizes))
+    biases = [None] * len(sizes) if linear.bias is None else linear.bias.split(list(sizes))
     return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 

@@ -1,5 +1,6 @@
 """The Mamba mixer over image tokens, as Vim and LBVim use it, and its residual block."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from backbones.ops import Visits, depthwise_conv, silu_gate
 from backbones.patterns import BIDIRECTIONAL, ScanPattern
 from backbones.patterns.tokens import token_tables
 
+token_norm = partial(RMSNorm, autocast_out=True)
 _BIDIRECTIONAL = Scan(BIDIRECTIONAL)
 
 
@@ -137,7 +139,7 @@ class MambaBlock(nn.Module):
         self,
         dim: int,
         mixer: Constructor,
-        norm_layer: Constructor = RMSNorm,
+        norm_layer: Constructor = token_norm,
         drop_path: float = 0.0,
         after: Constructor | None = None,
         device: torch.device | str | None = None,

@@ -37,11 +37,12 @@ class LayerNorm(OnBackend, nn.LayerNorm):
 
 
 class RMSNorm(OnBackend, nn.RMSNorm):
-    """PyTorch's RMSNorm over the last axis, on a CPU in one pass through memory.
+    """PyTorch's RMSNorm over the last axis, in one kernel that passes through memory once.
 
     Args:
         dim: length of the last axis.
         eps: added to the mean of squares.
+        autocast_out: see :class:`LayerNorm`.
     """
 
     eps: float
@@ -50,11 +51,15 @@ class RMSNorm(OnBackend, nn.RMSNorm):
         self,
         dim: int,
         eps: float = 1e-5,
+        autocast_out: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, eps, device=device, dtype=dtype)
+        self.autocast_out = autocast_out
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
-        return rms_norm(x, self.weight, self.eps, backend=self.backend)
+        narrow = self.autocast_out and x.is_cuda and torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if narrow else None
+        return rms_norm(x, self.weight, self.eps, dtype=dtype, backend=self.backend)

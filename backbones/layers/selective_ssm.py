@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from backbones.layers.scan import OnBackend
 from backbones.ops import Visits, selective_scan
 from backbones.ops.dispatch import choose
+from backbones.ops.scan.decay import decay_rates
 from backbones.ops.scan.projection import joint_linear, per_order_linear
 
 # Widest rank at which the `cpu` kernel projects step sizes itself while training. Measured on one core, as the layer's
@@ -35,6 +36,7 @@ class SelectiveSSM(OnBackend, nn.Module):
     """
 
     no_decay: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_proj_bias")
+    autocast_weights: ClassVar[tuple[str, ...]] = ("x_proj_weight", "dt_proj_weight")
 
     def __init__(
         self,
@@ -75,7 +77,7 @@ class SelectiveSSM(OnBackend, nn.Module):
     @property
     def A(self) -> Tensor:
         """Decay rates (k, c, n), in float32 at least: half precision would change how long a state remembers."""
-        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        return decay_rates(self.A_log)
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """delta, dt_weight, B and C for :func:`backbones.ops.selective_scan`, of u (b, l, c) or (b, l, k, c).

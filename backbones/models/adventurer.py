@@ -27,6 +27,7 @@ from backbones.base import PlainBackbone, build_model
 from backbones.layers import MambaBlock, Scan
 from backbones.layers.constructor import Constructor
 from backbones.layers.linear import linear_parts
+from backbones.layers.mamba import token_norm
 from backbones.layers.norm import RMSNorm
 from backbones.layers.scan import OnBackend
 from backbones.ops import depthwise_conv, selective_scan, silu_gate, ssd
@@ -70,7 +71,7 @@ class Mamba2Mixer(OnBackend, nn.Module):
         self.D = nn.Parameter(torch.ones(self.num_heads, **dd))
         dt = torch.empty(self.num_heads, **dd).uniform_(math.log(1e-3), math.log(0.1)).exp().clamp(min=1e-4)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
-        self.norm = RMSNorm(self.d_inner, **dd)
+        self.norm = RMSNorm(self.d_inner, autocast_out=True, **dd)
         self.out_proj = nn.Linear(self.d_inner, dim, bias=False, **dd)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -135,7 +136,7 @@ class AdventurerBlock(MambaBlock):
     """x + mixer(norm(x)), then x + mlp(norm2(x)). Arguments as :class:`backbones.layers.MambaBlock`."""
 
     def __init__(
-        self, dim: int, mixer: Constructor, norm_layer: Constructor = RMSNorm, drop_path: float = 0.0,
+        self, dim: int, mixer: Constructor, norm_layer: Constructor = token_norm, drop_path: float = 0.0,
         device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(dim, mixer, norm_layer, drop_path, device=device, dtype=dtype)

@@ -50,8 +50,8 @@ OPERATORS = {
     for operator in (
         Operator("selective_scan", _SCANS, slow=True),
         Operator("depthwise_conv", _SCANS, slow=True),
-        Operator("silu_gate", {"cpu": "cpu"}),
-        Operator("rms_norm", {"cpu": "cpu"}),
+        Operator("silu_gate", {"cpu": "cpu", "cuda": "triton"}),
+        Operator("rms_norm", {"cpu": "cpu", "cuda": "triton"}),
         Operator("layer_norm", {"cuda": "triton"}),
         Operator("ssd", {}, names=("naive", "chunked"), otherwise="chunked"),
     )

@@ -117,3 +117,20 @@ def identity(x: Tensor) -> tuple[Any, ...]:
 def copies(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Copies of all tensors, in few launches."""
     return torch._foreach_add(list(tensors), 0)
+
+
+def casts(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies of all tensors in a dtype, in few launches."""
+    results = [torch.empty_like(x, dtype=dtype) for x in tensors]
+    torch._foreach_copy_(results, list(tensors))
+    return results
+
+
+def own_weight(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter that stands under this name in ``module`` itself; not what is computed, nor put in its place."""
+    return None if name in vars(module) else module._parameters.get(name)
+
+
+def is_hooked_before(module: nn.Module) -> bool:
+    """Whether something runs before ``module`` does, which may put other weights in place."""
+    return bool(module._forward_pre_hooks)

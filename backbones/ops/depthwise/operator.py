@@ -123,30 +123,35 @@ def _module(backend: str) -> ModuleType:
 _TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor taps, Tensor inverse_taps"
 
 
-@torch.library.custom_op(
-    "backbones::depthwise_conv", mutates_args=(), schema=f"({_TENSORS}, bool silu, str backend) -> Tensor"
-)
-def conv_op(*args):  # type: ignore[no-untyped-def]
-    """y (k, b, m, c), contiguous; the backends' ``forward`` has the same arguments."""
+# `torch.library.custom_op` would do the same, but looks for aliases in every call, which takes longer than a launch.
+_library = torch.library.Library("backbones", "FRAGMENT")
+_library.define(
+    f"depthwise_conv({_TENSORS}, bool silu, str backend) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)  # y (k, b, m, c), contiguous
+_library.define(
+    f"depthwise_conv_backward(Tensor grad, {_TENSORS}, bool silu, str backend) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)  # gradients of x, weight and bias, the last one without elements where there is no bias
+conv_op = torch.ops.backbones.depthwise_conv.default
+conv_backward_op = torch.ops.backbones.depthwise_conv_backward.default
+
+
+@torch.library.impl(_library, "depthwise_conv", "CompositeExplicitAutograd")
+def _(*args):  # type: ignore[no-untyped-def]
     return _module(args[-1]).forward(*args[:-1])
 
 
-@torch.library.custom_op(
-    "backbones::depthwise_conv_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_TENSORS}, bool silu, str backend) -> (Tensor, Tensor, Tensor)",
-)
-def conv_backward_op(*args):  # type: ignore[no-untyped-def]
-    """Gradients of x, weight and bias, the last one without elements where there is no bias."""
+@torch.library.impl(_library, "depthwise_conv_backward", "CompositeExplicitAutograd")
+def _(*args):  # type: ignore[no-untyped-def]
     return _module(args[-1]).backward(*args[:-1])
 
 
-@conv_op.register_fake
+@torch.library.register_fake(conv_op, lib=_library)
 def _(x, weight, bias, taps, inverse_taps, silu, backend):  # type: ignore[no-untyped-def]
     return x.new_empty(weight.shape[0], x.shape[0], taps.shape[2], x.shape[2])
 
 
-@conv_backward_op.register_fake
+@torch.library.register_fake(conv_backward_op, lib=_library)
 def _(grad, x, weight, bias, taps, inverse_taps, silu, backend):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(0 if bias is None else bias.shape)
 
@@ -168,7 +173,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight, None if tensors[2] is None else dbias, None, None, None, None
 
 
-conv_op.register_autograd(_autograd, setup_context=_setup_context)
+torch.library.register_autograd(conv_op, _autograd, setup_context=_setup_context, lib=_library)
 
 
 def _forward_flops(x, weight, bias, taps, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]

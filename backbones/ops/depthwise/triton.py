@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from backbones.ops.scan.triton.common import LOG2_E
-from backbones.ops.triton_host import cdiv, check_device, contiguous_rows, device_of, empty, next_power_of_2
+from backbones.ops.triton_host import cdiv, check_device, contiguous_rows, device_of, empty, launch, next_power_of_2
 
 GATHERED = 2048  # numbers a program holds, by 4 warps
 SUMMED = 1024  # the same for each of the taps whose gradients a program sums
@@ -35,7 +35,7 @@ def gather_kernel(
     J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
     HAS_BIAS: tl.constexpr, SILU: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """y[k, b, i, c] = act(bias[k, c] + sum_j weight[k, j, c] x[k, b, table[k, j, i], c]), where -1 reads 0.
+    """y[k, b, i, c] = act(bias[k, c] + sum_j weight[k, c, j] x[k, b, table[k, j, i], c]), where -1 reads 0.
 
     Program (batch, tile of rows, order, channel block). With ``summed`` > 1 there is one order of y: the sum of so many
     of x. SLOPE writes the gradient before SiLU, grad SiLU'(pre), instead of SiLU(pre).
@@ -59,7 +59,7 @@ def gather_kernel(
             else:
                 at = token[:, None] * x_l + cs[None, :]
             value = tl.load(x_at + at, mask=(token >= 0)[:, None] & c_mask[None, :], other=0.0)
-            w = tl.load(weight + (source * J + j) * c + cs, mask=c_mask, other=0.0)
+            w = tl.load(weight + (source * c + cs) * J + j, mask=c_mask, other=0.0)
             total += w[None, :] * value.to(tl.float32)
     if HAS_BIAS:
         total += tl.load(bias + order * c + cs, mask=c_mask, other=0.0)[None, :]
@@ -83,7 +83,7 @@ def weight_kernel(
     orders, tiles, row_tiles, rows, c,
     J: tl.constexpr, TAPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """sums[part, k, j, c] = sum of g[k, b, i, c] x[b, table[k, j, i], c] over a part of (b, i); j = J sums g itself.
+    """sums[part, k, c, j] = sum of g[k, b, i, c] x[b, table[k, j, i], c] over a part of (b, i); behind them, sums of g.
 
     Program (part, group of TAPS taps, order, channel block); a part is every so-manieth of ``tiles``.
     """
@@ -119,11 +119,12 @@ def weight_kernel(
             added = added + (of_taps[i] + g_rows * value.to(tl.float32),)
         of_taps = added
         of_bias += g_rows
-    sums += (part * orders + order).to(tl.int64) * (J + 1) * c + cs
+    sums += part.to(tl.int64) * orders * c * (J + 1)
+    channels = order * c + cs
     for i in tl.static_range(TAPS):
-        tl.store(sums + (tap + i) * c, tl.sum(of_taps[i], axis=0), mask=c_mask & (tap + i < J))
+        tl.store(sums + channels * J + tap + i, tl.sum(of_taps[i], axis=0), mask=c_mask & (tap + i < J))
     if tap == 0:
-        tl.store(sums + J * c, tl.sum(of_bias, axis=0), mask=c_mask)
+        tl.store(sums + orders * c * J + channels, tl.sum(of_bias, axis=0), mask=c_mask)
 
 
 def forward(
@@ -132,7 +133,7 @@ def forward(
     """See :mod:`backbones.ops.depthwise.operator`."""
     check_device("x", x)
     with device_of(x):
-        return _gather(contiguous_rows(x), weight.transpose(1, 2).contiguous(), bias, taps, x.dtype, silu)
+        return _gather(contiguous_rows(x), weight, bias, taps, x.dtype, silu)
 
 
 def backward(
@@ -141,7 +142,6 @@ def backward(
     """See :mod:`backbones.ops.depthwise.operator`."""
     with device_of(x):
         x, grad = contiguous_rows(x), contiguous_rows(grad)
-        weight = weight.transpose(1, 2).contiguous()
         g = _gather(x, weight, bias, taps, torch.float32, silu=True, grad=grad) if silu else grad
         dx = _gather(g, weight, None, inverse_taps, x.dtype, silu=False)[0]
 
@@ -150,14 +150,14 @@ def backward(
         row_tiles, group = cdiv(rows, block_m), min(j, TAPS)
         programs = k * cdiv(c, block_c) * cdiv(j, group)
         parts = min(b * row_tiles, cdiv(_PROGRAMS, programs))
-        sums = empty((parts, k, j + 1, c), torch.float32, x.device)
-        weight_kernel[(parts * programs,)](
-            x, g, taps, sums, *x.stride()[:2], *g.stride()[:3], k, b * row_tiles, row_tiles, rows, c,
-            J=j, TAPS=group, BLOCK_M=block_m, BLOCK_C=block_c, WIDE=_is_wide(x), num_warps=4,
+        sums = empty((parts, k * c * (j + 1)), torch.float32, x.device)
+        launch(
+            weight_kernel, (parts * programs,), (x, g, taps, sums),
+            (*x.stride()[:2], *g.stride()[:3], k, b * row_tiles, row_tiles, rows, c), 4,
+            J=j, TAPS=group, BLOCK_M=block_m, BLOCK_C=block_c, WIDE=_is_wide(x),
         )  # fmt: skip
-        total = sums.sum(0)
-        dweight = total[:, :j].transpose(1, 2).contiguous()
-        return dx, dweight, total.new_empty(0) if bias is None else total[:, j].contiguous()
+        dweight, dbias = sums.sum(0).split([k * c * j, k * c])
+        return dx, dweight.view(k, c, j), dbias.new_empty(0) if bias is None else dbias.view(k, c)
 
 
 def _gather(
@@ -175,12 +175,14 @@ def _gather(
     each = 1 if x.dim() == 4 else k
     block_m, block_c = tile(rows, c, GATHERED)
     y = empty((each, b, rows, c), dtype, x.device)
-    gather_kernel[(cdiv(c, block_c) * each * cdiv(rows, block_m) * b,)](
-        x, weight, bias, table, grad, y,
-        x.stride(0) if x.dim() == 4 else 0, *x.stride()[-3:-1], *((0, 0, 0) if grad is None else grad.stride()[:3]),
-        b, each, k // each, rows, c,
-        J=j, BLOCK_M=block_m, BLOCK_C=block_c, UNROLL=min(j, TAPS),
-        HAS_BIAS=bias is not None, SILU=silu, SLOPE=grad is not None, WIDE=_is_wide(x), num_warps=4,
+    launch(
+        gather_kernel, (cdiv(c, block_c) * each * cdiv(rows, block_m) * b,), (x, weight, bias, table, grad, y),
+        (
+            x.stride(0) if x.dim() == 4 else 0, *x.stride()[-3:-1], *((0, 0, 0) if grad is None else grad.stride()[:3]),
+            b, each, k // each, rows, c,
+        ),
+        4, J=j, BLOCK_M=block_m, BLOCK_C=block_c, UNROLL=min(j, TAPS),
+        HAS_BIAS=bias is not None, SILU=silu, SLOPE=grad is not None, WIDE=_is_wide(x),
     )  # fmt: skip
     return y
 

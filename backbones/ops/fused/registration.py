@@ -59,3 +59,10 @@ def reads(x: Tensor, other: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
+
+
+def triton_reads(x: Tensor) -> bool:
+    """Whether a Triton kernel serves such a tensor, and nobody compiles: compilers fuse PyTorch's own operations."""
+    return (
+        not x.is_meta and x.numel() > 0 and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+    )

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbones.ops.tracing import is_transformed
+
 
 def per_order_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (b, l, k, i) times weight (k, o, i) gives (b, l, k, o) in the dtype of x, stored as (k, b, l, o): one small
@@ -31,7 +33,13 @@ class _PerOrderProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        return torch.bmm(grad, weight), torch.stack([g.T @ rows for g, rows in zip(grad, x, strict=True)])
+        dx = torch.bmm(grad, weight)
+        if torch.is_grad_enabled():  # to be differentiated again
+            return dx, torch.stack([g.T @ rows for g, rows in zip(grad, x, strict=True)])
+        dweight = torch.empty_like(weight)
+        for g, rows, y in zip(grad, x, dweight, strict=True):
+            torch.mm(g.T, rows, out=y)
+        return dx, dweight
 
 
 def joint_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -41,8 +49,36 @@ def joint_linear(x: Tensor, weight: Tensor) -> Tensor:
     orders together are aligned where r = 6 columns of one are not.
     """
     k, o, rank = weight.shape
-    blocks = torch.block_diag(*F.pad(weight, (0, x.shape[-1] - rank)).unbind(0))
+    if torch.compiler.is_compiling() or is_transformed(x, weight):
+        blocks = torch.block_diag(*F.pad(weight, (0, x.shape[-1] - rank)).unbind(0))
+    else:
+        blocks = _BlockDiagonal.apply(weight, x.shape[-1], x.dtype)
     return F.linear(x.flatten(2), blocks).unflatten(-1, (k, o))
+
+
+class _BlockDiagonal(torch.autograd.Function):
+    """(k o, k i) in ``dtype``, whose k-th block begins with the r columns of the k-th of ``weight`` (k, o, r).
+
+    As ``torch.block_diag`` of padded weights, in two launches.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        k, o, _ = weight.shape
+        blocks = weight.new_zeros((k * o, k * width), dtype=dtype)
+        _diagonal(blocks, weight.shape).copy_(weight)
+        return blocks
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _diagonal(grad, ctx.shape).to(ctx.dtype).contiguous(), None, None
+
+
+def _diagonal(blocks: Tensor, shape: torch.Size) -> Tensor:
+    """The blocks' leading columns (k, o, r), a view."""
+    k, o, rank = shape
+    return blocks.view(k, o, k, -1).diagonal(dim1=0, dim2=2)[:, :rank].permute(2, 0, 1)
 
 
 def projection_gradients(grad: Tensor, delta: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:

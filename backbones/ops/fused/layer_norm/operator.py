@@ -1,4 +1,4 @@
-"""LayerNorm, for the GPUs on which PyTorch's own is slow on narrow rows."""
+"""LayerNorm, and RMSNorm, for the GPUs on which PyTorch's own is slow on narrow rows."""
 
 from typing import Any
 
@@ -53,21 +53,24 @@ def layer_norm(
         return naive.forward(x, weight, bias, eps, dtype)
     if dtype is None:
         dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
-    return _LayerNorm.apply(x, weight, bias, eps, dtype)
+    return Normalise.apply(x, weight, bias, eps, dtype, True)
 
 
-class _LayerNorm(torch.autograd.Function):
+class Normalise(torch.autograd.Function):
+    """LayerNorm, or RMSNorm unless ``centred``."""
+
     # Never traced, so it need not be an operator of torch.library, which costs some 50 microseconds a call.
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, centred: bool
     ) -> Tensor:
         from backbones.ops.fused.layer_norm import triton
 
         x = x.contiguous()
-        y, statistics = triton.forward(x, weight, bias, eps, dtype)
+        y, statistics = triton.forward(x, weight, bias, eps, dtype, centred)
         ctx.save_for_backward(x, weight, statistics)
+        ctx.centred, ctx.has_bias = centred, bias is not None
         return y
 
     @staticmethod
@@ -75,9 +78,9 @@ class _LayerNorm(torch.autograd.Function):
         from backbones.ops.fused.layer_norm import triton
 
         x, weight, statistics = ctx.saved_tensors
-        results = triton.backward(grad.contiguous(), x, weight, statistics)
-        dx, sums = first_order("layer_norm", results, (grad, x, weight))
+        results = triton.backward(grad.contiguous(), x, weight, statistics, ctx.centred)
+        dx, sums = first_order("layer_norm" if ctx.centred else "rms_norm", results, (grad, x, weight))
         if weight is None:
-            return dx, None, None, None, None
+            return dx, None, None, None, None, None
         dweight, dbias = sums.to(weight.dtype)
-        return dx, dweight, dbias, None, None
+        return dx, dweight, dbias if ctx.has_bias else None, None, None, None

@@ -4,34 +4,43 @@ import torch
 from torch import Tensor
 
 from backbones.ops.dispatch import choose_for
-from backbones.ops.fused.registration import reads, register
+from backbones.ops.fused.layer_norm.operator import Normalise
+from backbones.ops.fused.registration import reads, register, triton_reads
 from backbones.ops.fused.rms_norm import cpu, naive
 
 norm_op = register("rms_norm", "weight", "eps", cpu)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, dtype: torch.dtype | None = None, backend: str | None = None
+) -> Tensor:
     """x / sqrt(mean(x^2) + eps) weight over the last axis (Zhang and Sennrich 2019, equation 4).
 
     Args:
         x: (..., c).
         weight: (c).
         eps: added to the mean of squares.
-        backend: "naive" is PyTorch's operation, "cpu" a C++ kernel for float32 in one pass through memory, "triton"
-            PyTorch's operation, as there is no kernel. None takes the fastest that runs on the tensors' device.
+        dtype: of the result; None is that of ``torch.nn.functional.rms_norm``, to which x and weight promote.
+        backend: "naive" is PyTorch's operation, "cpu" a C++ kernel for float32 in one pass through memory, "triton" a
+            kernel for GPUs. None takes the fastest that runs on the tensors' device.
             Compiled and exported programs hold PyTorch's operation, which compilers fuse.
 
     Returns:
-        (..., c) in the dtype that ``torch.nn.functional.rms_norm`` gives.
+        (..., c).
 
     Raises:
         ValueError: ``weight`` has another shape; ``backend`` is given and cannot run.
-        NotImplementedError: forward-mode or ``torch.func`` derivatives through "cpu" where it is given, or second
-            derivatives through it.
+        NotImplementedError: forward-mode or ``torch.func`` derivatives through a kernel that is named, or second
+            derivatives through one.
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected {tuple(x.shape[-1:])}, the last axis of x")
     chosen, _ = choose_for("rms_norm", backend, x, weight)
     if chosen == "cpu" and reads(x, weight) and x.dtype == torch.float32 and weight.is_contiguous():
-        return norm_op(x, weight, eps)
-    return naive.forward(x, weight, eps)
+        y = norm_op(x, weight, eps)
+    elif chosen == "triton" and triton_reads(x):
+        dtype = torch.promote_types(x.dtype, weight.dtype) if dtype is None else dtype
+        return Normalise.apply(x, weight, None, eps, dtype, False)
+    else:
+        y = naive.forward(x, weight, eps)
+    return y if dtype in (None, y.dtype) else y.to(dtype)

@@ -118,7 +118,7 @@ def segment_ends_kernel(
     n_mask = ns < n
     mask = n_mask[:, None] & c_mask[None, :]
     tile = ns[:, None] * c + cs[None, :]
-    a2 = tl.load(A + order * n * c + tile, mask=mask, other=0.0) * LOG2_E
+    a2 = tl.load(A + order * n * c + cs[None, :] * n + ns[:, None], mask=mask, other=0.0) * LOG2_E
     shift = tl.zeros((BLOCK_C,), tl.float32)
     if HAS_BIAS:
         shift = tl.load(bias + order * c + cs, mask=c_mask, other=0.0)
@@ -175,6 +175,25 @@ def segment_ends_kernel(
 
 
 @triton.jit
+def entering(
+    ends, totals, row, s, segments, c, n, a2, cs, tile, c_mask, mask, CARRY: tl.constexpr, REVERSE: tl.constexpr
+):  # fmt: skip
+    """The state that enters segment s of those from ``row`` on, from what :func:`carry_kernel` left.
+
+    CARRY does that kernel's work here: it passes through what the segments before s (after it, with REVERSE) add.
+    """
+    if CARRY:
+        h = tl.zeros(mask.shape, tl.float32)
+        for i in range(segments - 1 - s if REVERSE else s):
+            at = row + (segments - 1 - i if REVERSE else i)
+            total = tl.load(totals + at * c + cs, mask=c_mask, other=0.0)
+            h = tl.exp2(a2 * total[None, :]) * h + tl.load(ends + at * n * c + tile, mask=mask, other=0.0)
+        return h
+    else:
+        return tl.load(ends + (row + s) * n * c + tile, mask=mask, other=0.0)
+
+
+@triton.jit
 def carry_kernel(
     ends, totals, A, k, c, n, segments, REVERSE: tl.constexpr, BLOCK: tl.constexpr, U: tl.constexpr
 ):  # fmt: skip
@@ -183,7 +202,7 @@ def carry_kernel(
     bk = tl.program_id(0) // blocks
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = at < n * c
-    a2 = tl.load(A + bk % k * n * c + at, mask=mask, other=0.0) * LOG2_E
+    a2 = tl.load(A + bk % k * n * c + at % c * n + at // c, mask=mask, other=0.0) * LOG2_E
     row = bk.to(tl.int64) * segments
     carry = tl.zeros((BLOCK,), tl.float32)
     for group in range(tl.cdiv(segments, U)):

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from backbones.ops.scan.triton.common import LOG2_E, offset_of, rows_of, step_of, step_size, tokens_of
+from backbones.ops.scan.triton.common import LOG2_E, entering, offset_of, rows_of, step_of, step_size, tokens_of
 
 
 @triton.jit
@@ -24,13 +24,13 @@ def _rows_ahead(
 
 @triton.jit
 def backward_kernel(
-    grad, u, delta, A, B, C, D, orders, bias, states, adjoints, scratch, du, ddelta, dB, dC, dA, dD, dbias,
+    grad, u, delta, A, B, C, D, orders, bias, states, adjoints, totals, scratch, du, ddelta, dB, dC, sums,
     g_b, g_l, g_k, u_b, u_l, u_k, d_b, d_l, d_k, B_b, B_l, B_k, C_b, C_l, C_k, du_b, du_l, du_k, dd_b, dd_l, dd_k,
     dB_block, dB_b, dB_l, dB_k,
     steps, k, c, n, segment, segments, chunk, slots, all_slots, items,
     N: tl.constexpr, BLOCK_C: tl.constexpr, U: tl.constexpr,
     HAS_ORDERS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr,
-    HAS_STATES: tl.constexpr, HAS_ADJOINTS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_STATES: tl.constexpr, HAS_ADJOINTS: tl.constexpr, CARRY: tl.constexpr, SOFTPLUS: tl.constexpr,
     GRAD_BY_STEP: tl.constexpr, BY_STEP: tl.constexpr, ATOMIC: tl.constexpr,
     WINDOW: tl.constexpr, RESET: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,8 @@ def backward_kernel(
         c_mask = cs < c
         mask = n_mask[:, None] & c_mask[None, :]
         tile = ns[:, None] * c + cs[None, :]
-        A_tile = tl.load(A + order * n * c + tile, mask=mask, other=0.0)
+        A_at = order * n * c + cs[None, :] * n + ns[:, None]
+        A_tile = tl.load(A + A_at, mask=mask, other=0.0)
         shift = tl.zeros((BLOCK_C,), tl.float32)
         if HAS_BIAS:
             shift = tl.load(bias + order * c + cs, mask=c_mask, other=0.0)
@@ -88,10 +89,12 @@ def backward_kernel(
         first = s * segment
         end = tl.minimum(first + segment, steps)
         chunks = tl.cdiv(segment, chunk) if WINDOW else tl.cdiv(end - first, chunk)
-        segment_row = (bk.to(tl.int64) * segments + s) * n * c + tile
         received = tl.zeros((N, BLOCK_C), tl.float32)  # a_{t+1} q_{t+1}
         if HAS_ADJOINTS:
-            received = tl.load(adjoints + segment_row, mask=mask, other=0.0)
+            received = entering(
+                adjoints, totals, bk.to(tl.int64) * segments, s, segments, c, n, A_tile * LOG2_E, cs, tile, c_mask,
+                mask, CARRY, True,
+            )  # fmt: skip
         dA_sum = tl.zeros((N, BLOCK_C), tl.float32)
         dD_sum = tl.zeros((BLOCK_C,), tl.float32)
         dbias_sum = tl.zeros((BLOCK_C,), tl.float32)
@@ -225,10 +228,11 @@ def backward_kernel(
                 tokens = later
                 group -= 1
             tl.debug_barrier()
-        # Partial sums of every work item, to be summed by the caller.
-        tl.store(dA + tl.cast(item, tl.int64) * N * BLOCK_C + local, dA_sum)
-        sums = item * BLOCK_C + tl.arange(0, BLOCK_C)
+        # Per batch item and segment: the gradients of A (k, c, n), D (k, c) and bias (k, c), one behind the other.
+        part = sums + (batch * segments + s) * k * c * (n + 2)
+        tl.store(part + A_at, dA_sum, mask=mask)
+        part += k * c * n + order * c + cs
         if HAS_D:
-            tl.store(dD + sums, dD_sum)
+            tl.store(part, dD_sum, mask=c_mask)
         if HAS_BIAS:
-            tl.store(dbias + sums, dbias_sum)
+            tl.store(part + k * c, dbias_sum, mask=c_mask)

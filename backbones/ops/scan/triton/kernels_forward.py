@@ -5,17 +5,17 @@
 import triton
 import triton.language as tl
 
-from backbones.ops.scan.triton.common import LOG2_E, offset_of, rows_of, step_of, step_size, tokens_of
+from backbones.ops.scan.triton.common import LOG2_E, entering, offset_of, rows_of, step_of, step_size, tokens_of
 
 
 @triton.jit
 def forward_kernel(
-    u, delta, A, B, C, D, orders, bias, starts, states, y,
+    u, delta, A, B, C, D, orders, bias, starts, totals, states, y,
     u_b, u_l, u_k, d_b, d_l, d_k, B_b, B_l, B_k, C_b, C_l, C_k, y_b, y_l, y_k,
     steps, k, c, n, segment, segments, chunk, slots, all_slots,
     N: tl.constexpr, BLOCK_C: tl.constexpr, U: tl.constexpr,
     HAS_ORDERS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_STARTS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, SAVE: tl.constexpr, EMIT: tl.constexpr, BY_STEP: tl.constexpr,
+    CARRY: tl.constexpr, SOFTPLUS: tl.constexpr, SAVE: tl.constexpr, EMIT: tl.constexpr, BY_STEP: tl.constexpr,
     WINDOW: tl.constexpr, RESET: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program (batch, order, segment, channel block): h_t = a_t h_{t-1} + b_t and y_t = <C_t, h_t> + D u_t.
@@ -38,7 +38,7 @@ def forward_kernel(
     n_mask = ns < n
     mask = n_mask[:, None] & c_mask[None, :]
     tile = ns[:, None] * c + cs[None, :]
-    a2 = tl.load(A + order * n * c + tile, mask=mask, other=0.0) * LOG2_E
+    a2 = tl.load(A + order * n * c + cs[None, :] * n + ns[:, None], mask=mask, other=0.0) * LOG2_E
     shift = tl.zeros((BLOCK_C,), tl.float32)
     if HAS_BIAS:
         shift = tl.load(bias + order * c + cs, mask=c_mask, other=0.0)
@@ -62,7 +62,9 @@ def forward_kernel(
     count = tl.cdiv(segment, chunk) * groups if WINDOW else tl.cdiv(end - first, U)
     h = tl.zeros((N, BLOCK_C), tl.float32)
     if HAS_STARTS:
-        h = tl.load(starts + (bk.to(tl.int64) * segments + s) * n * c + tile, mask=mask, other=0.0)
+        h = entering(
+            starts, totals, bk.to(tl.int64) * segments, s, segments, c, n, a2, cs, tile, c_mask, mask, CARRY, False
+        )
 
     tokens = tokens_of(orders, 0, first, end, segment, chunk, groups, U, WINDOW, HAS_ORDERS)
     later = tokens_of(orders, 1, first, end, segment, chunk, groups, U, WINDOW, HAS_ORDERS)

@@ -49,12 +49,15 @@ from backbones.ops.triton_host import (
     contiguous_rows,
     device_of,
     empty,
+    launch,
     multiprocessors,
     next_power_of_2,
 )
 
 _SCRATCH_BYTES = 64 * 2**20  # of backward, whatever the problem
 _SEGMENT_U = 4
+_CARRIED = 16  # most segments through which a scan carries the state itself, which saves a launch
+_WALK = ("segment", "segments", "chunk", "slots", "all_slots")  # in the kernels' order
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class _Scan:
         self.steps = self.length if orders is None else orders.shape[1]
         self.shared = u.dim() == 3
         self.u, self.delta, self.B, self.C = (contiguous_rows(x) for x in (u, delta, B, C))
-        self.A = A.transpose(1, 2).contiguous()
+        self.A = A
         self.D, self.bias, self.orders = D, bias, orders
         self.softplus, self.out = softplus, out
         self.window = min(window, self.steps)
@@ -163,16 +166,17 @@ class _Scan:
             y = empty((self.b, rows, width), dtype, self.device)
             block = min(128, next_power_of_2(width))
             grid = (self.b * rows, cdiv(width, block))
-            gather_visits_kernel[grid](
-                buffer, visits, starts, y, self.steps * self.k, rows, width, BLOCK=block, num_warps=1
-            )
+            launch(
+                gather_visits_kernel, grid, (buffer, visits, starts, y), (self.steps * self.k, rows, width), 1,
+                BLOCK=block,
+            )  # fmt: skip
             return y if merged else y.view(self.b, self.length, self.k, width)
         if buffer.dim() == 4 and merged:
             y = empty((self.b, self.length, width), dtype, self.device)
             block = min(128, next_power_of_2(width))
             rows = self.b * self.length
             grid = (cdiv(rows, 16), cdiv(width, block))
-            sum_orders_kernel[grid](buffer, y, rows, self.k, width, ROWS=16, BLOCK_C=block, num_warps=4)
+            launch(sum_orders_kernel, grid, (buffer, y), (rows, self.k, width), 4, ROWS=16, BLOCK_C=block)
             return y
         return buffer.to(dtype)
 
@@ -189,26 +193,36 @@ class _Scan:
         segment = CHUNK * max(1, cdiv(self.steps, CHUNK) // wanted)
         return segment, cdiv(self.steps, segment)
 
-    def carried(self, config: Config, segment: int, segments: int, grad: Tensor | None = None) -> Tensor:
-        """The states that enter every segment, or, given the gradient of y, their gradients."""
+    def carried(
+        self, config: Config, segment: int, segments: int, grad: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The states that enter every segment, or, given the gradient of y, their gradients.
+
+        Of few segments, what they add to the state and their sums of dt, for the next kernel to carry.
+        """
         x, V = (self.u, self.B) if grad is None else (grad, self.C)
         by_step = grad is not None and self.out == "per_step"
         ends = empty((self.b * self.k, segments, self.n, self.c), torch.float32, self.device)
         totals = empty((self.b * self.k, segments, self.c), torch.float32, self.device)
         blocks = cdiv(self.c, config.BLOCK_C)
-        segment_ends_kernel[(self.b * self.k * segments * blocks,)](
-            x, self.delta, self.A, V, self.orders, self.bias, ends, totals,
-            *_strides(x), *_strides(self.delta), *_strides(V),
-            self.steps, self.k, self.c, self.n, segment, segments,
-            N=config.N, BLOCK_C=config.BLOCK_C, U=_SEGMENT_U, ADJOINT=grad is not None, X_BY_STEP=by_step,
-            **self.flags, num_warps=config.num_warps, enable_fp_fusion=True,
+        launch(
+            segment_ends_kernel, (self.b * self.k * segments * blocks,),
+            (x, self.delta, self.A, V, self.orders, self.bias, ends, totals),
+            (
+                *_strides(x), *_strides(self.delta), *_strides(V),
+                self.steps, self.k, self.c, self.n, segment, segments,
+            ),
+            config.num_warps, N=config.N, BLOCK_C=config.BLOCK_C, U=_SEGMENT_U, ADJOINT=grad is not None,
+            X_BY_STEP=by_step, **self.flags,
         )  # fmt: skip
+        if segments <= _CARRIED:
+            return ends, totals
         grid = (self.b * self.k * cdiv(self.n * self.c, 64),)
-        carry_kernel[grid](
-            ends, totals, self.A, self.k, self.c, self.n, segments,
-            REVERSE=grad is not None, BLOCK=64, U=8, num_warps=1, enable_fp_fusion=True,
+        launch(
+            carry_kernel, grid, (ends, totals, self.A), (self.k, self.c, self.n, segments), 1,
+            REVERSE=grad is not None, BLOCK=64, U=8,
         )  # fmt: skip
-        return ends
+        return ends, None
 
     def window_walk(self) -> tuple[dict[str, int], bool]:
         """How the local scan walks: by windows as chunks if they are short, else a segment a window, by chunks."""
@@ -221,18 +235,20 @@ class _Scan:
 
     def run_forward(
         self, config: Config, walk: dict[str, int], y: Tensor | None, starts: Tensor | None = None,
-        states: Tensor | None = None, window: bool = False, reset: bool = False,
+        totals: Tensor | None = None, states: Tensor | None = None, window: bool = False, reset: bool = False,
     ) -> None:  # fmt: skip
         blocks = cdiv(self.c, config.BLOCK_C)
-        forward_kernel[(self.b * self.k * walk["segments"] * blocks,)](
-            self.u, self.delta, self.A, self.B, self.C, self.D, self.orders, self.bias, starts, states, y,
-            *_strides(self.u), *_strides(self.delta), *_strides(self.B), *_strides(self.C),
-            *((0, 0, 0) if y is None else _strides(y)),
-            self.steps, self.k, self.c, self.n, **walk,
-            N=config.N, BLOCK_C=config.BLOCK_C, U=config.U, HAS_D=self.D is not None and not window,
-            HAS_STARTS=starts is not None, SAVE=states is not None, EMIT=y is not None,
-            BY_STEP=self.facts.repeats or self.out == "per_step", WINDOW=window, RESET=reset,
-            **self.flags, num_warps=config.num_warps, enable_fp_fusion=True,
+        launch(
+            forward_kernel, (self.b * self.k * walk["segments"] * blocks,),
+            (self.u, self.delta, self.A, self.B, self.C, self.D, self.orders, self.bias, starts, totals, states, y),
+            (
+                *_strides(self.u), *_strides(self.delta), *_strides(self.B), *_strides(self.C),
+                *((0, 0, 0) if y is None else _strides(y)),
+                self.steps, self.k, self.c, self.n, *(walk[name] for name in _WALK),
+            ),
+            config.num_warps, N=config.N, BLOCK_C=config.BLOCK_C, U=config.U, HAS_D=self.D is not None and not window,
+            HAS_STARTS=starts is not None, CARRY=totals is not None, SAVE=states is not None, EMIT=y is not None,
+            BY_STEP=self.facts.repeats or self.out == "per_step", WINDOW=window, RESET=reset, **self.flags,
         )  # fmt: skip
 
 
@@ -251,8 +267,8 @@ def forward(
         y = scan.buffer(scan.c, merged=out == "sum", by_step=out == "per_step")
         segment, segments = scan.segments(config)
         walk = dict(segment=segment, segments=segments, chunk=CHUNK, slots=segment // CHUNK, all_slots=slots)
-        starts = scan.carried(config, segment, segments) if segments > 1 else None
-        scan.run_forward(config, walk, y, starts, states)
+        starts, totals = scan.carried(config, segment, segments) if segments > 1 else (None, None)
+        scan.run_forward(config, walk, y, starts, totals, states)
         if scan.window > 1:
             walk, short = scan.window_walk()
             scan.run_forward(config, walk, y, window=True, reset=short)
@@ -292,8 +308,8 @@ def backward(
         atomic = blocks > 1 and not torch.are_deterministic_algorithms_enabled()
         du = scan.buffer(scan.c, merged=scan.shared)
         ddelta = scan.buffer(scan.c, merged=False)
-        dB, dC = (_partials(scan, 1 if atomic else blocks, atomic, x.dtype) for x in (B, C))
-        sums = []  # of dA, dD and dbias
+        dB, dC = partials = _partials(scan, 1 if atomic else blocks, atomic, B.dtype)
+        sums = []
         for i, walk in enumerate(walks):
             window = i == 1
             kept: Tensor | None = states
@@ -303,55 +319,62 @@ def backward(
                     shape = (scan.b, scan.k, walk["all_slots"], scan.n, scan.c)
                     kept = empty(shape, torch.float32, u.device)
                     scan.run_forward(scan.forward_config, walk, None, states=kept, window=True)
-            adjoints = scan.carried(config, segment, segments, grad) if segments > 1 and not window else None
+            adjoints, totals = None, None
+            if segments > 1 and not window:
+                adjoints, totals = scan.carried(config, segment, segments, grad)
             items = scan.b * scan.k * walk["segments"] * blocks
             tile_bytes = 4 * config.N * config.BLOCK_C * cdiv(walk["chunk"], config.U)
             programs = min(items, max(1, _SCRATCH_BYTES // tile_bytes))
             scratch = empty((programs * tile_bytes // 4,), torch.float32, u.device)
-            partials = [
-                empty((scan.b, scan.k, walk["segments"], blocks, *tile), torch.float32, u.device)
-                for tile in ((config.N, config.BLOCK_C), (1, config.BLOCK_C), (1, config.BLOCK_C))
-            ]
-            backward_kernel[(programs,)](
-                grad, scan.u, scan.delta, scan.A, scan.B, scan.C, D, orders, delta_bias, kept, adjoints, scratch,
-                du, ddelta, dB, dC, *partials,
-                *_strides(grad), *_strides(scan.u), *_strides(scan.delta), *_strides(scan.B), *_strides(scan.C),
-                *_strides(du), *_strides(ddelta), 0 if atomic else dB.stride(0), *dB.stride()[1:4],
-                scan.steps, scan.k, scan.c, scan.n, **walk, items=items,
-                N=config.N, BLOCK_C=config.BLOCK_C, U=config.U, HAS_D=D is not None and not window,
-                HAS_STATES=kept is not None, HAS_ADJOINTS=adjoints is not None,
+            parts = empty((scan.b * walk["segments"], scan.k * scan.c * (scan.n + 2)), torch.float32, u.device)
+            launch(
+                backward_kernel, (programs,),
+                (
+                    grad, scan.u, scan.delta, scan.A, scan.B, scan.C, D, orders, delta_bias, kept, adjoints, totals,
+                    scratch,
+                    du, ddelta, dB, dC, parts,
+                ),
+                (
+                    *_strides(grad), *_strides(scan.u), *_strides(scan.delta), *_strides(scan.B), *_strides(scan.C),
+                    *_strides(du), *_strides(ddelta), 0 if atomic else dB.stride(0), *dB.stride()[1:4],
+                    scan.steps, scan.k, scan.c, scan.n, *(walk[name] for name in _WALK), items,
+                ),
+                config.num_warps, N=config.N, BLOCK_C=config.BLOCK_C, U=config.U, HAS_D=D is not None and not window,
+                HAS_STATES=kept is not None, HAS_ADJOINTS=adjoints is not None, CARRY=totals is not None,
                 GRAD_BY_STEP=out == "per_step", BY_STEP=scan.facts.repeats, ATOMIC=atomic,
-                WINDOW=window, RESET=window and reset,
-                **scan.flags, num_warps=config.num_warps, enable_fp_fusion=True,
+                WINDOW=window, RESET=window and reset, **scan.flags,
             )  # fmt: skip
             del scratch  # or the peak would hold it beside the sums below
-            sums.append([x.sum((0, 2)) for x in partials])
+            sums.append(_split_sums(parts.sum(0), scan))
         dA, dD, dbias = sums[0]
         if scan.window > 1:  # whose walk has no D
             dA += sums[1][0]
             dbias += sums[1][2]
+        if not scan.facts.repeats:
+            partials = (partials if partials.shape[1] == 1 else partials.sum(1, keepdim=True)).to(B.dtype)
         none = dA.new_empty(0)
         return (
             scan.collect(du, scan.shared, u.dtype),
             scan.collect(ddelta, False, delta.dtype),
-            _channels_first(dA, scan.c, scan.n),
-            scan.collect(_sum_blocks(dB), False, B.dtype),
-            scan.collect(_sum_blocks(dC), False, C.dtype),
-            none if D is None else _channels_first(dD, scan.c, 1).squeeze(-1),
-            none if delta_bias is None else _channels_first(dbias, scan.c, 1).squeeze(-1),
+            dA,
+            *(scan.collect(_sum_blocks(x), False, B.dtype) for x in partials),
+            none if D is None else dD,
+            none if delta_bias is None else dbias,
         )
 
 
-def _channels_first(sums: Tensor, c: int, n: int) -> Tensor:
-    """(k, blocks, N, BLOCK_C) to (k, c, n)."""
-    return sums.transpose(2, 3).flatten(1, 2)[:, :c, :n].contiguous()
+def _split_sums(sums: Tensor, scan: _Scan) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of the gradients of A (k, c, n), D (k, c) and bias (k, c)."""
+    k, c, n = scan.k, scan.c, scan.n
+    dA, dD, dbias = sums.split([k * c * n, k * c, k * c])
+    return dA.view(k, c, n), dD.view(k, c), dbias.view(k, c)
 
 
 def _partials(scan: _Scan, blocks: int, atomic: bool, dtype: torch.dtype) -> Tensor:
-    """(blocks, b, rows, k, n): a gradient of B or C as every block of channels sees it."""
+    """(2, blocks, b, rows, k, n): the gradients of B and C as every block of channels sees them."""
     facts = scan.facts
     whole = blocks == 1 and not atomic and not facts.repeats and scan.window <= 1
-    shape = (blocks, scan.b, scan.steps if facts.repeats else scan.length, scan.k, scan.n)
+    shape = (2, blocks, scan.b, scan.steps if facts.repeats else scan.length, scan.k, scan.n)
     dtype = dtype if whole else torch.float32
     if atomic or not (facts.repeats or facts.complete):
         return torch.zeros(shape, dtype=dtype, device=scan.device)
