@@ -72,7 +72,13 @@ def declared() -> tuple[set[str], set[str]]:
 
 def imported(path: Path) -> set[str]:
     """Return the distributions that a module imports, anywhere in it."""
-    names = {"PIL": "pillow", "yaml": "pyyaml", "mmengine": "onedl-mmengine", "huggingface_hub": "huggingface-hub"}
+    names = {
+        "PIL": "pillow",
+        "yaml": "pyyaml",
+        "mmengine": "onedl-mmengine",
+        "mmseg": "onedl-mmsegmentation",
+        "huggingface_hub": "huggingface-hub",
+    }
     modules: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

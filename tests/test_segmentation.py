@@ -279,3 +279,12 @@ def test_exported_as_onnx(tmp_path: Path) -> None:
     (found,) = session.run(None, {"image": batch.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(found), net(batch), rtol=0, atol=1e-4)
+
+
+def test_models_are_encoders_of_segmentation_models_pytorch() -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    net = smp.Unet("tu-vmamba_tiny_s1l8", encoder_weights=None, classes=2, **THIN)
+    logits = net(torch.randn(2, 3, 64, 96))
+    assert logits.shape == (2, 2, 64, 96)
+    logits.square().mean().backward()
+    assert all(p.grad is not None for name, p in net.named_parameters() if name.startswith("encoder.model.stages"))
