@@ -41,6 +41,17 @@ def test_items_and_classes(root: Path) -> None:
     assert [dataset.metainfo["classes"][i] for i in batch["targets"]] == [str(g) for g in grey]
 
 
+def test_the_first_images_of_each_class(root: Path) -> None:
+    for name in ("2", "9"):
+        for copy in range(3):
+            Image.new("L", (12, 8), int(name)).save(root / "val" / name / f"{copy}.png")
+    dataset = ImageFolder(str(root), "val", TRANSFORM, per_class=2)
+    assert [dataset[i]["targets"] for i in range(len(dataset))] == [0, 0, 1, 1, 2]  # class 10 has but one
+    assert [Path(dataset.get_data_info(i)["img_path"]).name for i in range(4)] == ["0.png", "1.png"] * 2
+    with pytest.raises(UserError, match="per_class: got 0"):
+        ImageFolder(str(root), "val", TRANSFORM, per_class=0)
+
+
 def test_wrappers_of_mmengine(root: Path) -> None:
     for name in ("2", "9"):
         for copy in range(3):

@@ -304,6 +304,8 @@ def test_operations_fall_with_the_tokens() -> None:
         ("vim_tiny", {"schedule": {6: 0.5}}, ["schedule", "block 6", "1..5"]),
         ("vim_tiny", {"schedule": 1.5}, ["schedule", "1.5", "(0, 1]"]),
         ("vim_tiny", {"schedule": 0.5, "mode": "merge"}, ["schedule", "0.5", "number of tokens"]),
+        ("vim_tiny_shallow", {"schedule": 0.8}, ["schedule", "2 blocks", "{block: amount}"]),
+        ("vim_tiny_shallow", {"schedule": 2, "mode": "merge"}, ["schedule", "2 blocks"]),
         ("vim_tiny", {"score": "delta"}, ["score", "'delta'", "norm"]),
         ("vim_tiny", {"align": "copy"}, ["align", "'copy'", "decay"]),
         ("vim_tiny", {"align": "decay", "mirrored": True}, ["align", "mirrored"]),
@@ -320,6 +322,8 @@ def test_mistakes_get_one_clear_line(name: str, kwargs: dict, words: list[str]) 
     own = SMALL if name.startswith(("vim", "lbvim")) else {"depth": 6} if name != "resnet18" else {}
     if name.endswith("_windowed"):
         name, own = name.removesuffix("_windowed"), {**own, "local_window": 4}
+    if name.endswith("_shallow"):
+        name, own = name.removesuffix("_shallow"), {**own, "depth": 2}
     with torch.device("meta"):
         model = timm.create_model(name, **own)
     with pytest.raises(ValueError, match=words[0]) as raised:

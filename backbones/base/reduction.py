@@ -132,6 +132,11 @@ def _checked_schedule(schedule: float | Mapping[int, float] | None, mode: str, d
         schedule = 0.8 if mode == "prune" else 5
     if not isinstance(schedule, Mapping):
         blocks = range(5, min(20, depth), 5) if mode == "prune" else range(2, depth, 2)
+        if not blocks:
+            raise ValueError(
+                f"schedule: got {schedule} for a model of {depth} blocks, which has none of those that one number is "
+                "for, expected {block: amount}"
+            )
         schedule = dict.fromkeys(blocks, schedule)
     if wrong := [i for i in schedule if not isinstance(i, int) or not 1 <= i < depth]:
         raise ValueError(f"schedule: got block {wrong[0]!r}, expected one within 1..{depth - 1}")

@@ -1,4 +1,4 @@
-# A shallow Vim on patches of 4 x 4 pixels, 36 to an image. `vim-tiny-patch4_digits.py` goes on with its weights.
+# A narrow, shallow Vim on patches of 4 x 4 pixels, 36 to an image. vim-tiny-patch4_digits.py goes on with its weights.
 _base_ = [
     "../_base_/datasets/digits.py",
     "../_base_/schedules/adamw_cosine_6e.py",
@@ -7,7 +7,7 @@ _base_ = [
 
 model = dict(
     type="MaskedImageModelling",
-    network=dict(name="vim_tiny", img_size=24, patch_size=4, depth=6),
+    network=dict(name="vim_tiny", img_size=24, patch_size=4, embed_dim=96, depth=4),
     ratio=0.6,
 )
 
@@ -19,10 +19,10 @@ test_dataloader = None
 test_cfg = None
 test_evaluator = None
 
-train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs=30)
+train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs=20)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=True, end=2, convert_to_iter_based=True),
-    dict(type="CosineAnnealingLR", by_epoch=True, begin=2, end=30, eta_min=1e-5, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", by_epoch=True, begin=2, end=20, eta_min=1e-5, convert_to_iter_based=True),
 ]
 
 default_hooks = dict(checkpoint=dict(save_best=None))
