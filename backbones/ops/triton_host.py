@@ -32,6 +32,7 @@ def multiprocessors(device: torch.device) -> int:
 
 # Since then a compiled kernel is called with all arguments of the signature, constants included.
 _CALLS_COMPILED = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 6)
+_MOST_KEPT = 8192
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
@@ -53,6 +54,8 @@ def launch(
     key = (id(kernel), device, numbers, num_warps, *seen, *constants.items())
     found = _compiled.get(key)
     if found is None:
+        if len(_compiled) >= _MOST_KEPT:  # images of ever new sizes
+            _compiled.clear()
         compiled = kernel[grid](*tensors, *numbers, **constants, num_warps=num_warps)
         names = kernel.arg_names[len(tensors) + len(numbers) :]
         _compiled[key] = compiled, tuple(constants[name] for name in names)
