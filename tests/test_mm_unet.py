@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from scipy.spatial.distance import cdist
 import backbones
 import backbones.mm.segmentation
 from backbones.mm import BatchDiceLoss, BinaryDiceLoss, UserError, VolumeMetric
+from backbones.mm.app.cli import run_tool
 from backbones.mm.engine.volumes import dice_coefficient, hausdorff_95
 from backbones.weights import CheckpointError
 from tests.scripts import load_tool
@@ -297,3 +300,36 @@ def test_tissue(tmp_path: Path) -> None:
     for pair in tool.crops(50, 64, 0)["training"]:
         assert pair[0].shape == (64, 64, 3)
     assert image.shape[0] == tool.SPLIT_ROW + tool.WINDOW
+
+
+SMALL = """
+_base_ = ["{config}"]
+widths = [8, 12, 16, 20]
+model = dict(
+    data_preprocessor=dict(size=(32, 32)),
+    backbone=dict(model_args=dict(dims=widths)),
+    decode_head=dict(in_channels=widths),
+)
+train_cfg = dict(max_iters=2, val_interval=2)
+default_hooks = dict(checkpoint=dict(interval=2))
+train_dataloader = dict(batch_size=2, dataset=dict(data_root="{data}"))
+val_dataloader = dict(dataset=dict(data_root="{data}"))
+test_dataloader = val_dataloader
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*instance named of:UserWarning")
+def test_trained_tested_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The demonstration, smaller."""
+    data = tmp_path / "tissue"
+    assert load_tool("make_tissue").main(["--out", str(data), "--train", "4", "--size", "32"]) == 0
+    (tmp_path / "small.py").write_text(SMALL.format(config=CONFIGS / "unet_vmamba-tiny-s1l8_tissue.py", data=data))
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["train", "small.py"], ["test", "small.py", "run"]):
+        monkeypatch.setattr(sys, "argv", [*arguments, "--work-dir", "run"])
+        run_tool(load_tool(arguments[0]).main)
+    assert re.search(r"^Dice [\d.]+ .*Dice_epithelium [\d.]+  \(3 images, ", capsys.readouterr().out, re.MULTILINE)
+    with Image.open("run/predictions.png") as picture:
+        assert np.asarray(picture).std() > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from backbones.patterns import get_pattern
 from backbones.segmentation import UNetDecoder
 from backbones.segmentation.decoder import fitted
 from backbones.weights import CheckpointError
+from backbones.weights.rules import to_official, to_ours
 from tests import tolerances
 from tests.small_models import SMALLEST
 from tools import recordings
@@ -60,6 +62,24 @@ def test_recorded_network(name: str, tmp_path: Path) -> None:
     for i, found in enumerate([*(x.permute(0, 3, 1, 2) for x in maps), whole]):
         assert list(found.shape) == arrays[f"feature{i}_shape"].tolist()
         assert relative(found.detach()[:, :8, :4, :4], arrays[f"feature{i}_crop"]) <= tolerances.maps_limit(name)
+
+
+@pytest.mark.parametrize(
+    ("make", "parameters"),
+    [
+        (partial(backbones.vm_unet, 9), 27_427_761),
+        (partial(backbones.mhs_vm, 1, heads=3), 17_386_153),
+        (partial(backbones.mhs_vm, 1, patterns=("cross", "snake", "hilbert")), 17_386_153),
+    ],
+)
+def test_sizes_and_names_of_variants(make: Callable[..., nn.Module], parameters: int) -> None:
+    """The authors' counts; and our weights take their names and back."""
+    model = make(device="meta")
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    official = to_official(model.state_dict(), model.key_rules)
+    assert all(name.startswith("vmunet.") and "scanner" not in name for name in official)
+    ours = to_ours(official, model.key_rules)
+    assert {x: y.shape for x, y in ours.items()} == {x: y.shape for x, y in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", [name for name in UNETS if name.startswith("mhsvm")])
