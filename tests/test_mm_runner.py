@@ -20,6 +20,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 
 from backbones.mm import Runner, UserError
+from backbones.mm.engine import runner as runners
 from backbones.mm.engine.checkpoints import find_latest, read_checkpoint
 from backbones.mm.engine.hooks import VALIDATED
 from backbones.mm.engine.report import draw_report, find_best, read_confusion
@@ -151,6 +152,29 @@ def test_loop_over_iterations_is_resumed(data_root: Path, tmp_path: Path, moment
     assert latest.name == ("iter_4.pth" if moment == "training" else "iter_8.pth")
     resumed = train(config("cut", resume=True, load_from=str(latest)))
     assert histories(resumed) == histories(expected)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "device", "settings", "expected"),
+    [
+        ("pytorch", "cuda", {"backend": "nccl"}, torch.device("cuda", 3)),
+        ("slurm", "cuda", {}, torch.device("cuda", 5)),
+        ("pytorch", "cuda", {"backend": "gloo"}, None),
+        ("mpi", "cuda", {}, None),
+        ("pytorch", "cpu", {}, None),
+        ("pytorch", "cuda", {"device_id": 7}, 7),
+    ],
+)
+def test_nccl_is_told_its_gpu(
+    monkeypatch: pytest.MonkeyPatch, launcher: str, device: str, settings: dict[str, Any], expected: Any
+) -> None:
+    monkeypatch.setattr(runners, "get_device", lambda: device)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("SLURM_LOCALID", "5")
+    given = {"dist_cfg": settings, "cudnn_benchmark": False}
+    found = runners._with_device(given, launcher)
+    assert found["dist_cfg"].get("device_id") == expected
+    assert found["cudnn_benchmark"] is False and found["dist_cfg"].get("backend") == settings.get("backend")
 
 
 def test_a_loop_over_iterations_validates_at_its_end(data_root: Path, tmp_path: Path) -> None:

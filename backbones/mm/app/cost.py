@@ -21,8 +21,8 @@ def count_config(config: Config, size: tuple[int, int] | None = None) -> ModelCo
 
     Of a two-stage detector, the box heads see as many regions as the config's ``test_cfg`` proposes, and the mask heads
     as many as it finds at most; these are the most that an image can cost. Counted are backbone, neck and the heads
-    that a prediction needs. Not counted are RoIAlign, non-maximum suppression, what turns outputs into boxes and masks, and
-    heads for training alone.
+    that a prediction needs. Not counted are RoIAlign, non-maximum suppression, what turns outputs into boxes and masks,
+    and heads for training alone.
 
     Args:
         config: of :func:`backbones.mm.app.cli.load_config`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -37,6 +38,15 @@ def _concerns_the_user(record: logging.LogRecord) -> bool:
 def _run_name(experiment: str) -> str:
     """``config`` of mmengine's ``config_date_time``."""
     return experiment.rsplit("_", 2)[0]
+
+
+def _with_device(env_cfg: dict[str, Any], launcher: str) -> dict[str, Any]:
+    """Settings that also tell NCCL the GPU of this process; it would guess, with a warning at every barrier."""
+    settings = env_cfg.get("dist_cfg", {})
+    local_rank = os.environ.get({"pytorch": "LOCAL_RANK", "slurm": "SLURM_LOCALID"}.get(launcher, ""))
+    if get_device() != "cuda" or settings.get("backend", "nccl") != "nccl" or local_rank is None:
+        return env_cfg
+    return {**env_cfg, "dist_cfg": {"device_id": torch.device("cuda", int(local_rank)), **settings}}
 
 
 def _widen(values: Any) -> Any:
@@ -108,7 +118,7 @@ class Runner(mmengine.runner.Runner):
             if self._launcher != "pytorch":
                 raise UserError(f"launcher {self._launcher!r} needs a GPU; on CPUs use torchrun and 'pytorch'")
             torch.distributed.init_process_group("gloo")
-        super().setup_env(env_cfg)
+        super().setup_env(_with_device(env_cfg, self._launcher) if self.distributed else env_cfg)
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         _keep_from_bfloat16(model)
