@@ -30,10 +30,15 @@ def texts() -> dict[Path, str]:
     readme = ROOT / "README.md"
     files[readme] = _with_blocks(
         readme,
-        {"families": facts.family_list(""), "types": facts.type_list(), "models": facts.model_table("")} | _speed(""),
+        {
+            "families": facts.family_list(""),
+            "types": facts.type_list(),
+            "models": facts.model_table(""),
+            "speed": _summary(),
+        },
     )
     page = ROOT / "docs" / "benchmarks.md"
-    files[page] = _with_blocks(page, _speed("../"))
+    files[page] = _with_blocks(page, _speed())
     return files
 
 
@@ -47,12 +52,20 @@ def pictures() -> dict[Path, bytes]:
     return files | {ROOT / "docs" / "patterns.png": catalogue_picture()}
 
 
-def _speed(prefix: str) -> dict[str, str]:
+def _summary() -> str:
+    cpu, long, gpu = (
+        benchmarks.read(RESULTS / f"{name}.csv") for name in ("models_cpu", "models_cpu_1248", "gpu_models")
+    )
+    return benchmarks.summary_table(cpu, long, gpu)
+
+
+def _speed() -> dict[str, str]:
     cpu = benchmarks.read(RESULTS / "selective_scan_cpu.csv")
     cpu_models, cpu_long = (benchmarks.read(RESULTS / f"{name}.csv") for name in ("models_cpu", "models_cpu_1248"))
     scans = [benchmarks.read(path) for path in sorted(RESULTS.glob("selective_scan_h200*.csv"))]
     models = benchmarks.read(RESULTS / "models_h200.csv")
     compiled = benchmarks.read(RESULTS / "models_compiled_h200.csv")
+    launches = benchmarks.read(RESULTS / "gpu_models.csv")
     originals = benchmarks.read(RESULTS / "originals_h200.csv")
     tables = {
         "cpu": (benchmarks.cpu_table(cpu), [cpu]),
@@ -60,9 +73,10 @@ def _speed(prefix: str) -> dict[str, str]:
         "cpu-long": (benchmarks.cpu_model_table(cpu_long), [cpu_long]),
         "gpu-scan": (benchmarks.gpu_scan_table(scans), scans),
         "gpu-models": (benchmarks.gpu_model_table(models, originals), [models, originals]),
+        "gpu-launches": (benchmarks.gpu_launches_table(launches), [launches]),
         "gpu-compiled": (benchmarks.gpu_compiled_table(compiled, originals), [compiled]),
     }
-    return {name: f"{text}\n\n{benchmarks.conditions(files, ROOT, prefix)}" for name, (text, files) in tables.items()}
+    return {name: f"{text}\n\n{benchmarks.conditions(files, ROOT, '../')}" for name, (text, files) in tables.items()}
 
 
 def _with_blocks(path: Path, blocks: dict[str, str]) -> str:

@@ -16,6 +16,16 @@ _SHAPES = {
     **{f"b1s{i}": f"b1s{i}: VMamba-T s1l8, stage {i}, batch 128" for i in range(1, 5)},
     "b16": "b16: first VMamba-T, stage 1, batch 32",
 }
+_LAUNCHES = (  # columns of the table of launches, and their titles
+    ("launches_inference", "launches, inference"),
+    ("launches_training", "training"),
+    ("host_inference_ms", "host ms, inference"),
+    ("host_training_ms", "training"),
+    ("inference_img_s", "images/s, inference"),
+    ("training_img_s", "training"),
+    ("gpu_training_ms", "GPU ms, training"),
+    ("peak_training_mib", "peak MiB, training"),
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,34 @@ def gpu_model_table(results: Results, originals: Results) -> str:
     for what in ("inference", "training"):
         header += [f"{what}, images/s", "as a graph", "original"]
     return table([*header, "peak of training, MiB", "original"], rows)
+
+
+def gpu_launches_table(results: Results) -> str:
+    """Launches, the host's time and images per second of whole models, in eager mode and with CUDA graphs."""
+    results.need("model", "mode", *(name for name, _ in _LAUNCHES))
+    rows = [[f"`{row['model']}`", row["mode"], *(row[name] for name, _ in _LAUNCHES)] for row in results.rows]
+    return table(["model", "mode", *(title for _, title in _LAUNCHES)], rows)
+
+
+def summary_table(cpu: Results, cpu_long: Results, gpu: Results) -> str:
+    """Images per second of two models over those of timm's, in inference and in training."""
+    rows = []
+    for results, what in ((cpu, "CPU, batch 8"), (cpu_long, "CPU, 1248 x 1248 pixels, batch 1")):
+        for row in results.rows:
+            for model, other in (("vmamba_tiny_s1l8", "swin"), ("vim_tiny", "deit")):
+                if row["model"] == model:
+                    ratios = (f"{float(row[f'{kind} over {other}']):.2f}" for kind in ("inference", "training"))
+                    rows.append([f"`{model}` over `{other}_tiny`", what, *ratios])
+    found = {(row["model"], row["mode"]): row for row in gpu.rows}
+    swin = found["swin_tiny_patch4_window7_224", "eager"]
+    for mode, what in (
+        ("eager", "H100, bfloat16, batch 128"),
+        ("graphs", "the same, with CUDA graphs; `swin_tiny` without"),
+    ):
+        ours = found["vmamba_tiny_s1l8", mode]
+        ratios = (f"{float(ours[name]) / float(swin[name]):.2f}" for name in ("inference_img_s", "training_img_s"))
+        rows.append(["`vmamba_tiny_s1l8` over `swin_tiny`", what, *ratios])
+    return table(["images per second", "where", "inference", "training"], rows)
 
 
 def gpu_compiled_table(results: Results, originals: Results) -> str:
