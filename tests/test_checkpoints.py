@@ -4,7 +4,9 @@ import argparse
 import logging
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from backbones import conversion
 from backbones.models import family_names
 from backbones.weights import CheckpointError, KeyRule, files, loading
 from backbones.weights import rules as key_rules
+from tests.small_models import SMALLEST, is_plain
+from tests.test_parity import slow_if_large
 from tools import recordings
 from tools.parity import MODELS
 
@@ -36,7 +40,7 @@ def save(folder: Path, content: object, name: str = "weights.pth") -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_if_large(MODELS))
 def test_key_rules_work_both_ways(name: str) -> None:
     official = recordings.load(name).weights()
     rules = timm.create_model(MODELS[name], device="meta").key_rules
@@ -305,25 +309,20 @@ def test_a_backbone_that_stands_there_twice_is_refused(pair: tuple[str, str]) ->
     assert all(name in str(error.value) for name in pair)
 
 
-# One of every family, shallow: names of a floating point weight, of one of a layout of its own, and of a buffer.
-SHALLOW = {
-    "vim": ("vim_tiny", {"depth": 1}),
-    "lbmamba": ("lbvim_tiny", {"depth": 1}),
-    "vmamba": ("vmamba_tiny_s1l8", {"depths": (1, 1, 1, 1)}),
-    "msvmamba": ("msvmamba_nano", {"depths": (1, 1, 1, 1)}),
-    "efficientvmamba": ("efficientvmamba_tiny", {"depths": (1, 1, 1, 1)}),
-    "groupmamba": ("groupmamba_tiny", {"depths": (1, 1, 1, 1)}),
-    "spatialmamba": ("spatialmamba_tiny", {"depths": (1, 1, 1, 1)}),
-    "vssd": ("vssd_micro", {"depths": (1, 1, 1, 1)}),
-    "localvim": ("localvim_tiny", {"depth": 1}),
-    "localvmamba": ("localvmamba_tiny", {"depths": (1, 1, 1, 1)}),
-    "adventurer": ("adventurer_tiny", {"depth": 1}),
-    "plainmamba": ("plainmamba_l1", {"depth": 1}),
+# One of every family, narrow and with one block a stage.
+SHALLOW: dict[str, tuple[str, dict]] = {
+    family: (name, {**SMALLEST[name], **({"depth": 1} if is_plain(name) else {"depths": (1, 1, 1, 1)})})
+    for family in family_names()
+    for name in [next(x for x in timm.list_models(module=family) if x in SMALLEST)]
 }
+LAYOUTS = ("ours", "official")
 
 
-def test_every_family_has_a_shallow_model() -> None:
-    assert SHALLOW.keys() == set(family_names())
+def in_turn(values: Sequence[Any]) -> list[tuple[Any, str, str]]:
+    """The first family with every value in both layouts, the others with one of them each, in turn."""
+    first, *others = SHALLOW
+    every = [(value, layout, first) for value in values for layout in LAYOUTS]
+    return every + [(values[i % len(values)], LAYOUTS[i // 2 % 2], family) for i, family in enumerate(others)]
 
 
 def in_every_way(name: str, kwargs: dict, weights: dict[str, Tensor], folder: Path) -> list:
@@ -347,9 +346,7 @@ def in_every_way(name: str, kwargs: dict, weights: dict[str, Tensor], folder: Pa
     return ways
 
 
-@pytest.mark.parametrize("family", SHALLOW)
-@pytest.mark.parametrize("layout", ["ours", "official"])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.int64])
+@pytest.mark.parametrize(("dtype", "layout", "family"), in_turn([torch.int8, torch.bool, torch.complex64, torch.int64]))
 def test_weights_of_another_kind_are_refused(dtype: torch.dtype, layout: str, family: str, tmp_path: Path) -> None:
     name, kwargs = SHALLOW[family]
     model = timm.create_model(name, **kwargs)
@@ -363,9 +360,7 @@ def test_weights_of_another_kind_are_refused(dtype: torch.dtype, layout: str, fa
             way()
 
 
-@pytest.mark.parametrize("family", SHALLOW)
-@pytest.mark.parametrize("layout", ["ours", "official"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize(("value", "layout", "family"), in_turn([float("nan"), float("inf"), -float("inf"), 1e300]))
 def test_values_that_are_not_finite_are_refused(value: float, layout: str, family: str, tmp_path: Path) -> None:
     name, kwargs = SHALLOW[family]
     model = timm.create_model(name, **kwargs)
@@ -456,11 +451,7 @@ def test_colours_are_adapted_between_any_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [*(name for name, _ in SHALLOW.values()), "lbvim_528"])
 def test_features_of_every_family_need_no_head(name: str, tmp_path: Path) -> None:
-    kwargs = (
-        {"depth": 1}
-        if name.startswith(("vim", "lbvim", "localvim", "plainmamba", "adventurer"))
-        else {"depths": (1, 1, 1, 1)}
-    )
+    kwargs = {**SMALLEST[name], **({"depth": 1} if is_plain(name) else {"depths": (1, 1, 1, 1)})}
     model = timm.create_model(name, **kwargs)
     body = {key: x for key, x in model.state_dict().items() if not key.startswith(("norm.", "attn_pool.", "head."))}
     path = save(tmp_path, body)

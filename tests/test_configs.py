@@ -194,7 +194,13 @@ def backward(config: Config, data: dict[str, Any]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", STEPS)
+# Each method and pyramid once; gradients of every family's backbone are in test_dense.py, the rest in the slow tests.
+QUICK = ("cascade-mask-rcnn_vim", "mask-rcnn_efficientvmamba", "retinanet", "upernet_efficientvmamba", "upernet_vim")
+
+
+@pytest.mark.parametrize(
+    "name", [x if any(part in x for part in QUICK) else pytest.param(x, marks=pytest.mark.slow) for x in STEPS]
+)
 def test_one_step(name: str) -> None:
     """Every parameter gets a finite gradient; one of the two images has no ground truth."""
     size = 64

@@ -186,6 +186,26 @@ def test_every_parameter_starts_from_its_distribution(name: str) -> None:
                 raise AssertionError(f"{owner}.{leaf}: expected {kind} {scale}") from error
 
 
+# Norms whose epsilon is 1e-6. All others, batch norms too, have 1e-5.
+NARROW_EPSILON = {
+    "groupmamba": r"^stages\.\d+\.norm$|\.blocks\.\d+\.norm2$|^head\.norm$|^head\.class_block\.norm[12]$",
+    "plainmamba": r"^norm$",
+}
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_every_norm_has_its_epsilon(name: str) -> None:
+    """Most recordings are too coarse to tell 1e-5 from 1e-6."""
+    pattern = next((x for family, x in NARROW_EPSILON.items() if name.startswith(family)), "^$")
+    model = create_small(name, device="meta")
+    norms = {key: m for key, m in model.named_modules() if KINDS.get(type(m)) == "norm" or "Norm" in type(m).__name__}
+    expected = {key: 1e-6 if re.search(pattern, key) else 1e-5 for key in norms}
+    found = {key: m.eps for key, m in norms.items() if hasattr(m, "eps")}
+    assert found == {key: eps for key, eps in expected.items() if key in found}
+    assert len(found) > 3 and (pattern == "^$") == (1e-6 not in found.values())
+    assert {m.momentum for m in norms.values() if isinstance(m, nn.modules.batchnorm._BatchNorm)} <= {0.1}
+
+
 @pytest.mark.parametrize("mixer", ["Mamba2Mixer", "NonCausalSSD"])
 def test_heads_decay_at_rates_of_one_to_sixteen(mixer: str) -> None:
     A = MIXERS[mixer]().A_log.exp()

@@ -280,7 +280,7 @@ def test_autocast(shallow: nn.Module, dtype: torch.dtype) -> None:
         loud = shallow(100 * images())
     assert loud.isfinite().all()
     error = (found - expected).float().square().mean().sqrt() / expected.square().mean().sqrt()
-    assert error <= AUTOCAST
+    assert error <= AUTOCAST[str(dtype).removeprefix("torch.")]
 
 
 def test_device_and_dtype_of_construction(name: str) -> None:
@@ -298,13 +298,6 @@ def test_double_precision_agrees(shallow: nn.Module) -> None:
 def test_typos_raise(name: str) -> None:
     with pytest.raises(TypeError, match="drop_path_rat"):
         create_small(name, drop_path_rat=0.1)
-
-
-def test_stochastic_depth_grows_linearly(name: str) -> None:
-    model = create_small(name, drop_path_rate=0.5)
-    rates = [m.drop_prob for m in model.modules() if isinstance(m, timm.layers.DropPath)]
-    assert rates == sorted(rates)
-    assert rates[-1] == pytest.approx(0.5)
 
 
 def difference(shallow: nn.Module, other: nn.Module) -> float:
