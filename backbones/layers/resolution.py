@@ -124,7 +124,10 @@ class ResidualConvStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_chans, h, w) to (b, ceil(h / 4), ceil(w / 4), dim)."""
         x = self.conv1(x)
-        return channels_last(self.conv3(x + self.conv2(x))).contiguous()
+        # With channels last, for PyTorch's gradient of a batch norm on a CPU is wrong at batch 1 where the map has them
+        # first and the gradient from behind has them last.
+        x = (x + self.conv2(x)).contiguous(memory_format=torch.channels_last)
+        return channels_last(self.conv3(x)).contiguous()
 
 
 class WideDownsample(nn.Module):
