@@ -9,9 +9,11 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from backbones.analysis.flops import Cost, count, count_model
 from backbones.layers import SelectiveSSM
+from backbones.ops import ssd
 from tests.scripts import load_tool
 
 # GFLOPs at 224 x 224 that the authors' own counters gave, a multiply-add being one operation. VMamba's and MSVMamba's:
@@ -39,6 +41,23 @@ COUNTED = {
     "spatialmamba_tiny": 4.43,
     "spatialmamba_small": 7.06,
     "spatialmamba_base": 15.67,
+}
+# EfficientViM's, which counts no channel norms; M4 at its 256 x 256 pixels.
+EFFICIENTVIM = {
+    "efficientvim_m1": 0.2389,
+    "efficientvim_m2": 0.3551,
+    "efficientvim_m3": 0.6560,
+    "efficientvim_m4": 1.1119,
+}
+# Giga multiply-adds of the originals under torch's own counter.
+VSSD = {"vssd_micro": 2.387, "vssd_tiny": 4.664, "vssd_small": 7.709, "vssd_base": 16.649}
+# Giga multiply-adds of linear layers and convolutions alone.
+ADVENTURER = {
+    "adventurer_tiny": 2.224,
+    "adventurer_small": 8.649,
+    "adventurer_base": 19.276,
+    "adventurer_base_patch8": 76.331,
+    "adventurer_large": 68.055,
 }
 # Giga multiply-adds of convolutions and products; giga operations of the scans, 9 l e n + 2 l e for a direction.
 VIM = {
@@ -75,6 +94,33 @@ def slow_if_large(names: Iterable[str]) -> list[Any]:
 @pytest.mark.parametrize("name", slow_if_large(COUNTED))
 def test_operations_agree_with_the_authors_counters(name: str) -> None:
     assert count(name).total.flops / 1e9 == pytest.approx(COUNTED[name], rel=0.015)
+
+
+@pytest.mark.parametrize("name", EFFICIENTVIM)
+def test_efficientvim(name: str) -> None:
+    size = timm.get_pretrained_cfg(name).input_size[-1]
+    assert count(name, size).total.flops / 1e9 == pytest.approx(EFFICIENTVIM[name], rel=3e-3)
+
+
+@pytest.mark.parametrize("name", slow_if_large(VSSD))
+def test_vssd(name: str) -> None:
+    total = count(name).total
+    assert total.macs / 1e9 == pytest.approx(VSSD[name], rel=2e-4)
+    assert total.scan == 0
+
+
+@pytest.mark.parametrize("name", [x if "tiny" in x else pytest.param(x, marks=pytest.mark.slow) for x in ADVENTURER])
+def test_adventurer(name: str) -> None:
+    """Beside the duality, whose matrix products depend on the length of its chunks."""
+    model = timm.create_model(name, device="meta")
+    heads = model.blocks[0].mixer.A_log.numel()
+    length = model.pos_embed.shape[1] + 1  # and the mean token
+    b = torch.empty(1, length, 1, 64, device="meta")
+    steps, x = torch.empty(1, length, heads, device="meta"), torch.empty(1, length, heads, 64, device="meta")
+    with FlopCounterMode(display=False) as duality:
+        ssd(x, steps, torch.empty(heads, device="meta"), b, b)
+    products = len(model.blocks) * duality.get_total_flops() / 2
+    assert (count(name).total.macs - products) / 1e9 == pytest.approx(ADVENTURER[name], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", slow_if_large(VIM))
