@@ -11,7 +11,6 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from backbones.base import Backbone, PlainBackbone
-from backbones.layers import set_backend
 from backbones.mm import UserError
 from backbones.mm.models import dense
 from backbones.models import FAMILIES, GUESTS
@@ -85,11 +84,10 @@ def test_a_block_of_spatial_mamba(backend: str) -> None:
     assert relative(x.grad, arrays["input_grad"]) <= INPUT_GRADIENT
 
 
-def test_a_mixer_of_vssd(backend: str) -> None:
+def test_a_mixer_of_vssd() -> None:
     arrays, _ = recordings.load_arrays("vssd_mixer_unit")
     names = {x.removeprefix("param_grad."): value.shape for x, value in arrays.items() if x.startswith("param_grad.")}
     mixer = NonCausalSSD(16, num_heads=2, d_state=8).double()
-    set_backend(mixer, backend)
     official = {f"layers.0.blocks.0.attn.{x}": recordings.draw(x, shape) for x, shape in names.items()}
     prefix = "stages.0.blocks.0.mixer."
     mixer.load_state_dict({x.removeprefix(prefix): y for x, y in to_ours(official, VSSD.key_rules).items()})

@@ -82,6 +82,7 @@ def hold(name: str, architecture: str, tmp_path: Path, **kwargs: Any) -> None:
 def hold_in_double_precision(model: nn.Module, recording: recordings.Recording) -> None:
     """Holds logits, or means of maps, and gradients against the recording's run in float64."""
     double, arrays = copy.deepcopy(model).double(), recording.arrays
+    set_backend(double, "naive")  # which alone has double precision
     image = recording.image().double().requires_grad_()
     logits = double(image)
     logits = logits if isinstance(logits, torch.Tensor) else torch.cat([x.mean((-2, -1)) for x in logits], dim=1)
