@@ -22,10 +22,10 @@ UNET_DEMO   := unet_vmamba-tiny-s1l8_tissue
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-det demo-seg demo-unet test test-all lint format type bench docs wheel clean
+.PHONY: help install demo demo-det demo-seg demo-unet test test-all test-clients lint format type bench docs wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv with the pinned requirements and this library in editable mode
 
@@ -54,8 +54,12 @@ demo-unet: $(INSTALLED) $(OPENMMLAB) ## train a U-Net on VMamba to find epitheli
 test: $(INSTALLED) $(OPENMMLAB) ## run the tests that are not marked slow
 	$(PYTEST)
 
-test-all: $(INSTALLED) $(OPENMMLAB) ## run every test
-	$(PYTEST) -m ""
+test-all: $(INSTALLED) $(OPENMMLAB) ## run every test but those of other programs
+	$(PYTEST) -m "not clients"
+
+test-clients: $(INSTALLED) ## install the programs of requirements/clients.txt and run them on our models
+	$(PIP) install -r requirements/clients.txt
+	$(PYTEST) -m clients tests/clients
 
 lint: $(INSTALLED) ## check style and formatting, and that what is generated is up to date
 	$(PY) -m ruff check .

@@ -98,9 +98,9 @@ def test_version_agrees_with_metadata():
     assert backbones.__version__ == metadata.version(DISTRIBUTION)
 
 
-@pytest.mark.parametrize("name", ["base", "train", "dev", "constraints"])
+@pytest.mark.parametrize("name", ["base", "train", "dev", "clients", "constraints"])
 def test_requirements_are_pinned_once(name):
-    others = {"base", "train", "dev", "constraints"} - {name}
+    others = {"base", "train", "dev", "clients", "constraints"} - {name}
     here = pinned(name)
     for requirement in here.values():
         exact_version(requirement)

@@ -25,4 +25,9 @@ def linear_parts(linear: nn.Module, x: Tensor, sizes: Sequence[int]) -> Sequence
 def _is_plain(module: nn.Module) -> bool:
     """Whether a call of ``module`` is a product with its weight and nothing else."""
     replaced = "forward" in vars(module)  # on the instance
-    return type(module) is nn.Linear and not replaced and not is_hooked(module)
+    if type(module) is not nn.Linear or replaced or is_hooked(module):
+        return False
+    return type(module.weight) in (
+        nn.Parameter,
+        Tensor,
+    )  # subclasses, of quantized or distributed weights, may not split
