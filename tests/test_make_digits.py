@@ -117,7 +117,8 @@ def test_arguments_are_checked(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         make_digits.main(["--out", str(tmp_path / "digits"), *arguments])
-    assert words in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("make_digits.py: error: ") and len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -154,6 +154,14 @@ def test_loop_over_iterations_is_resumed(data_root: Path, tmp_path: Path, moment
     assert histories(resumed) == histories(expected)
 
 
+@pytest.mark.parametrize("below", ["file", "/proc"])
+def test_a_work_directory_that_cannot_be_made_is_named(data_root: Path, tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^cannot write to work directory .*/run: ") as error:
+        Runner.from_cfg(make_config(data_root, tmp_path / below / "run"))
+    assert len(str(error.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("launcher", "device", "settings", "expected"),
     [

@@ -29,7 +29,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from contourpy import contour_generator
@@ -272,6 +272,11 @@ def _save(image: Image.Image, path: Path) -> None:
     image.save(path, quality=95)  # PNG has no use for it
 
 
+def _refuse(parser: argparse.ArgumentParser, reason: str) -> NoReturn:
+    """End in one line, without the usage."""
+    parser.exit(2, f"make_digits.py: error: {reason}\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -294,15 +299,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     for name in {"resample", "train", "val", "seed"} - defaults.keys():
         if getattr(args, name) is not None:
-            parser.error(f"--{name} has no meaning for --task {args.task}")
+            _refuse(parser, f"--{name} has no meaning for --task {args.task}")
     given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
     size = args.size if args.size is not None else DEFAULT_SIZES[args.task]
     smallest = NATIVE_SIZE if single else 64
     if not smallest <= size <= LARGEST:
-        parser.error(f"--size is {size}, expected {smallest} to {LARGEST}")
+        _refuse(parser, f"--size is {size}, expected {smallest} to {LARGEST}")
     settings: dict[str, Any] = {"size": size, **defaults, **given}
     if not all(1 <= settings.get(name, 1) <= MOST_SCENES for name in SPLITS) or settings.get("seed", 0) < 0:
-        parser.error(f"--train and --val are at least 1 and at most {MOST_SCENES}, --seed at least 0")
+        _refuse(parser, f"--train and --val are at least 1 and at most {MOST_SCENES}, --seed at least 0")
     folders = {"classification": "digits", "detection": "digits_coco", "segmentation": "digits_ade"}
     out = args.out or Path("data", folders[args.task])
     try:

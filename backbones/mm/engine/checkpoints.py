@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -63,6 +64,20 @@ class AtomicBackend(LocalBackend):
 
 
 register_backend("atomic", AtomicBackend, force=True)
+
+
+def require_folder(work_dir: str | Path) -> None:
+    """Make the folder ``work_dir``, if there is none.
+
+    Raises:
+        UserError: it cannot be made, or nothing can be written there.
+    """
+    try:
+        Path(work_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=work_dir):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to work directory {work_dir}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

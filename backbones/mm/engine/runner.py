@@ -20,7 +20,14 @@ from torch import nn
 
 from backbones.mm.app.console import hidden_prints
 from backbones.mm.data.datasets import compare_classes
-from backbones.mm.engine.checkpoints import find_before, load_weights, lock, read_checkpoint, select_state_dict
+from backbones.mm.engine.checkpoints import (
+    find_before,
+    load_weights,
+    lock,
+    read_checkpoint,
+    require_folder,
+    select_state_dict,
+)
 from backbones.mm.engine.hooks import LabelRangeHook
 from backbones.mm.engine.resume import overridden, read_settings, require_same_groups, require_same_kind
 from backbones.mm.errors import UserError
@@ -72,6 +79,16 @@ class Runner(mmengine.runner.Runner):
     ``verbose``: also print on the console what the log file gets (environment, config, every logged step).
     ``load_ignore``: modules, such as ``"network.head"``, in which ``load_from`` may differ from the model.
     """
+
+    @classmethod
+    def from_cfg(cls, cfg: Any) -> Runner:
+        """The run that ``cfg`` describes.
+
+        Raises:
+            UserError: nothing can be written to its work directory.
+        """
+        require_folder(cfg["work_dir"])
+        return super().from_cfg(cfg)
 
     def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
         logger = super().build_logger(log_level, log_file, **kwargs)
