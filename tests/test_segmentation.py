@@ -131,6 +131,29 @@ def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
         vm_unet(checkpoint=file)
 
 
+def test_it_begins_with_vmamba(tmp_path: Path) -> None:
+    vmamba = timm.create_model("vanilla_vmamba_tiny", depths=(1, 1, 2, 1))
+    torch.save({"model": to_official(vmamba.state_dict(), vmamba.key_rules)}, tmp_path / "vmamba.pth")
+    net = vm_unet()
+    before = {name: x.clone() for name, x in net.state_dict().items()}
+    fresh = net.load_vmamba(tmp_path / "vmamba.pth")
+    after = net.state_dict()
+    assert all(name.startswith(("decoder.final_up.", "head.")) or ".up." in name for name in fresh)
+    assert len(fresh) == 3 * 3 + 3 + 2
+    assert {x for x in after if torch.equal(before[x], after[x])} >= set(fresh)
+    for ours, theirs in (
+        ("encoder.stages.2.blocks.0", "stages.2.blocks.0"),
+        ("encoder.downsamples.0", "downsamples.0"),
+        ("decoder.bottom.0", "stages.3.blocks.0"),
+        ("decoder.levels.0.blocks.0", "stages.2.blocks.0"),
+        ("decoder.levels.2.blocks.0", "stages.0.blocks.0"),
+    ):
+        expected = vmamba.get_submodule(theirs).state_dict()
+        assert all(torch.equal(x, expected[name]) for name, x in net.get_submodule(ours).state_dict().items())
+    with pytest.raises(CheckpointError, match=r"missing: .*encoder\.stages\.0\.blocks\.1"):
+        backbones.vm_unet(depths=(2, 1, 1, 1), decoder_depths=(1, 1, 1, 1)).load_vmamba(tmp_path / "vmamba.pth")
+
+
 @pytest.mark.parametrize("options", [{"patterns": "cross"}, {"patterns": ()}, {"patterns": ("forward",)}])
 def test_patterns_that_no_head_can_gate(options: dict) -> None:
     with pytest.raises(ValueError, match="patterns: got"):

@@ -8,6 +8,7 @@ Written from the papers and from measurements of the originals, without their co
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from backbones.layers.multi_head_scan import HEADS
 from backbones.patterns import ScanPattern
 from backbones.segmentation.decoder import multi_head_block, vanilla_block, vss_block
 from backbones.segmentation.unet import UNet
-from backbones.weights import KeyRule
+from backbones.weights import KeyRule, files, loading, rules
 
 _DIMS = (96, 192, 384, 768)
 # Of a stage: an SS2D layer, and in MHS-VM its heads.
@@ -53,6 +54,34 @@ class VMUNet(UNet):
         KeyRule("vmunet.final_up.{*}", "decoder.final_up.{*}"),
         KeyRule("vmunet.final_conv.{}", "head.{}"),
     )
+
+    def load_vmamba(self, checkpoint: str | Path) -> list[str]:
+        """Begins with a classifier of VMamba's first generation, as the authors do with VMamba-S.
+
+        Encoder and decoder take the first blocks of each stage, the decoder from the last stage to the first. What
+        widens maps, and the classifier of pixels, keep their random weights.
+
+        Args:
+            checkpoint: weight file of a ``vanilla_vmamba``, in the authors' layout or in ours.
+
+        Returns:
+            The names of the weights that stay random.
+
+        Raises:
+            CheckpointError: the file cannot be read, or a weight of a block is missing or misshapen; nothing is loaded.
+        """
+        source = rules.to_ours(files.read(checkpoint), (*PATCH_STEM, *PATCH_MERGING, *ss2d_rules(), *BLOCKS))
+        own = self.state_dict()
+        fresh = [name for name in own if name.startswith(("decoder.final_up.", "head.")) or ".up." in name]
+        weights = {}
+        for name in own.keys() - set(fresh):
+            stage = re.fullmatch(r"decoder\.(?:bottom|levels\.(\d)\.blocks)\.(.+)", name)
+            theirs = name.removeprefix("encoder.")
+            if stage is not None:
+                theirs = f"stages.{3 if stage[1] is None else 2 - int(stage[1])}.blocks.{stage[2]}"
+            if theirs in source:
+                weights[name] = source[theirs]
+        return loading.load(self, weights, optional=fresh)
 
 
 class MSVMUNet(UNet):
