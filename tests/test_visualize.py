@@ -36,6 +36,9 @@ MODELS = {
     "efficientvmamba_tiny": {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)},  # padded slots
     "groupmamba_tiny": {"dims": (16, 16, 32, 32), "depths": (1, 1, 1, 1)},  # an input for each order
     "spatialmamba_tiny": {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)},  # states
+    "localvim_tiny": {"img_size": (48, 80), "depth": 2},  # directions of its own in each block
+    "localvmamba_tiny": {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)},  # padded windows
+    "plainmamba_l1": {"img_size": (48, 80), "depth": 2},  # parameters in raster order
 }
 
 
