@@ -15,15 +15,24 @@ pytest.importorskip("mmengine")
 from mmengine.registry import MODELS
 
 from backbones.mm import DenseBackbone, PlainDenseBackbone, UserError
+from tests.small_models import SMALLEST, is_plain
 
+ARCHS = {
+    "Vim": "vim_tiny",
+    "LBVim": "lbvim_tiny",
+    "VMamba": "vmamba_tiny_s1l8",
+    "MSVMamba": "msvmamba_nano",
+    "EfficientVMamba": "efficientvmamba_tiny",
+    "GroupMamba": "groupmamba_tiny",
+    "SpatialMamba": "spatialmamba_tiny",
+    "LocalVim": "localvim_tiny",
+    "LocalVMamba": "localvmamba_tiny",
+    "PlainMamba": "plainmamba_l1",
+    "VSSD": "vssd_micro",
+    "Adventurer": "adventurer_tiny",
+}
 BACKBONES = {
-    "Vim": ("vim_tiny", {"depth": 4, "embed_dim": 32}),
-    "LBVim": ("lbvim_tiny", {"depth": 4, "embed_dim": 32}),
-    "VMamba": ("vmamba_tiny_s1l8", {"dims": (16, 32, 64, 128), "depths": (1, 1, 2, 1)}),
-    "MSVMamba": ("msvmamba_nano", {"dims": (16, 32, 64, 128), "depths": (1, 1, 2, 1)}),
-    "EfficientVMamba": ("efficientvmamba_tiny", {}),
-    "GroupMamba": ("groupmamba_tiny", {}),
-    "SpatialMamba": ("spatialmamba_tiny", {"depths": (1, 1, 2, 1)}),
+    family: (arch, {**SMALLEST[arch], **({"depth": 4} if is_plain(arch) else {})}) for family, arch in ARCHS.items()
 }
 
 
