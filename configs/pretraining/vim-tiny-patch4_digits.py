@@ -2,7 +2,8 @@
 # --cfg-options model.init_cfg.type=Pretrained model.init_cfg.checkpoint=FILE model.init_cfg.headless=True
 _base_ = "../digits/vim-tiny_digits.py"
 
-model = dict(network=dict(patch_size=4, embed_dim=96, depth=4))
+# Mean pooling, as pre-training teaches the patches and not the class token.
+model = dict(network=dict(patch_size=4, embed_dim=96, depth=4, global_pool="avg"))
 
 train_dataloader = dict(batch_size=20, dataset=dict(per_class=14))
 train_cfg = dict(max_epochs=40, val_interval=40)
