@@ -38,7 +38,7 @@ def test_reasons(wrong: dict[str, Path], tmp_path: Path) -> None:
     assert unwritable(tmp_path / "a.png", ".png") is None
     assert all(unwritable(path, ".png") for path in wrong.values())
     assert unwritable_folder(tmp_path / "new" / "folder") is None
-    assert (tmp_path / "new" / "folder").is_dir()
+    assert not (tmp_path / "new").exists()
     assert str(tmp_path / "file") in unwritable_folder(tmp_path / "file")
     assert not list(tmp_path.glob("a.png"))
 

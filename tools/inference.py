@@ -106,6 +106,7 @@ def main() -> None:
     config = load_config(argparse.Namespace(**vars(args), launcher="none", verbose=False, work_dir=None))
     checkpoint = Path(args.checkpoint)
     predictor = load_predictor(config, find_best(checkpoint) if checkpoint.is_dir() else checkpoint)
+    args.out.mkdir(parents=True, exist_ok=True)
     for path in args.images:
         text, figure = show(predictor, path, args)
         out = args.out / f"{path.stem}.png"

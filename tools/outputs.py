@@ -22,10 +22,9 @@ def unwritable(path: Path, suffix: str = "") -> str | None:
 
 
 def unwritable_folder(folder: Path) -> str | None:
-    """Why nothing can be written into ``folder``, which is made if need be, or None."""
+    """Why nothing can be written into ``folder``, which may have to be made, or None; nothing is made here."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=next(x for x in (folder, *folder.absolute().parents) if x.exists())):
             return None
     except OSError as error:
         return f"nothing can be written to {folder}: {error.strerror}"
