@@ -618,24 +618,3 @@ def test_no_images_give_an_empty_result(name: str, backend: str | None) -> None:
     assert logits.shape == (0, 10)
     logits.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
-
-
-class Unsplit(Tensor):
-    """A weight, as quantizers make them, that a product takes and nothing can split."""
-
-    @classmethod
-    def __torch_function__(cls, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        if func in (Tensor.split, Tensor.chunk, Tensor.__getitem__):
-            raise NotImplementedError(func.__name__)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*(x.as_subclass(Tensor) if isinstance(x, cls) else x for x in args), **(kwargs or {}))
-
-
-@torch.no_grad()
-def test_weights_of_a_subclass_act_as_a_whole(shallow: nn.Module) -> None:
-    changed = copy.deepcopy(shallow)
-    for linear in [m for m in changed.modules() if isinstance(m, nn.Linear)]:
-        weight = linear.weight.detach().as_subclass(Unsplit)
-        del linear.weight
-        linear.weight = weight  # a plain attribute, which is all that a product asks for
-    torch.testing.assert_close(changed(images()), shallow(images()), rtol=SAME_FUNCTION, atol=SAME_FUNCTION)
