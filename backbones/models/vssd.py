@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +144,7 @@ class SoftmaxAttention(OnBackend, nn.Module):
 class VSSD(HierarchicalBackbone):
     """VSSD. See :class:`backbones.base.HierarchicalBackbone` for its arguments."""
 
-    weight_keys = ("model_ema", *WEIGHT_KEYS)  # the published files are chosen by their averaged weights
+    weight_keys: ClassVar[Sequence[str]] = ("model_ema", *WEIGHT_KEYS)  # published files are chosen by averaged weights
     key_rules = (
         *RESIDUAL_STEM,
         KeyRule(_MIXER + "norm.{}", _OUR_MIXER + "out_norm.{}"),
