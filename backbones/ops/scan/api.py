@@ -96,7 +96,7 @@ def selective_scan(
     arguments = (
         _as(u, token_dtype),
         _as(delta, token_dtype),
-        _as(A, state_dtype).contiguous(),
+        _as(A, state_dtype) if backend == "triton" else _as(A, state_dtype).contiguous(),  # which lays it out itself
         _as(B, token_dtype),
         _as(C, token_dtype),
         None if D is None else _as(D, state_dtype).contiguous(),

@@ -10,7 +10,7 @@ from backbones.ops.tracing import is_transformed
 
 
 def decay_rates(A_log: Tensor) -> Tensor:
-    """A = -exp(A_log), in float32 at least: half precision would change how long a state remembers."""
+    """A = -exp(A_log) (k, c, n), in float32 at least: half precision would change how long a state remembers."""
     A_log = A_log.to(torch.promote_types(A_log.dtype, torch.float32))
     if (
         A_log.is_cuda

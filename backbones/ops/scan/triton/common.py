@@ -118,7 +118,7 @@ def segment_ends_kernel(
     n_mask = ns < n
     mask = n_mask[:, None] & c_mask[None, :]
     tile = ns[:, None] * c + cs[None, :]
-    a2 = tl.load(A + order * n * c + cs[None, :] * n + ns[:, None], mask=mask, other=0.0) * LOG2_E
+    a2 = tl.load(A + order * n * c + tile, mask=mask, other=0.0) * LOG2_E
     shift = tl.zeros((BLOCK_C,), tl.float32)
     if HAS_BIAS:
         shift = tl.load(bias + order * c + cs, mask=c_mask, other=0.0)
@@ -202,7 +202,7 @@ def carry_kernel(
     bk = tl.program_id(0) // blocks
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = at < n * c
-    a2 = tl.load(A + bk % k * n * c + at % c * n + at // c, mask=mask, other=0.0) * LOG2_E
+    a2 = tl.load(A + bk % k * n * c + at, mask=mask, other=0.0) * LOG2_E
     row = bk.to(tl.int64) * segments
     carry = tl.zeros((BLOCK,), tl.float32)
     for group in range(tl.cdiv(segments, U)):

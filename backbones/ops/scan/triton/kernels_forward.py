@@ -38,7 +38,7 @@ def forward_kernel(
     n_mask = ns < n
     mask = n_mask[:, None] & c_mask[None, :]
     tile = ns[:, None] * c + cs[None, :]
-    a2 = tl.load(A + order * n * c + cs[None, :] * n + ns[:, None], mask=mask, other=0.0) * LOG2_E
+    a2 = tl.load(A + order * n * c + tile, mask=mask, other=0.0) * LOG2_E
     shift = tl.zeros((BLOCK_C,), tl.float32)
     if HAS_BIAS:
         shift = tl.load(bias + order * c + cs, mask=c_mask, other=0.0)

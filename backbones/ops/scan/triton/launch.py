@@ -118,7 +118,7 @@ class _Scan:
         self.steps = self.length if orders is None else orders.shape[1]
         self.shared = u.dim() == 3
         self.u, self.delta, self.B, self.C = (contiguous_rows(x) for x in (u, delta, B, C))
-        self.A = A
+        self.A = A.transpose(1, 2).contiguous()  # as `decay_rates` lays it out
         self.D, self.bias, self.orders = D, bias, orders
         self.softplus, self.out = softplus, out
         self.window = min(window, self.steps)
@@ -364,10 +364,10 @@ def backward(
 
 
 def _split_sums(sums: Tensor, scan: _Scan) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of the gradients of A (k, c, n), D (k, c) and bias (k, c)."""
+    """The gradients of A (k, c, n), D (k, c) and bias (k, c)."""
     k, c, n = scan.k, scan.c, scan.n
     dA, dD, dbias = sums.split([k * c * n, k * c, k * c])
-    return dA.view(k, c, n), dD.view(k, c), dbias.view(k, c)
+    return dA.view(k, n, c).transpose(1, 2).contiguous(), dD.view(k, c), dbias.view(k, c)
 
 
 def _partials(scan: _Scan, blocks: int, atomic: bool, dtype: torch.dtype) -> Tensor:
