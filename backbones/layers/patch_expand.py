@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
@@ -11,16 +12,15 @@ from backbones.layers.constructor import Constructor
 from backbones.layers.norm import LayerNorm
 from backbones.layers.resolution import channels_first, channels_last
 from backbones.layers.ss2d import DepthwiseConv2d
+from backbones.layers.tracing import Opaque
 
 
 def pixel_blocks(x: Tensor, scale: int) -> Tensor:
-    """Every cell's channels, ordered (row, column, c), as a block of cells: (b, h, w, scale^2 c) to
-    (b, scale h, scale w, c)."""
-    x = x.unflatten(3, (scale, scale, -1))
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    """Every cell's channels as a block of cells."""
+    return rearrange(x, "b h w (row column c) -> b (h row) (w column) c", row=scale, column=scale)
 
 
-class PatchExpand(nn.Module):
+class PatchExpand(Opaque, nn.Module):
     """A linear layer to a block of cells for each cell, and a norm (Swin-Unet, arXiv:2105.05537, section 3.4).
 
     Args:
@@ -47,7 +47,7 @@ class PatchExpand(nn.Module):
         return self.norm(pixel_blocks(self.expand(x), self.scale))
 
 
-class LargeKernelPatchExpand(nn.Module):
+class LargeKernelPatchExpand(Opaque, nn.Module):
     """`PatchExpand` whose blocks see their neighbours: linear, batch norm, ReLU, depthwise 3 x 3, blocks, norm.
 
     MSVM-UNet's LKPE, and with ``scale`` 4 its FLKPE (arXiv:2408.13735, section 3.4).

@@ -4,11 +4,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
 from backbones.layers.norm import LayerNorm
 from backbones.layers.ss2d import DepthwiseConv2d
+from backbones.layers.tracing import Opaque
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ class ConvStem(nn.Module):
         return self.norm2(channels_last(self.conv2(channels_first(x))))
 
 
-class PatchMerging(nn.Module):
+class PatchMerging(Opaque, nn.Module):
     """Four neighbours side by side, a norm, a linear layer (Swin, section 3.1); odd sides are padded with zeros."""
 
     def __init__(
@@ -80,9 +82,7 @@ class PatchMerging(nn.Module):
         """(b, h, w, dim) to (b, ceil(h / 2), ceil(w / 2), out_dim)."""
         rows, columns = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
         x = F.pad(x, (0, 0, 0, 2 * columns - x.shape[2], 0, 2 * rows - x.shape[1]))
-        x = x.unflatten(2, (columns, 2)).unflatten(1, (rows, 2))
-        # The neighbours of a patch are taken column by column: (0, 0), (1, 0), (0, 1), (1, 1).
-        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)
+        x = rearrange(x, "b (h row) (w column) c -> b h w (column row c)", row=2, column=2)
         return self.reduction(self.norm(x))
 
 
