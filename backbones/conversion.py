@@ -144,7 +144,7 @@ def _without_output_norms(weights: Mapping[str, Tensor], model: nn.Module) -> tu
 
 
 def _arguments(weights: Weights, model: Any, img_size: tuple[int, int] | None) -> dict[str, Any]:
-    """What a model that takes these weights has to be told."""
+    """Arguments of a model that takes these weights."""
     cfg, own = model.pretrained_cfg, model.state_dict()
     arguments: dict[str, Any] = {}
     first, *more = loading.as_tuple(cfg["classifier"])

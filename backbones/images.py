@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for damaged files; OSError covers UnidentifiedImageError."""
+"""Exceptions that Pillow raises for damaged files; OSError covers UnidentifiedImageError."""
 
 _ORIENTATION = 0x0112
 _DEEP = ("I", "F")  # modes that hold more than 8 bits; a caller who asks for one gets it

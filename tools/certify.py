@@ -38,7 +38,7 @@ HEADER = "# Written by tools/certify.py: what this library computes. Do not edit
 
 
 def compute(name: str) -> dict[str, int]:
-    """What one image at the published size costs, see :class:`backbones.analysis.flops.Cost`."""
+    """Cost of one image at the published size, see :class:`backbones.analysis.flops.Cost`."""
     model = cast(Any, timm.create_model(name, device="meta"))
     size = model.pretrained_cfg["input_size"][-1]
     cost = flops.count_model(model, (size, size)).total

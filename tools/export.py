@@ -36,7 +36,7 @@ TOLERANCE = 1e-4  # of the largest output; float32 in another order of summation
 
 
 class ExportError(ValueError):
-    """What cannot be exported, and why."""
+    """Raised for what cannot be exported, with the reason."""
 
 
 def main() -> int:

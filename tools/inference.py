@@ -38,7 +38,7 @@ from tools.outputs import unwritable_folder
 
 
 def show(predictor: Predictor, path: Path, args: argparse.Namespace) -> tuple[str, Figure]:
-    """What is found in one image, in words and as a picture."""
+    """Prediction for one image, in words and as a picture."""
     image = read_image(path)
     result = predictor(path)
     figure = Figure(figsize=(7.5, 7 * image.height / image.width + 0.7), layout="constrained")

@@ -1,4 +1,4 @@
-"""What the original implementations compute, and how their weights and inputs were drawn.
+"""Recordings of the original implementations, and how their weights and inputs were drawn.
 
 A recording holds an original model's outputs for weights and an image that follow from names, shapes and
 seeds alone, so no weight file is needed: :func:`draw` fills a tensor from its official name, :func:`image`

@@ -115,7 +115,7 @@ def _side(field: Tensor, share: float) -> int:
 
 
 def picture_of_attention(args: argparse.Namespace) -> Figure:
-    """What reaches one place in a scan, order by order, and all of them."""
+    """Receptive field of one place in a scan, order by order, and of all orders together."""
     subject = load_subject(args)
     picture = _only_image(args, subject)
     with recorded_scans(subject.module) as scans:

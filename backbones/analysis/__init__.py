@@ -1,1 +1,1 @@
-"""What a model costs, and what it attends to."""
+"""Operations of a model, and the hidden attention of its scans."""

@@ -1,4 +1,4 @@
-"""What every backbone shares: timm's model contract, for plain models and for hierarchical ones of four stages."""
+"""timm's model contract, which every backbone shares: plain models and hierarchies of four stages."""
 
 from backbones.base.build import build_model
 from backbones.base.contract import Backbone

@@ -222,7 +222,7 @@ class HierarchicalBackbone(Backbone):
         return self.stem(_at_least(x, self.feature_info[-1]["reduction"]))
 
     def _entering(self, i: int, x: Tensor) -> Tensor:
-        """What stage i reads, of the output of the one before or of the stem."""
+        """The input of stage i, from the output of the one before or of the stem."""
         return self.downsamples[i - 1](x) if i > 0 else x
 
 

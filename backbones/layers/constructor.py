@@ -1,4 +1,4 @@
-"""What a model is given instead of a finished layer."""
+"""Constructors, which models take in place of finished layers."""
 
 from collections.abc import Callable
 

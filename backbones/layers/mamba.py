@@ -100,7 +100,7 @@ class MambaMixer(Opaque, nn.Module):
         return self.scan.pattern.sequence
 
     def _scanned(self, x: Tensor, grid: tuple[int, int], out: str, gaps: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What the scans make of x, and the gate."""
+        """The outputs of the scans, and the gate."""
         pattern, window = self.scan.pattern, self.scan.window(x.shape[1])
         visits = _visits(pattern, grid)
         tokens = x.shape[1]
@@ -113,7 +113,7 @@ class MambaMixer(Opaque, nn.Module):
 
 
 def _visits(pattern: ScanPattern, grid: tuple[int, int]) -> Visits | None:
-    """What the scan may know: with class token and padded slots, every order visits every step's token once."""
+    """Facts for the scan: with class token and padded slots, every order visits every step's token once."""
     known = pattern.visits_each_cell_once(*grid)
     if known is False:
         raise ValueError(
@@ -153,7 +153,7 @@ class MambaBlock(nn.Module):
         self.after = None if after is None else after(dim, **dd)
 
     def branch(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What the block adds to its input, before stochastic depth."""
+        """The residual branch of the block, before stochastic depth."""
         return self.mixer(self.norm(x), grid)
 
     def join(self, x: Tensor, branch: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -104,7 +104,7 @@ class SelectiveSSM(OnBackend, nn.Module):
         return fused and u.device.type == "cpu" and choose("selective_scan", self.backend, "cpu", u.dtype) == "cpu"
 
     def operands(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-        """What is scanned: u, what `project` makes of it, and D."""
+        """The scan's operands: u, its projections by `project`, and D."""
         return u, *self.project(u), self.D
 
     def forward(

@@ -1,4 +1,4 @@
-"""What needs mmseg itself: the head of U-Nets with its weights, and a data set of lesions.
+"""The parts that need mmseg itself: the head of U-Nets with its weights, and a data set of lesions.
 
 Configs say ``custom_imports=dict(imports=["backbones", "backbones.mm", "backbones.mm.segmentation"])``.
 """

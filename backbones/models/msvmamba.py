@@ -90,7 +90,7 @@ class MultiScaleSS2D(Opaque, nn.Module):
         upsampling: "bilinear" or "nearest".
 
     Raises:
-        ValueError: ``branch_norm`` with a pattern that is no sequence of walks over the whole map.
+        ValueError: ``branch_norm`` with a pattern that is not a sequence of walks over the whole map.
     """
 
     def __init__(

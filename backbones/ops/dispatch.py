@@ -26,7 +26,7 @@ _fallbacks_told: set[tuple[str, str]] = set()
 
 @dataclass(frozen=True)
 class Operator:
-    """What there is to choose from.
+    """An operator and the backends to choose from.
 
     Attributes:
         name: in messages, and by which `choose` finds it.

@@ -31,7 +31,7 @@ def _pointers(*names: str) -> list[tuple[str, Any]]:
 
 
 class Record(ctypes.Structure):
-    """What a function of the library reads: its fields are those of a struct in `csrc/`, by name and in order."""
+    """The argument of a function of the library: its fields are those of a struct in `csrc/`, by name and in order."""
 
     __slots__ = ()  # else a wrong name would be a new attribute instead of an error
     operator: ClassVar[str]  # in messages

@@ -109,7 +109,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def identity(x: Tensor) -> tuple[Any, ...]:
-    """What two tensors share exactly where they are the same, unmodified part of one storage."""
+    """A key that two tensors share exactly if they are the same, unmodified part of one storage."""
     version = 0 if x.is_inference() else x._version
     return x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), version
 

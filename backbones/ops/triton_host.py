@@ -1,4 +1,4 @@
-"""What every launch needs on the host's side.
+"""The host's side of every launch.
 
 Triton's own ``cdiv`` and ``next_power_of_2`` take microseconds a call, because they serve kernels as well.
 """

@@ -100,7 +100,7 @@ DIAGONAL = ScanPattern("diagonal", 4, both_ways(diagonal, mirrored(diagonal)))
 SPIRAL = ScanPattern("spiral", 4, both_ways(spiral, transposed(spiral)))
 # MHS-VM: from the top left corner, and upside down from the bottom left one.
 SPIRAL_CORNERS = ScanPattern("spiral_corners", 4, both_ways(spiral, turned(mirrored(spiral))))
-# Turned, because the curve over a rectangle that is no square is its own transpose.
+# Turned, because the curve over a rectangle that is not square is its own transpose.
 HILBERT = ScanPattern("hilbert", 4, both_ways(hilbert, turned(hilbert)))
 LOCAL_WINDOWS_2 = local_windows(2)
 LOCAL_WINDOWS_7 = local_windows(7)

@@ -1,4 +1,4 @@
-"""What is known of grids and patterns, found once: the one cache of tables and facts.
+"""The one cache of tables and facts about grids and patterns; each is computed once.
 
 Tables are made on the CPU, where nothing waits for a device, and moved. The cache is bounded by bytes, not by number,
 so that a model whose layers each have a pattern of their own keeps all of them: the fifteen patterns of localvim_tiny

@@ -58,7 +58,7 @@ class ScanPattern:
         zero token to the flattened grid. The table is cached and shared: never modify it in place.
 
         Raises:
-            ValueError: a side that is no integer or is below 1; an ``order_fn`` whose result does not have
+            ValueError: a side is not an integer or is below 1; an ``order_fn`` whose result does not have
                 ``num_orders`` rows or, outside of compilation, names a cell that is not on the grid.
         """
         height, width = checked_int("height", height), checked_int("width", width)
@@ -71,7 +71,7 @@ class ScanPattern:
         return _orders(self, height, width, pad_index, device=device)
 
     def visits(self, height: int, width: int) -> Visits | None:
-        """What ``selective_scan`` asks of ``orders(height, width, pad_index=height * width)``; None: not known yet.
+        """Facts for ``selective_scan`` about ``orders(height, width, pad_index=height * width)``; None: unknown.
 
         The tokens are the cells and, on a grid that is `padded`, the zero token behind them. Found on the CPU once for
         each grid, also where a compiled program makes the orders at every call. None where a side is dynamic.

@@ -1,4 +1,4 @@
-"""What a scan must know of its walk over the grid at each cell: when it comes there, and from which direction."""
+"""Facts about a walk over the grid: at which step it reaches each cell, and from which direction."""
 
 import torch
 import torch.nn.functional as F

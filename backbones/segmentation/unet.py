@@ -182,7 +182,7 @@ def unet(
         encoder_args: of ``timm.create_model``, such as ``in_chans``, ``depths`` and ``scan_backend``.
 
     Raises:
-        ValueError: there is no such model, it is no hierarchy, or a choice is unknown.
+        ValueError: there is no such model, it is not a hierarchy, or a choice is unknown.
     """
     if not timm.is_model(encoder):
         raise ValueError(f"encoder: unknown model {encoder!r}{did_you_mean(encoder, timm.list_models())}")

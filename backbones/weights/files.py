@@ -135,7 +135,7 @@ def grids_of(state_dict: Any) -> dict[str, Grid]:
     """Rows and columns of the position embeddings, by name, that a state dict of ours carries in its ``_metadata``.
 
     Raises:
-        CheckpointError: an entry is no pair of positive numbers.
+        CheckpointError: an entry is not a pair of positive numbers.
     """
     metadata = getattr(state_dict, "_metadata", None) or {}
     entries = {f"{module}.pos_embed".lstrip("."): entry for module, entry in metadata.items()}

@@ -136,7 +136,7 @@ def check(
 
 
 def accept(model: Any, state_dict: MutableMapping[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
-    """What ``model.load_state_dict`` does first: turns official names and layouts into ours, in place.
+    """The first step of ``model.load_state_dict``: turns official names and layouts into ours, in place.
 
     PyTorch's own check of names and shapes follows. Our own names stay untouched.
 

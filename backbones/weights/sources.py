@@ -25,7 +25,7 @@ _TIMEOUT = 10.0  # seconds without an answer
 
 
 def locate(checkpoint: str, arch: str) -> dict[str, Any]:
-    """What a user's ``checkpoint`` stands for, as the fields of a pretrained configuration.
+    """The fields of a pretrained configuration for a user's ``checkpoint``.
 
     Args:
         checkpoint: a file or a folder (also as "local-dir:PATH"), a URL, a repository on the Hub as

@@ -115,7 +115,7 @@ def _turns(contestants: dict[str, Contestant], kind: str, rounds: int, wait: boo
 
 
 def _kernels(call: Callable[[], object]) -> tuple[int, float]:
-    """What a call runs on the GPU, copies included: how many, and their milliseconds."""
+    """Kernels that a call runs on the GPU, copies included: their number and milliseconds."""
     call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:

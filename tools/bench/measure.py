@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class ParityError(Exception):
-    """What was to be timed computes something else."""
+    """Raised where the code to be timed computes something else."""
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -99,7 +99,7 @@ def peak_memory(shape: str, dtype: str, backend: str, backward: bool) -> float:
 
 
 def conditions(args: argparse.Namespace) -> dict[str, object]:
-    """What a reader needs to judge the figures."""
+    """Conditions that a reader needs to judge the figures."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT, check=False
     ).stdout.strip()

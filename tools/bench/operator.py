@@ -18,7 +18,7 @@ from tools.bench.shapes import SHAPES, TextbookLoop
 
 
 def bench_limits(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
-    """What this machine can do at most, and the least time of a forward that follows from it."""
+    """The machine's peak rates, and the least time of a forward pass that follows from them."""
     found = limits(args.rounds)
     rows: list[dict[str, object]] = [
         {"limit": "memory read", "value": found["read bytes/s"] / 1e9, "unit": "GB/s"},

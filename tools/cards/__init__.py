@@ -1,1 +1,1 @@
-"""What ``tools/model_cards.py`` writes: tables, cards, pictures and metafiles, from zoo and benchmarks."""
+"""The parts of ``tools/model_cards.py``: tables, cards, pictures and metafiles, from zoo and benchmarks."""

@@ -51,7 +51,7 @@ def read(path: Path) -> Results:
 
 
 def conditions(files: Iterable[Results], root: Path, prefix: str = "") -> str:
-    """What the files say about themselves, each line once, with links to them; ``prefix`` leads to ``root``."""
+    """The files' own comments, each line once, with links to the files; ``prefix`` leads to ``root``."""
     said: set[str] = set()
     bullets = []
     for file in files:

@@ -1,4 +1,4 @@
-"""What the command line tools share: reading a config, a look at packages and data before the run, plain messages."""
+"""Shared by the command line tools: reading a config, checking packages and data before the run, plain messages."""
 
 from __future__ import annotations
 

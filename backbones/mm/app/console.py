@@ -1,4 +1,4 @@
-"""What a person sees of a run: no prints of third parties, and results as a small table."""
+"""Terminal output of a run: no prints of third parties, and results as a small table."""
 
 from __future__ import annotations
 

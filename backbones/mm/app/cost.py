@@ -1,4 +1,4 @@
-"""What a classifier, detector or segmentor costs for one image, part by part."""
+"""Cost of a classifier, detector or segmentor for one image, part by part."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _size_of_tests(config: Config) -> tuple[int, int]:
 
 
 class _Parts(nn.Module):
-    """What of a detector or segmentor is counted, each part under a name of its own."""
+    """The counted parts of a detector or segmentor, each under its own name."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, path: str | Path) -> Any:
-        """What the model says about one image.
+        """The model's prediction for one image.
 
         Probabilities (num_classes,) of a classifier, a ``DetDataSample`` or a ``SegDataSample`` in the image's size.
 

@@ -1,4 +1,4 @@
-"""What ``--cfg-options`` may change, and the one number of classes of a config."""
+"""Checks of ``--cfg-options``, and the one number of classes of a config."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def spread_classes(config: Config, options: Mapping[str, Any] | None = None) -> 
         options: what the command line has changed.
 
     Raises:
-        UserError: ``num_classes`` is no positive number, or places that state their own disagree.
+        UserError: ``num_classes`` is not a positive number, or places that state their own disagree.
     """
     options = options or {}
     _spread_names(config, options)

@@ -15,7 +15,7 @@ from backbones.ops.scan.projection import _PerOrderProduct
 
 
 def _handle(op: Any) -> Handle:
-    """What ``FlopAnalyzer`` calls for ``op``, from the formula that PyTorch's counter has."""
+    """A handle of ``FlopAnalyzer`` for ``op``, made of the formula of PyTorch's counter."""
 
     formula = shape_wrapper(COUNTED_ONCE[op]) if op in COUNTED_ONCE else flop_registry[op]
 

@@ -1,4 +1,4 @@
-"""What remains of a run: its curves and confusion matrix as a picture, and where the best checkpoint is."""
+"""The report of a run: its curves and confusion matrix as a picture, and where the best checkpoint is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a resumed run takes from its checkpoint instead of its config, and what cannot be resumed."""
+"""Settings that a resumed run takes from its checkpoint instead of its config, and changes that prevent resuming."""
 
 from __future__ import annotations
 

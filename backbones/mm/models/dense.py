@@ -44,7 +44,7 @@ class DenseBackbone(BaseModule):
             :func:`backbones.weights.sources.locate`; "published" are those that the authors of ``arch`` released.
 
     Raises:
-        UserError: ``arch`` is no model of this family, or an index is out of range.
+        UserError: ``arch`` is not a model of this family, or an index is out of range.
     """
 
     family: ClassVar[type[Backbone]]

@@ -20,7 +20,7 @@ _FILLS = ("token", "toki")
 
 
 class Pretraining(nn.Module):
-    """What pre-training needs besides the network: weight files of networks leave it out.
+    """The parts of pre-training besides the network; weight files of networks leave them out.
 
     Args:
         stem_dim: width of the stem's tokens.
@@ -130,7 +130,7 @@ class MaskedImageModelling(BaseModel):
         return mask.unflatten(1, (rows, columns))
 
     def rebuild(self, inputs: Tensor, mask: Tensor) -> Tensor:
-        """What the network paints, (b, in_chans, height, width), of images whose masked cells it does not see."""
+        """The network's reconstruction, (b, in_chans, height, width), of images whose masked cells it does not see."""
         network: Any = self.network
         features = network.forward_intermediates(
             inputs, indices=1, norm=True, intermediates_only=True,

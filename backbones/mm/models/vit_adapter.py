@@ -141,7 +141,7 @@ class Extractor(nn.Module):
 
 
 class Interaction(nn.Module):
-    """What stands around a quarter of the blocks."""
+    """The modules around a quarter of the blocks."""
 
     def __init__(self, dim: int, num_heads: int, ffn_ratio: float, drop_path: float, extra: int) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""What surrounds the scan, in one pass through memory each."""
+"""The operators around the scan, each in one pass through memory."""

@@ -50,7 +50,7 @@ def register(name: str, other: str, constant: str, kernel: ModuleType) -> Any:
 
 
 def reads(x: Tensor, other: Tensor) -> bool:
-    """Whether the C++ kernels serve such tensors, and nobody compiles: compilers fuse PyTorch's own operations."""
+    """Whether the C++ kernels serve such tensors outside torch.compile, which fuses PyTorch's own operations."""
     return (
         x.device.type == "cpu"
         and x.dtype == other.dtype
@@ -62,7 +62,7 @@ def reads(x: Tensor, other: Tensor) -> bool:
 
 
 def triton_reads(x: Tensor) -> bool:
-    """Whether a Triton kernel serves such a tensor, and nobody compiles: compilers fuse PyTorch's own operations."""
+    """Whether a Triton kernel serves such a tensor outside torch.compile, which fuses PyTorch's own operations."""
     return (
         not x.is_meta and x.numel() > 0 and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     )

@@ -87,7 +87,7 @@ def _states(op: Any, a: Any, x: Any, shape: tuple[int, int, int, int]) -> Any:
 
 
 def _later(op: Any, decays: Any, inputs: Any, shape: tuple[int, int, int, int], window: int) -> Any:
-    """What each state receives from the later steps of its window, decayed back to it."""
+    """The contribution of the later steps of its window to each state, decayed back to it."""
     t, k, c, n = shape
     pads = [0] * 5 + [-t % window] + [0] * 4
     decays, inputs = (

@@ -1,4 +1,4 @@
-"""What a kernel must know about a table of orders before it runs."""
+"""Facts about a table of orders that a kernel needs before it runs."""
 
 from __future__ import annotations
 

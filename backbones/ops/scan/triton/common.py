@@ -101,7 +101,7 @@ def segment_ends_kernel(
     HAS_ORDERS: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     ADJOINT: tl.constexpr, X_BY_STEP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """What a segment adds to the carried state, and its sum of dt (from which follows how the state decays over it).
+    """A segment's contribution to the carried state, and its sum of dt, which gives the decay over the segment.
 
     Forward, x is u and V is B. ADJOINT: x is the gradient of y, V is C, and the walk runs from the last step to the
     first; the state is then a_t times the gradient of the state h_t, which is what step t - 1 receives.

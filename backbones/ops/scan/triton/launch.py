@@ -157,7 +157,7 @@ class _Scan:
         return self.facts.disjoint and not self.facts.repeats
 
     def collect(self, buffer: Tensor, merged: bool, dtype: torch.dtype) -> Tensor:
-        """What was written by step or by order as (b, l, k, width), or (b, l, width) if ``merged``."""
+        """A buffer that was written by step or by order, as (b, l, k, width), or (b, l, width) if ``merged``."""
         width = buffer.shape[-1]
         if self.facts.repeats:
             assert self.orders is not None

@@ -1,4 +1,4 @@
-"""What the kernels must know about a table of orders, found once per table."""
+"""Facts about a table of orders that the kernels need, computed once per table."""
 
 import torch
 from torch import Tensor
