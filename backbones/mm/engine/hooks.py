@@ -122,7 +122,7 @@ class LabelRangeHook(Hook):
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         found = getattr(getattr(model, "network", None), "num_classes", None)
         classes = getattr(runner.train_dataloader.dataset, "metainfo", {}).get("classes")
-        if found is not None and classes is not None and found != len(classes):
+        if found and classes is not None and found != len(classes):  # 0: no classifier, as in pre-training
             raise UserError(
                 f"model.network has num_classes={found}, the data set of train_dataloader {len(classes)} classes"
             )
