@@ -27,7 +27,7 @@ def test_unknown_network_suggests_near_names(name: str, near: str) -> None:
 
 
 def test_misspelt_argument_is_refused() -> None:
-    with pytest.raises(TypeError, match="dorp_path_rate"):
+    with pytest.raises(UserError, match="dorp_path_rate"):
         ImageClassifier(network={**NETWORK, "dorp_path_rate": 0.1}, loss=HARD)
 
 

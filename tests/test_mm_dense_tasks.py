@@ -233,8 +233,16 @@ def error_of(tool: Callable[..., None], capsys: pytest.CaptureFixture[str], *arg
     [
         ("detection", ["model.backbone.arch=vmamba_tiny_s1l9"], ["'vmamba_tiny_s1l9'", "vmamba_tiny_s1l8"]),
         ("detection", ["train_dataloader.dataset.data_root=nowhere"], ["nowhere does not exist", "--task detection"]),
-        ("detection", ["model.roi_head.mask_head.num_classes=9"], ["mask_head has num_classes=9", "10 classes"]),
-        ("segmentation", ["model.decode_head.num_classes=12"], ["decode_head has num_classes=12", "11 classes"]),
+        (
+            "detection",
+            ["model.roi_head.mask_head.num_classes=9"],
+            ["mask_head.num_classes is 9", "num_classes of the config is 10"],
+        ),
+        (
+            "segmentation",
+            ["model.decode_head.num_classes=12"],
+            ["decode_head.num_classes is 12", "num_classes of the config is 11"],
+        ),
         ("segmentation", ["model.backbone.arch=efficientvmamba"], ["did you mean efficientvmamba"]),
     ],
 )
