@@ -9,6 +9,7 @@ from torch import Tensor
 
 from backbones import ops
 from backbones.ops import dispatch, native
+from backbones.ops.scan.decay import decay_rates
 from backbones.patterns.taps import window_taps
 
 
@@ -31,6 +32,7 @@ CALLS: dict[str, Callable[[Tensor, str | None], Tensor]] = {
     "silu_gate": lambda x, backend: ops.silu_gate(x, x, backend=backend),
     "rms_norm": lambda x, backend: ops.rms_norm(x, torch.ones(3, dtype=x.dtype), 1e-5, backend=backend),
     "layer_norm": lambda x, backend: ops.layer_norm(x, None, None, 1e-5, backend=backend),
+    "decay_rates": decay_rates,
     "ssd": _ssd,
 }
 WITH_CPU = [name for name, operator in dispatch.OPERATORS.items() if "cpu" in operator.kernels.values()]

@@ -31,16 +31,9 @@ def with_half_weights(function: Callable[..., Result], block: nn.Module, *args: 
     found = _weights(block)
     if not found:
         return function(*args)
-    dtype = torch.get_autocast_dtype(_DEVICE)
-    trained = [entry for entry in found if entry[2].requires_grad and torch.is_grad_enabled()]
-    frozen = [entry for entry in found if not (entry[2].requires_grad and torch.is_grad_enabled())]
-    halves: list[Tensor] = []
-    if trained:
-        halves += _Cast.apply(dtype, *(weight for _, _, weight in trained))
-    if frozen:
-        halves += casts([weight for _, _, weight in frozen], dtype)
+    halves = _Cast.apply(torch.get_autocast_dtype(_DEVICE), *(weight for _, _, weight in found))
     try:
-        for (module, name, _), half in zip(trained + frozen, halves, strict=True):
+        for (module, name, _), half in zip(found, halves, strict=True):
             vars(module)[name] = half  # found before the parameter of that name
         return function(*args)
     finally:
@@ -67,7 +60,10 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        return tuple(casts([weight.detach() for weight in weights], dtype))
+        halves = casts([weight.detach() for weight in weights], dtype)
+        trained = ctx.needs_input_grad[1:]
+        ctx.mark_non_differentiable(*(half for half, learns in zip(halves, trained, strict=True) if not learns))
+        return tuple(halves)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,11 @@ from backbones.layers.scan import OnBackend
 from backbones.ops import layer_norm, rms_norm
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of ``x`` in front of a product; None where there is none, or on a CPU."""
+    return torch.get_autocast_dtype("cuda") if x.is_cuda and torch.is_autocast_enabled("cuda") else None
+
+
 class LayerNorm(OnBackend, nn.LayerNorm):
     """PyTorch's LayerNorm over the last axis, on a GPU in one Triton kernel.
 
@@ -31,8 +36,7 @@ class LayerNorm(OnBackend, nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
-        narrow = self.autocast_out and x.is_cuda and torch.is_autocast_enabled("cuda")
-        dtype = torch.get_autocast_dtype("cuda") if narrow else None
+        dtype = _autocast_dtype(x) if self.autocast_out else None
         return layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype, backend=self.backend)
 
 
@@ -60,6 +64,5 @@ class RMSNorm(OnBackend, nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
-        narrow = self.autocast_out and x.is_cuda and torch.is_autocast_enabled("cuda")
-        dtype = torch.get_autocast_dtype("cuda") if narrow else None
+        dtype = _autocast_dtype(x) if self.autocast_out else None
         return rms_norm(x, self.weight, self.eps, dtype=dtype, backend=self.backend)

@@ -77,7 +77,7 @@ class SelectiveSSM(OnBackend, nn.Module):
     @property
     def A(self) -> Tensor:
         """Decay rates (k, c, n), in float32 at least: half precision would change how long a state remembers."""
-        return decay_rates(self.A_log)
+        return decay_rates(self.A_log, self.backend)
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """delta, dt_weight, B and C for :func:`backbones.ops.selective_scan`, of u (b, l, c) or (b, l, k, c).
@@ -148,13 +148,14 @@ class SelectiveSSM(OnBackend, nn.Module):
         u, delta, dt_weight, B, C, D = self.operands(u)
         if dt_weight is not None:
             delta = per_order_linear(delta, dt_weight)
-        bias = self.dt_proj_bias.to(self.A.dtype)
+        A = self.A
+        bias = self.dt_proj_bias.to(A.dtype)
         dt = F.softplus(delta.to(bias.dtype) + bias)
         total = dt + gaps.unsqueeze(-1) * F.softplus(bias)
         # The operator has one step size for the decay and for the input: the input is scaled down to its own.
         share = dt / total.clamp_min(torch.finfo(total.dtype).tiny)
         y = selective_scan(
-            u * share.to(u.dtype), total.to(u.dtype), self.A, B, C, orders=orders, delta_softplus=False,
+            u * share.to(u.dtype), total.to(u.dtype), A, B, C, orders=orders, delta_softplus=False,
             out="per_order", visits=visits, backend=self.backend,
         )  # fmt: skip
         return y if D is None else y + D.to(u.dtype) * u

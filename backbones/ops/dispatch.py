@@ -53,6 +53,7 @@ OPERATORS = {
         Operator("silu_gate", {"cpu": "cpu", "cuda": "triton"}),
         Operator("rms_norm", {"cpu": "cpu", "cuda": "triton"}),
         Operator("layer_norm", {"cuda": "triton"}),
+        Operator("decay_rates", {"cuda": "triton"}),
         Operator("ssd", {}, names=("naive", "chunked"), otherwise="chunked"),
     )
 }

@@ -195,16 +195,6 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def contiguous_rows(x: Tensor) -> Tensor:
-    """x, its last axis without gaps: what the kernels read."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def matrix(x: Tensor) -> Tensor:
-    """(..., c) as (rows, c) with contiguous channels, a view where that is possible."""
-    return contiguous_rows(x.reshape(-1, x.shape[-1]))
-
-
 def instruction_set() -> str:
     """The instruction set in use: "avx512", "avx2" or "baseline"."""
     return loaded().backbones_scan_isa().decode()

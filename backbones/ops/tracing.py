@@ -25,13 +25,17 @@ __all__ = [
     "RunningNorm",  # and instance norms, which may keep statistics as well
     "TorchDispatchMode",
     "below_autograd",
+    "casts",
     "copies",
     "has_static_value",
     "identity",
     "is_exporting",
     "is_hooked",
+    "is_hooked_before",
     "is_traced",
     "is_transformed",
+    "own_weight",
+    "runs_eagerly",
     "statically_true",
     "tree_map",
     "untraced",
@@ -51,6 +55,15 @@ def is_transformed(*tensors: Any) -> bool:
     if any(torch._C._functorch.is_gradtrackingtensor(x) for x in given):
         return True
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+
+
+def runs_eagerly(x: Tensor) -> bool:
+    """Whether a kernel outside of ``torch.library`` may compute with ``x``: its numbers are there, and no compiler or
+    tracer looks on, which fuse and record PyTorch's own operations.
+    """
+    return (
+        not x.is_meta and x.numel() > 0 and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+    )
 
 
 def is_traced() -> bool:

@@ -69,11 +69,6 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def contiguous_rows(x: Tensor) -> Tensor:
-    """x, its last axis without gaps."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def check_device(name: str, x: Tensor) -> None:
     """Raises ``ValueError`` unless kernels can read x."""
     if not x.is_cuda and isinstance(step_size, triton.runtime.JITFunction):

@@ -7,7 +7,8 @@ SiLU's argument again. Results are bitwise the same for any number of threads.
 import torch
 from torch import Tensor
 
-from backbones.ops.native import ConvCall, contiguous_rows, pointer, run
+from backbones.ops.native import ConvCall, pointer, run
+from backbones.ops.rows import contiguous_rows
 
 
 def _run(

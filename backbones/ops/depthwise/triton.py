@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from backbones.ops.rows import contiguous_rows
 from backbones.ops.scan.triton.common import LOG2_E
-from backbones.ops.triton_host import cdiv, check_device, contiguous_rows, device_of, empty, launch, next_power_of_2
+from backbones.ops.triton_host import cdiv, check_device, device_of, empty, launch, next_power_of_2
 
 GATHERED = 2048  # numbers a program holds, by 4 warps
 SUMMED = 1024  # the same for each of the taps whose gradients a program sums

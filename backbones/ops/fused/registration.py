@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from backbones.ops.derivatives import first_order
+from backbones.ops.tracing import runs_eagerly
 
 _library = torch.library.Library("backbones", "FRAGMENT")
 
@@ -55,14 +56,5 @@ def reads(x: Tensor, other: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == other.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
-        and x.numel() > 0
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
-    )
-
-
-def triton_reads(x: Tensor) -> bool:
-    """Whether a Triton kernel serves such a tensor outside torch.compile, which fuses PyTorch's own operations."""
-    return (
-        not x.is_meta and x.numel() > 0 and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and runs_eagerly(x)
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backbones.ops.native import ScanCall, contiguous_rows, pointer, run
+from backbones.ops.native import ScanCall, pointer, run
+from backbones.ops.rows import contiguous_rows
 from backbones.ops.scan.projection import projection_gradients
 
 CHUNK = 64  # steps between two saved states; kChunk in csrc/scan.h

@@ -41,10 +41,7 @@ _TENSORS = (
     "Tensor? dt_weight"
 )
 _OPTIONS = "bool delta_softplus, str out, int local_window"
-_ARGUMENTS = (
-    *("u", "delta", "A", "B", "C", "D", "orders", "delta_bias", "dt_weight"),
-    *("delta_softplus", "out", "local_window", "save", "visits", "backend"),
-)
+_TENSOR_NAMES = ("u", "delta", "A", "B", "C", "D", "orders", "delta_bias", "dt_weight")
 _WITH_GRADIENTS = ("u", "delta", "A", "B", "C", "D", "delta_bias", "dt_weight")  # in the order of the gradients
 
 
@@ -114,8 +111,9 @@ class _Scan(torch.autograd.Function):
         else:
             grads = first_order("selective_scan", scan_backward_op(*args, ctx.backend), (grad, *tensors[:-1]))
         found = dict(zip(_WITH_GRADIENTS, grads, strict=True))
-        given = dict(zip(_ARGUMENTS, tensors, strict=False))
-        return None, *[found.get(name) if given.get(name) is not None else None for name in _ARGUMENTS]
+        given = zip(_TENSOR_NAMES, tensors[:-1], strict=True)
+        by_tensor = [None if x is None else found.get(name) for name, x in given]
+        return None, *by_tensor, *[None] * (len(ctx.needs_input_grad) - 1 - len(by_tensor))
 
 
 def _with_autograd(keys: Any, *args: Any) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ Results are bitwise the same for any number of threads.
 import torch
 from torch import Tensor
 
-from backbones.ops.native import GateCall, matrix, pointer, run
+from backbones.ops.native import GateCall, pointer, run
+from backbones.ops.rows import matrix
 
 
 def _run(direction: str, x: Tensor, z: Tensor, scale: float, grad: Tensor | None = None, **results: Tensor) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 from backbones.ops.derivatives import first_order
 from backbones.ops.dispatch import choose_for
 from backbones.ops.fused.gate import cpu, naive
-from backbones.ops.fused.registration import reads, register, triton_reads
+from backbones.ops.fused.registration import reads, register
+from backbones.ops.tracing import runs_eagerly
 
 gate_op = register("gate", "z", "scale", cpu)
 
@@ -35,7 +36,7 @@ def silu_gate(x: Tensor, z: Tensor, scale: float = 1.0, *, backend: str | None =
     chosen, _ = choose_for("silu_gate", backend, x, z)
     if chosen == "cpu" and reads(x, z) and x.shape == z.shape:
         return gate_op(x, z, scale)
-    if chosen == "triton" and triton_reads(x) and x.shape == z.shape and x.dtype == z.dtype:
+    if chosen == "triton" and runs_eagerly(x) and x.shape == z.shape and x.dtype == z.dtype:
         return _Gate.apply(x, z, scale)
     return naive.forward(x, z, scale)
 

@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from backbones.ops.rows import matrix
 from backbones.ops.scan.triton.common import LOG2_E
-from backbones.ops.triton_host import cdiv, check_device, contiguous_rows, device_of, empty, launch, next_power_of_2
+from backbones.ops.triton_host import cdiv, check_device, device_of, empty, launch, next_power_of_2
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def forward(x: Tensor, z: Tensor, scale: float) -> Tensor:
     """x SiLU(z) scale, contiguous, for x and z (..., c) of one shape."""
     check_device("x", x)
     y = empty(x.shape, x.dtype, x.device)
-    x, z = _matrix(x), _matrix(z)
+    x, z = matrix(x), matrix(z)
     rows, c = x.shape
     tile, block = _tile(c)
     with device_of(x):
@@ -63,7 +64,7 @@ def forward(x: Tensor, z: Tensor, scale: float) -> Tensor:
 def backward(grad: Tensor, x: Tensor, z: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Gradients of x and z, contiguous."""
     dx, dz = (empty(t.shape, t.dtype, t.device) for t in (x, z))
-    grad, x, z = (_matrix(t) for t in (grad, x, z))
+    grad, x, z = (matrix(t) for t in (grad, x, z))
     rows, c = x.shape
     tile, block = _tile(c)
     with device_of(x):
@@ -72,11 +73,6 @@ def backward(grad: Tensor, x: Tensor, z: Tensor, scale: float) -> tuple[Tensor, 
             (grad.stride(0), x.stride(0), z.stride(0), rows, c, scale), 4, ROWS=tile, BLOCK=block,
         )  # fmt: skip
     return dx, dz
-
-
-def _matrix(x: Tensor) -> Tensor:
-    """(..., c) as (rows, c) with contiguous channels, a view where that is possible."""
-    return contiguous_rows(x.reshape(-1, x.shape[-1]))
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from torch import Tensor
 from backbones.ops.derivatives import first_order
 from backbones.ops.dispatch import choose_for
 from backbones.ops.fused.layer_norm import naive
+from backbones.ops.tracing import runs_eagerly
 
 
 def layer_norm(
@@ -49,7 +50,7 @@ def layer_norm(
                 f"{name}: got shape {tuple(given.shape)}, expected {tuple(x.shape[-1:])}, the last axis of x"
             )
     chosen, _ = choose_for("layer_norm", backend, x, weight, bias)
-    if chosen != "triton" or x.is_meta or x.numel() == 0 or torch.compiler.is_compiling():
+    if chosen != "triton" or not runs_eagerly(x):
         return naive.forward(x, weight, bias, eps, dtype)
     if dtype is None:
         dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype

@@ -6,7 +6,8 @@ Results are bitwise the same for any number of threads.
 import torch
 from torch import Tensor
 
-from backbones.ops.native import NormCall, matrix, pointer, run
+from backbones.ops.native import NormCall, pointer, run
+from backbones.ops.rows import matrix
 
 
 def _run(direction: str, x: Tensor, weight: Tensor, eps: float, grad: Tensor | None = None, **results: Tensor) -> None:

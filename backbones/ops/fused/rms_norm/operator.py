@@ -5,8 +5,9 @@ from torch import Tensor
 
 from backbones.ops.dispatch import choose_for
 from backbones.ops.fused.layer_norm.operator import Normalise
-from backbones.ops.fused.registration import reads, register, triton_reads
+from backbones.ops.fused.registration import reads, register
 from backbones.ops.fused.rms_norm import cpu, naive
+from backbones.ops.tracing import runs_eagerly
 
 norm_op = register("rms_norm", "weight", "eps", cpu)
 
@@ -38,7 +39,7 @@ def rms_norm(
     chosen, _ = choose_for("rms_norm", backend, x, weight)
     if chosen == "cpu" and reads(x, weight) and x.dtype == torch.float32 and weight.is_contiguous():
         y = norm_op(x, weight, eps)
-    elif chosen == "triton" and triton_reads(x):
+    elif chosen == "triton" and runs_eagerly(x):
         dtype = torch.promote_types(x.dtype, weight.dtype) if dtype is None else dtype
         return Normalise.apply(x, weight, None, eps, dtype, False)
     else:

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbones.ops.rows import contiguous_rows
 from backbones.ops.scan.triton import CHUNK
 from backbones.ops.scan.triton.common import (
     carry_kernel,
@@ -46,7 +47,6 @@ from backbones.ops.scan.visits import Visits
 from backbones.ops.triton_host import (
     cdiv,
     check_device,
-    contiguous_rows,
     device_of,
     empty,
     launch,
