@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from backbones.layers.constructor import Constructor
 from backbones.layers.half_weights import with_half_weights
 from backbones.weights import WEIGHT_KEYS, KeyRule, Weights
-from backbones.weights.loading import accept
+from backbones.weights.loading import TakesOfficialLayout
 
 _Result = TypeVar("_Result")
 
@@ -49,10 +49,8 @@ def refuse_onnx_export() -> None:
         )
 
 
-class Backbone(nn.Module):
+class Backbone(TakesOfficialLayout):
     """The part of timm's contract that does not depend on the shape of the features."""
-
-    key_rules: ClassVar[Sequence[KeyRule]] = ()  # official names and layouts, see backbones.weights.rules
 
     weight_keys: ClassVar[Sequence[str]] = WEIGHT_KEYS  # where the authors' training states keep the published weights
 
@@ -105,13 +103,6 @@ class Backbone(nn.Module):
             img_size: height and width of the images that they were made for, where known.
         """
         return weights
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
-        """Lets ``load_state_dict`` and timm's ``checkpoint_path`` take the official layout, as strictly as ours."""
-        accept(self, state_dict, prefix, local_metadata)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (b, in_chans, height, width) to normalised features."""

@@ -19,7 +19,36 @@ from backbones.layers.norm import LayerNorm
 _POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")
 
 
-class HierarchicalBackbone(Backbone):
+class StagedBackbone(Backbone):
+    """What follows from stages with downsamplings between them."""
+
+    stages: Any
+    downsamples: nn.ModuleList
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades time for memory: blocks are computed again in backward instead of keeping their activations."""
+        super().set_grad_checkpointing(enable)
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters by depth: a block each, or a stage each where ``coarse``.
+
+        A downsampling counts to the first block behind it, a norm to the last block before it.
+        """
+        first = () if coarse else (0,)
+        return {
+            "stem": r"^stem",
+            "blocks": [
+                *((rf"^downsamples\.{i}\b", (i + 1, *first)) for i in range(len(self.downsamples))),
+                (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)\.norm", (99999,)),
+                (r"^norm", (99999,)),
+            ],
+        }
+
+
+class HierarchicalBackbone(StagedBackbone):
     """Stages of channels-last maps (b, height, width, c), each of half the resolution of the one before.
 
     Args:
@@ -98,42 +127,13 @@ class HierarchicalBackbone(Backbone):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Linear layers from a normal distribution (std 0.02) with zero bias; the rest keeps what its module drew.
-
-        The originals truncate it at +-2, a hundred deviations away; that changes nothing and takes most of the time.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades time for memory: blocks are computed again in backward instead of keeping their activations."""
-        super().set_grad_checkpointing(enable)
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        """See :func:`init_linears`; the rest keeps what its module drew."""
+        init_linears(self)
 
     @property
     def global_pool(self) -> str:
         """Name of the pooling before the classifier."""
         return self.head.global_pool.pool_type
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters by depth: a block each, or a stage each where ``coarse``.
-
-        A downsampling counts to the first block behind it, a norm to the last block before it.
-        """
-        first = () if coarse else (0,)
-        return {
-            "stem": r"^stem",
-            "blocks": [
-                *((rf"^downsamples\.{i}\b", (i + 1, *first)) for i in range(len(self.downsamples))),
-                (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^stages\.(\d+)\.norm", (99999,)),
-                (r"^norm", (99999,)),
-            ],
-        }
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
@@ -233,6 +233,18 @@ def _at_least(x: Tensor, smallest: int) -> Tensor:
     if height < smallest or width < smallest:
         raise ValueError(f"x: got an image of {height} x {width} pixels, expected at least {smallest} x {smallest}")
     return x
+
+
+def init_linears(module: nn.Module) -> None:
+    """Linear layers from a normal distribution (std 0.02) with zero bias.
+
+    The originals truncate it at +-2, a hundred deviations away; that changes nothing and takes most of the time.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def _check_pool(global_pool: str | None) -> None:

@@ -13,7 +13,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from backbones.base.contract import Backbone, refuse_onnx_export, run_block
-from backbones.base.reduction import ReducedPass, TokenReduction, reduce_tokens
+from backbones.base.reduction import ReducedPass, TokenReduction, inserted, reduce_tokens, without
 from backbones.layers.constructor import Constructor
 from backbones.layers.mamba import token_norm
 from backbones.layers.norm import RMSNorm
@@ -392,11 +392,10 @@ class PlainBackbone(Backbone):
         if self.cls_token is None:
             return x, None
         index = self._class_token_index(x.shape[1] - 1)
-        return torch.cat([x[:, :index], x[:, index + 1 :]], dim=1), x[:, index : index + 1]
+        return without(x, index), x[:, index : index + 1]
 
     def _insert_class_token(self, patches: Tensor, token: Tensor) -> Tensor:
-        index = self._class_token_index(patches.shape[1])
-        return torch.cat([patches[:, :index], token, patches[:, index:]], dim=1)
+        return inserted(patches, token, self._class_token_index(patches.shape[1]))
 
     def _class_token_index(self, patches: int) -> int:
         return {"first": 0, "middle": patches // 2, "last": patches}[self.class_token_position]

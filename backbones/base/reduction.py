@@ -240,13 +240,13 @@ class ReducedPass:
         index = scores.argsort(dim=1, descending=True, stable=True)[:, :kept].sort(1).values
         if self._class is not None and self._place_of is not None:
             old, self._class = self._class, self._place_of(kept)
-            index = _inserted(index, torch.full_like(index[:, :1], old), self._class)
+            index = inserted(index, torch.full_like(index[:, :1], old), self._class)
         return index, _taken(x, index)
 
     def _merged(self, x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
         assert self._evidence is not None
         tokens, place = x.shape[1], self._class
-        metric, patches = _without(self._evidence, place), _without(x, place)
+        metric, patches = without(self._evidence, place), without(x, place)
         count = patches.shape[1]
         away = count - kept
         metric = F.normalize(metric, dim=-1)
@@ -269,8 +269,8 @@ class ReducedPass:
             return index, merged
         index = index + (index >= place)
         self._class = place * (tokens - away) // tokens
-        index = _inserted(index, torch.full_like(index[:, :1], place), self._class)
-        return index, _inserted(merged, x[:, place : place + 1], self._class)
+        index = inserted(index, torch.full_like(index[:, :1], place), self._class)
+        return index, inserted(merged, x[:, place : place + 1], self._class)
 
     def end(self, x: Tensor) -> Tensor:
         """The last tokens (b, l, c), the class token where the head looks for it."""
@@ -278,11 +278,11 @@ class ReducedPass:
             return x
         patches, token = self.split(x)
         assert token is not None
-        return _inserted(patches, token, self._place_of(patches.shape[1]))
+        return inserted(patches, token, self._place_of(patches.shape[1]))
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The patches that are left (b, l, c) and the class token (b, 1, c)."""
-        return _without(x, self._class), None if self._class is None else x[:, self._class : self._class + 1]
+        return without(x, self._class), None if self._class is None else x[:, self._class : self._class + 1]
 
     def on_grid(self, patches: Tensor) -> Tensor:
         """Patches of `split` as those of all cells (b, height * width, c)."""
@@ -290,7 +290,7 @@ class ReducedPass:
             return patches
         owner = self._owner
         if owner is None:
-            owner = self._nearest(_without(self._cells, self._class))
+            owner = self._nearest(without(self._cells, self._class))
         return _taken(patches, owner)
 
     def _nearest(self, cells: Tensor) -> Tensor:
@@ -308,7 +308,7 @@ class ReducedPass:
         cells = torch.arange(self._patches, device=x.device).expand(x.shape[0], -1)
         if self._class is None:
             return cells
-        return _inserted(cells, torch.full_like(cells[:, :1], -1), self._class)
+        return inserted(cells, torch.full_like(cells[:, :1], -1), self._class)
 
     def _tables_here(self) -> tuple[Tensor, Tensor]:
         assert self._tables is not None
@@ -325,13 +325,13 @@ class ReducedPass:
         """(b, l, k) dropped tokens in front of each token on the way of each order; a class token takes no part."""
         if self._reduction.align is None or self._cells is None:
             return None
-        cells = _without(self._cells, self._class)
+        cells = without(self._cells, self._class)
         start, end = torch.full_like(cells[:, :1], -1), torch.full_like(cells[:, :1], self._patches)
         steps = torch.diff(cells, prepend=start, append=end) - 1  # between two tokens, and at both ends
         gaps = torch.stack([steps[:, :-1] if way > 0 else steps[:, 1:] for way in block.mixer.directions], dim=-1)
         if self._class is None:
             return gaps
-        return _inserted(gaps, torch.zeros_like(gaps[:, :1]), self._class)
+        return inserted(gaps, torch.zeros_like(gaps[:, :1]), self._class)
 
 
 def _wide(index: Tensor, like: Tensor) -> Tensor:
@@ -343,9 +343,11 @@ def _taken(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, _wide(index, x))
 
 
-def _inserted(x: Tensor, token: Tensor, place: int) -> Tensor:
+def inserted(x: Tensor, token: Tensor, place: int) -> Tensor:
+    """Tokens with one more, (b, 1, ...), at ``place``."""
     return torch.cat([x[:, :place], token, x[:, place:]], dim=1)
 
 
-def _without(x: Tensor, place: int | None) -> Tensor:
+def without(x: Tensor, place: int | None) -> Tensor:
+    """Tokens but the one at ``place``."""
     return x if place is None else torch.cat([x[:, :place], x[:, place + 1 :]], dim=1)

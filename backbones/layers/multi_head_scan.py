@@ -4,7 +4,7 @@ agreement."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.layers.ss2d import scan_grid
 from backbones.patterns import CROSS, DIAGONAL, SNAKE, SPIRAL_CORNERS, ScanPattern, get_pattern
 from backbones.weights import SAME, KeyRule, Layout
-from backbones.weights.loading import accept
+from backbones.weights.loading import TakesOfficialLayout
 
 HEADS = (SNAKE, DIAGONAL, SPIRAL_CORNERS, CROSS)
 """Patterns of the authors' heads C, X, S and Z."""
@@ -41,7 +41,7 @@ def _head_rules(index: int, letter: str) -> tuple[KeyRule, ...]:
     )
 
 
-class MultiHeadScan(nn.Module):
+class MultiHeadScan(TakesOfficialLayout):
     """Projects a map to narrow heads, scans each along the orders of its pattern, and gates, joins and mixes them.
 
     Where y_k are a head's outputs at one cell and channel along its k orders, the head gives
@@ -62,7 +62,7 @@ class MultiHeadScan(nn.Module):
         ValueError: there is no pattern, there are more than channels, one is unknown, or one has a single order.
     """
 
-    key_rules: ClassVar[Sequence[KeyRule]] = (
+    key_rules = (  # of the authors' heads C, X, S and Z
         # Two names of one tensor each: what is loaded last is what the authors' model computes with.
         KeyRule("x_ssproj_W", None),
         KeyRule("scanhead_{}.mambaeng.{}", None),
@@ -112,10 +112,3 @@ class MultiHeadScan(nn.Module):
         """Outputs along k orders (..., k, c) to the gated sum (..., c)."""
         spread = y.std(-2) / (y.mean(-2) - y.amin(-2) + 1e-5)
         return y.sum(-2) * torch.relu(spread - self.threshold)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
-        """Lets ``load_state_dict`` take the authors' layout of heads C, X, S and Z, as strictly as ours."""
-        accept(self, state_dict, prefix, local_metadata)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

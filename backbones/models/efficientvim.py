@@ -16,8 +16,8 @@ import timm
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from backbones.base.contract import Backbone, run_block
-from backbones.base.hierarchical import HierarchicalBackbone, Stage
+from backbones.base.contract import run_block
+from backbones.base.hierarchical import Stage, StagedBackbone
 from backbones.weights import WEIGHT_KEYS, KeyRule, Layout
 
 
@@ -40,7 +40,7 @@ class _MapStage(Stage):
         return self.norm(x)
 
 
-class EfficientViM(Backbone):
+class EfficientViM(StagedBackbone):
     """Stem, stages and downsamplings of timm's EfficientViM; its head reads hidden states that no map shows.
 
     Takes images of any size; every stride rounds up.
@@ -69,23 +69,13 @@ class EfficientViM(Backbone):
         self.feature_info = list(model.feature_info)
         self.pretrained_cfg = model.pretrained_cfg
         self.stem = model.patch_embed
-        self.stages: Any = nn.ModuleList(_MapStage(stage.blocks, nn.Identity()) for stage in model.stages)
+        self.stages = nn.ModuleList(_MapStage(stage.blocks, nn.Identity()) for stage in model.stages)
         self.downsamples = nn.ModuleList(stage.downsample for stage in model.stages[:-1])
 
     @classmethod
     def create(cls, arch: str, **kwargs: Any) -> EfficientViM:
         """The dense model of timm's ``arch``; arguments as of ``timm.create_model``."""
         return cls(timm.create_model(arch, **kwargs))
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades time for memory: blocks are computed again in backward instead of keeping their activations."""
-        super().set_grad_checkpointing(enable)
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters by depth, as those of :class:`backbones.base.HierarchicalBackbone`."""
-        return HierarchicalBackbone.group_matcher(cast(Any, self), coarse)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

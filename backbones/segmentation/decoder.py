@@ -11,6 +11,7 @@ from timm.layers import ConvNormAct, Mlp
 from torch import Tensor, nn
 
 from backbones.base.contract import run_block
+from backbones.base.hierarchical import init_linears
 from backbones.layers import SS2D, MultiHeadScan, MultiScaleConvFFN, Scan, channels_first, channels_last
 from backbones.layers.constructor import Constructor
 from backbones.layers.multi_head_scan import HEADS
@@ -137,11 +138,7 @@ class UNetDecoder(nn.Module):
             level.blocks = blocks(width, depth)
             self.levels.append(level)
         self.final_up = new_up(dims[0], self.out_dim, scale, **dd)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linears(self)
 
     def forward(self, x: Tensor, skips: Sequence[Tensor]) -> Tensor:
         """One map of the finest one's sides times ``scale``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -16,7 +16,7 @@ from backbones.layers import LayerNorm, channels_first, channels_last, set_backe
 from backbones.layers.constructor import Constructor
 from backbones.segmentation.decoder import UNetDecoder, fitted
 from backbones.suggest import did_you_mean
-from backbones.weights import KeyRule, files, loading, rules
+from backbones.weights import files, loading, rules
 
 _STRIDES = [4, 8, 16, 32]
 
@@ -51,7 +51,7 @@ class TimmEncoder(nn.Module):
         return [x if self.channels_last else channels_last(x) for x in self.model(x)]
 
 
-class UNet(nn.Module):
+class UNet(loading.TakesOfficialLayout):
     """An encoder, a :class:`backbones.segmentation.UNetDecoder` and a linear classifier of pixels.
 
     Images have any size: they are padded with zeros at the bottom and right to a multiple of the finest map's stride,
@@ -67,8 +67,6 @@ class UNet(nn.Module):
     Raises:
         ValueError: ``taps`` is unknown, or "input" with a model of timm's; or an argument of the decoder is wrong.
     """
-
-    key_rules: ClassVar[Sequence[KeyRule]] = ()  # official names and layouts, see backbones.weights.rules
 
     def __init__(
         self,
@@ -146,13 +144,6 @@ class UNet(nn.Module):
 
     def _in_chans(self) -> int:
         return self.encoder.in_chans if isinstance(self.encoder, HierarchicalBackbone) else self.encoder.model.in_chans
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
-        """Lets ``load_state_dict`` take the authors' layout, as strictly as ours."""
-        loading.accept(self, state_dict, prefix, local_metadata)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 def unet(

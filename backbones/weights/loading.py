@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from backbones.weights import sources
 from backbones.weights.files import Grid, Weights, grid_in, grids_of, read, refuse_duplicates, select
-from backbones.weights.rules import CheckpointError, enumerate_names, to_ours
+from backbones.weights.rules import CheckpointError, KeyRule, enumerate_names, to_ours
 
 _logger = logging.getLogger(__name__)
 
@@ -133,6 +133,18 @@ def check(
     text = "; ".join(f"{what}: {enumerate_names(which)}" for what, which in problems.items() if which)
     if text:
         raise CheckpointError(f"the weights do not fit {type(model).__name__}; {text}")
+
+
+class TakesOfficialLayout(nn.Module):
+    """A module into which ``load_state_dict`` and timm's ``checkpoint_path`` load the authors' layout as strictly as ours."""
+
+    key_rules: ClassVar[Sequence[KeyRule]] = ()  # official names and layouts, see backbones.weights.rules
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        accept(self, state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 def accept(model: Any, state_dict: MutableMapping[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
