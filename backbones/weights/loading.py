@@ -136,7 +136,7 @@ def check(
 
 
 class TakesOfficialLayout(nn.Module):
-    """A module into which ``load_state_dict`` and timm's ``checkpoint_path`` load the authors' layout as strictly as ours."""
+    """A module into which ``load_state_dict`` loads the authors' layout as strictly as ours, and so does timm."""
 
     key_rules: ClassVar[Sequence[KeyRule]] = ()  # official names and layouts, see backbones.weights.rules
 
