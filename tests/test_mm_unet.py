@@ -290,6 +290,7 @@ def test_tissue(tmp_path: Path) -> None:
     assert tool.main(arguments) == 0
     assert [x.stat().st_mtime_ns for x in files] == before
     assert tool.main([*arguments[:3], "4"]) == 2
+    assert tool.main([*arguments, "--seed", "1"]) == 2
     for kind, split, shape in (("annotations", "training", (64, 64)), ("images", "validation", (192, 192, 3))):
         content = np.asarray(Image.open(out / kind / split / "000000.png"))
         assert content.shape == shape

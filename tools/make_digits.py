@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -36,9 +35,12 @@ from contourpy import contour_generator
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tools are not installed
+
+from tools.write_once import write_once
+
 RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling.BICUBIC}
 NATIVE_SIZE = 8
-MARKER = "digits.json"
 SPLITS = ("train", "val")
 LARGEST = 4096  # pixels: a scene of this side is 200 MB in float32
 MOST_SCENES = 999_999  # names have six digits
@@ -197,29 +199,7 @@ def write_digits(out: Path, task: str, settings: dict[str, Any]) -> bool:
     """
     files = expected_files(task, settings)
     made_with = settings | ({"images": len(files)} if task == "classification" else {"task": task})
-    marker = out / MARKER
-    if marker.is_file():
-        found = json.loads(marker.read_text())
-        if found != made_with:
-            raise FileExistsError(
-                f"{out} holds digits made with {found}, not {made_with}; remove it or choose another --out"
-            )
-        if all((out / path).is_file() for path in files):
-            return False
-        folder = out
-    elif out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} exists and was not made by this script; choose another --out")
-    else:
-        # The folder gets its name when it is complete, so an interrupted run leaves no half data set.
-        folder = out.with_name(out.name + ".partial")
-        shutil.rmtree(folder, ignore_errors=True)
-    WRITERS[task](folder, settings)
-    (folder / MARKER).write_text(json.dumps(made_with) + "\n")
-    if folder != out:
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
-    return True
+    return write_once(out, "digits", made_with, files, lambda folder: WRITERS[task](folder, settings))
 
 
 def _crop(photograph: np.ndarray, size: int, rng: np.random.Generator, style: Style) -> np.ndarray:

@@ -15,7 +15,6 @@ for epithelium. Training crops come from the upper 320 rows, validation windows 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -24,6 +23,11 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from skimage import color, data, filters, morphology
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tools are not installed
+
+from tools.write_once import write_once
+
+KINDS = ("images", "annotations")
 SPLIT_ROW = 320
 WINDOW = 192  # pixels; validation windows lie side by side, overlapping
 WINDOW_COLUMNS = (0, 160, 320)
@@ -56,30 +60,21 @@ def write(out: Path, count: int, size: int, seed: int) -> bool:
     """Writes the data set; returns whether anything was written: a folder that is complete stays as it is.
 
     Raises:
-        FileExistsError: ``out`` holds something else.
+        FileExistsError: ``out`` holds something else, or tissue made with other settings.
     """
-    made = crops(count, size, seed)
-    if out.exists():
-        present = {str(path.relative_to(out)) for path in out.rglob("*.png")}
-        expected = {
-            f"{kind}/{split}/{i:06d}.png"
-            for split, pairs in made.items()
-            for kind in ("images", "annotations")
-            for i in range(len(pairs))
-        }
-        if present == expected:
-            return False
-        raise FileExistsError(f"{out} exists and holds other files than this data set; choose another --out")
-    partial = out.with_name(out.name + ".partial")  # an interrupted run leaves no half data set
-    shutil.rmtree(partial, ignore_errors=True)
+    counts = {"training": count, "validation": len(WINDOW_COLUMNS)}
+    names = [(split, f"{i:06d}.png") for split, number in counts.items() for i in range(number)]
+    files = [Path(kind, split, name) for kind in KINDS for split, name in names]
+    settings = {"train": count, "size": size, "seed": seed}
+    return write_once(out, "tissue", settings, files, lambda folder: _write(folder, crops(count, size, seed)))
+
+
+def _write(folder: Path, made: dict[str, list[tuple[np.ndarray, np.ndarray]]]) -> None:
     for split, pairs in made.items():
-        for kind, k in (("images", 0), ("annotations", 1)):
-            folder = partial / kind / split
-            folder.mkdir(parents=True)
+        for k, kind in enumerate(KINDS):
+            (folder / kind / split).mkdir(parents=True, exist_ok=True)
             for i, pair in enumerate(pairs):
-                Image.fromarray(pair[k]).save(folder / f"{i:06d}.png")
-    partial.rename(out)
-    return True
+                Image.fromarray(pair[k]).save(folder / kind / split / f"{i:06d}.png")
 
 
 def main(argv: list[str] | None = None) -> int:
