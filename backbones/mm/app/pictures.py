@@ -88,7 +88,7 @@ def draw_reconstructions(path: Path, title: str, images: np.ndarray, masks: np.n
             ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, fontsize=10)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def draw_instances(axes: Axes, instances: Any, classes: Sequence[str], colors: Colormap) -> None:

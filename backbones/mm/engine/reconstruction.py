@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -76,10 +77,8 @@ def painted(model: MaskedImageModelling, inputs: Tensor, seed: int = 0) -> tuple
     mask = model.draw_mask(inputs, torch.Generator().manual_seed(seed))
     rebuilt = model.rebuild(inputs, mask)
     if model.norm_cells:
+        mean, deviation = model.cell_statistics(inputs)
         stride = model.pretraining.stride
-        cells = torch.nn.functional.pixel_unshuffle(inputs, stride)
-        mean, deviation = cells.mean(1, keepdim=True), (cells.var(1, keepdim=True) + 1e-6).sqrt()
-        cells = torch.nn.functional.pixel_unshuffle(rebuilt, stride) * deviation + mean
-        rebuilt = torch.nn.functional.pixel_shuffle(cells, stride)
+        rebuilt = F.pixel_shuffle(F.pixel_unshuffle(rebuilt, stride) * deviation + mean, stride)
     model.train(training)
     return mask, rebuilt

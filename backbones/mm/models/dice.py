@@ -13,6 +13,10 @@ class _DiceLoss(nn.Module):
         super().__init__()
         self.loss_weight, self.loss_name = loss_weight, loss_name
 
+    @staticmethod
+    def _counted(target: Tensor, ignore_index: int | None) -> Tensor:
+        return torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+
 
 @MODELS.register_module()
 class BinaryDiceLoss(_DiceLoss):
@@ -35,7 +39,7 @@ class BinaryDiceLoss(_DiceLoss):
         """
         if pred.shape[1] != 1 or weight is not None:
             raise ValueError(f"pred: got {pred.shape[1]} logits for each pixel, expected 1 and no weight")
-        counted = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+        counted = self._counted(target, ignore_index)
         p = pred.squeeze(1).float().sigmoid() * counted
         t = (target * counted).float()
         overlap, sizes = (p * t).flatten(1).sum(1), (p + t).flatten(1).sum(1)
@@ -64,7 +68,7 @@ class BatchDiceLoss(_DiceLoss):
         """
         if pred.shape[1] < 2 or weight is not None:
             raise ValueError(f"pred: got {pred.shape[1]} logits for each pixel, expected two or more and no weight")
-        counted = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+        counted = self._counted(target, ignore_index)
         p = pred.float().softmax(1) * counted.unsqueeze(1)
         t = F.one_hot(target.where(counted, 0), pred.shape[1]).movedim(-1, 1) * counted.unsqueeze(1)
         axes = (0, 2, 3)

@@ -147,10 +147,14 @@ class MaskedImageModelling(BaseModel):
         """The pixels that are to be painted, (b, in_chans, height, width)."""
         if not self.norm_cells:
             return inputs
+        mean, deviation = self.cell_statistics(inputs)
         stride = self.pretraining.stride
-        cells = F.pixel_unshuffle(inputs, stride)
-        mean, variance = cells.mean(1, keepdim=True), cells.var(1, keepdim=True)
-        return F.pixel_shuffle((cells - mean) * (variance + 1e-6).rsqrt(), stride)
+        return F.pixel_shuffle((F.pixel_unshuffle(inputs, stride) - mean) / deviation, stride)
+
+    def cell_statistics(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each cell's pixels, (b, 1, rows, columns)."""
+        cells = F.pixel_unshuffle(inputs, self.pretraining.stride)
+        return cells.mean(1, keepdim=True), (cells.var(1, keepdim=True) + 1e-6).sqrt()
 
     def forward(
         self, inputs: Tensor, targets: Any = None, mode: str = "tensor"

@@ -10,6 +10,7 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from backbones.layers import channels_first, channels_last
 from backbones.mm.errors import UserError
 from backbones.segmentation import MSVMUNet, UNetDecoder, VMUNet
 from backbones.weights import files, loading, rules
@@ -69,9 +70,9 @@ class UNetHead(BaseDecodeHead):
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """Maps (b, c, h, w), finest first, to logits (b, out_channels, scale h, scale w)."""
-        maps = [x.permute(0, 2, 3, 1).contiguous() for x in self._transform_inputs(inputs)]
+        maps = [channels_last(x).contiguous() for x in self._transform_inputs(inputs)]
         y = self.decoder(maps[-1], maps[: len(self.decoder.levels) + 1])
-        return self.cls_seg(y.permute(0, 3, 1, 2))
+        return self.cls_seg(channels_first(y))
 
     def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: Any) -> dict[str, Tensor]:
         """Losses of logits cropped to the labels."""
