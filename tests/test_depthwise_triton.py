@@ -6,16 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import backbones.ops.scan.triton as backend
+from tests.kernels import DEVICE, RUNS, error, needs_kernels, quiet
 from tests.scripts import run_in_the_interpreter
 from tests.tolerances import OPERATOR
 
 pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RUNS = backend.unavailable_reason() is None
-needs_kernels = pytest.mark.skipif(not RUNS, reason="needs a GPU or TRITON_INTERPRET=1: see test_in_the_interpreter")
-# Of the interpreter's own making.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = quiet
 
 
 @pytest.mark.skipif(RUNS, reason="the kernels run in this process")
@@ -113,11 +109,6 @@ def check(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, strid
         assert error(dbias, wanted[2]) <= OPERATOR["float32"]
     else:
         assert dbias.shape == (0,)
-
-
-def error(x: torch.Tensor, expected: torch.Tensor) -> float:
-    assert x.shape == expected.shape
-    return ((x.cpu().double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
 @needs_kernels

@@ -1,9 +1,8 @@
 """The Triton kernels against float64, on the GPU if there is one, else in Triton's interpreter (some 50 us an
 instruction).
 
-The interpreter must be asked for before Triton is first imported, which another test file may have done:
-    without a GPU these
-tests are skipped here and run by ``test_in_the_interpreter`` in a process of their own.
+The interpreter must be asked for before Triton is first imported, which another test file may have done: without a GPU
+these tests are skipped here and run by ``test_in_the_interpreter`` in a process of their own.
 """
 
 import os
@@ -22,16 +21,14 @@ from backbones.ops import Visits, selective_scan
 from backbones.ops.scan import naive
 from backbones.ops.scan.triton import tables
 from backbones.patterns import ATROUS, BIDIRECTIONAL, CROSS, ScanPattern
+from tests.kernels import DEVICE, RUNS, quiet
 from tests.operator_cases import CASES, Case
 from tests.scripts import run_in_the_interpreter
 from tests.tolerances import OPERATOR
 
 pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RUNS = backend.unavailable_reason() is None
 needs_kernels = pytest.mark.usefixtures("poisoned")
-# Of the interpreter's own making.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = quiet
 NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 OUTPUTS = ("sum", "per_order", "per_step")
 QUARTERS = ScanPattern("quarters", 4, ATROUS.order_fn, pad_to=2)  # a table of its own, which that of ATROUS may not be

@@ -3,19 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-import backbones.ops.scan.triton as backend
 from backbones.ops.fused.layer_norm.operator import Normalise
+from tests.kernels import DEVICE, RUNS, error, needs_kernels, quiet
 from tests.scripts import run_in_the_interpreter
 from tests.tolerances import OPERATOR
 
 pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RUNS = backend.unavailable_reason() is None
-needs_kernels = pytest.mark.skipif(not RUNS, reason="needs a GPU or TRITON_INTERPRET=1: see test_in_the_interpreter")
-# Of the interpreter's own making.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = quiet
 
 SHAPES = [(1, 1, 5), (2, 7, 1, 24), (3, 50, 384), (70, 100)]
 
@@ -23,10 +18,6 @@ SHAPES = [(1, 1, 5), (2, 7, 1, 24), (3, 50, 384), (70, 100)]
 @pytest.mark.skipif(RUNS, reason="the kernels run in this process")
 def test_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__)
-
-
-def error(x: Tensor, expected: Tensor) -> float:
-    return ((x.detach().cpu().double() - expected).norm() / expected.norm()).item()
 
 
 @needs_kernels
