@@ -11,10 +11,11 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from backbones.base import Backbone, PlainBackbone
+from backbones.layers import NonCausalSSD
 from backbones.mm import UserError
 from backbones.mm.models import dense
 from backbones.models import FAMILIES, GUESTS
-from backbones.models.vssd import VSSD, NonCausalSSD
+from backbones.models.vssd import VSSD
 from backbones.weights import CheckpointError
 from backbones.weights.rules import to_ours
 from tests.test_parity import hold_in_double_precision

@@ -9,13 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.layers import SS2D, MambaMixer, Scan, SelectiveSSM
-from backbones.models.adventurer import Mamba2Mixer
-from backbones.models.groupmamba import GroupMambaLayer
-from backbones.models.msvmamba import MultiScaleSS2D
+from backbones.layers import (
+    SS2D,
+    GroupMambaLayer,
+    Mamba2Mixer,
+    MambaMixer,
+    MultiScaleSS2D,
+    NonCausalSSD,
+    Scan,
+    SelectiveSSM,
+    StructureAwareSSM,
+)
 from backbones.models.plainmamba import PlainMambaMixer
-from backbones.models.spatialmamba import StructureAwareSSM
-from backbones.models.vssd import NonCausalSSD
 from backbones.patterns import FORWARD, SNAKE
 from tests.small_models import SMALLEST, create, create_small, images, is_plain
 
@@ -243,10 +248,10 @@ def test_every_scan_of_a_model_in_half_precision_takes_its_decay_in_float32(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[torch.dtype] = []
-    for module in ("layers.selective_ssm", "models.plainmamba", "models.adventurer"):
+    for module in ("layers.selective_ssm", "layers.mamba2", "models.plainmamba"):
         watch(monkeypatch, f"backbones.{module}.selective_scan", taken)
-    watch(monkeypatch, "backbones.models.adventurer.ssd", taken)
-    watch(monkeypatch, "backbones.models.vssd.ssd_noncausal", taken)
+    watch(monkeypatch, "backbones.layers.mamba2.ssd", taken)
+    watch(monkeypatch, "backbones.layers.noncausal_ssd.ssd_noncausal", taken)
     model = create_small(name).eval().bfloat16()
     y = model(images().bfloat16())
     assert y.dtype == torch.bfloat16 and y.isfinite().all()

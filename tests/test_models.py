@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import feature_extraction
 
-from backbones.layers import Scan, SelectiveSSM, scan_grid
+from backbones.layers import Mamba2Mixer, Scan, SelectiveSSM, scan_grid
 from backbones.layers.rotary import RotaryEmbedding
 from backbones.models import family_names
-from backbones.models.adventurer import Mamba2Mixer
 from backbones.patterns import ATROUS, HILBERT, REVERSE, SNAKE, ScanPattern
 from tests.small_models import SMALLEST, blocks_of, create, create_small, images, is_plain, total
 from tests.tolerances import AUTOCAST, SAME_FUNCTION

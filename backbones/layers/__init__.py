@@ -1,9 +1,13 @@
-"""Building blocks that two families or more share."""
+"""Mixers and blocks, for the models of this library and for other networks, and what families share beside them."""
 
 from backbones.layers.bi_attn import BiAttn
 from backbones.layers.feed_forward import ConvFFN, MultiScaleConvFFN
+from backbones.layers.group_mamba import GroupMambaLayer
 from backbones.layers.mamba import MambaBlock, MambaMixer
+from backbones.layers.mamba2 import Mamba2Mixer
 from backbones.layers.multi_head_scan import MultiHeadScan
+from backbones.layers.multi_scale_ss2d import MultiScaleSS2D
+from backbones.layers.noncausal_ssd import NonCausalSSD
 from backbones.layers.norm import LayerNorm
 from backbones.layers.patch_embed import PatchEmbed, StemPatchEmbed
 from backbones.layers.patch_expand import BilinearExpand, LargeKernelPatchExpand, PatchExpand
@@ -22,7 +26,8 @@ from backbones.layers.rotary import RotaryEmbedding
 from backbones.layers.scan import Scan, set_backend
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.layers.ss2d import SS2D, DepthwiseConv2d, scan_grid
-from backbones.layers.vss_block import branch_norm
+from backbones.layers.structure_aware import StateFusion, StructureAwareSSM
+from backbones.layers.vss_block import VSSBlock, branch_norm
 
 __all__ = [
     "SS2D",
@@ -32,12 +37,16 @@ __all__ = [
     "ConvFFN",
     "ConvStem",
     "DepthwiseConv2d",
+    "GroupMambaLayer",
     "LargeKernelPatchExpand",
     "LayerNorm",
+    "Mamba2Mixer",
     "MambaBlock",
     "MambaMixer",
     "MultiHeadScan",
     "MultiScaleConvFFN",
+    "MultiScaleSS2D",
+    "NonCausalSSD",
     "PatchEmbed",
     "PatchExpand",
     "PatchMerging",
@@ -47,7 +56,10 @@ __all__ = [
     "RotaryEmbedding",
     "Scan",
     "SelectiveSSM",
+    "StateFusion",
     "StemPatchEmbed",
+    "StructureAwareSSM",
+    "VSSBlock",
     "WideDownsample",
     "branch_norm",
     "channels_first",

@@ -14,26 +14,22 @@ sum instead of one for each, nearest instead of bilinear upsampling, and, but fo
 
 from __future__ import annotations
 
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
-from torch import Tensor, nn
+from torch import nn
 
 from backbones.base import HierarchicalBackbone, build_model
 from backbones.layers import (
     ConvDownsample,
     ConvFFN,
     ConvStem,
-    DepthwiseConv2d,
-    LayerNorm,
+    MultiScaleSS2D,
     PatchMerging,
     PatchStem,
     Scan,
-    SelectiveSSM,
-    scan_grid,
+    VSSBlock,
 )
 from backbones.layers.key_rules import (
     BLOCKS,
@@ -46,122 +42,9 @@ from backbones.layers.key_rules import (
     POINTWISE,
     grouped,
 )
-from backbones.layers.resolution import channels_first, channels_last
-from backbones.layers.tracing import Opaque
-from backbones.layers.vss_block import VSSBlock
-from backbones.ops import silu_gate
-from backbones.patterns import MULTI_SCALE, ScanPattern
+from backbones.patterns import MULTI_SCALE
 from backbones.weights import WEIGHT_KEYS, KeyRule, Layout
 from backbones.zoo import default_cfgs as zoo_cfgs
-
-_MULTI_SCALE = Scan(MULTI_SCALE)
-
-
-class SqueezeExcite(nn.Module):
-    """Scales the channels of a map (b, h, w, dim) by a gate computed from their means, with no biases."""
-
-    def __init__(
-        self,
-        dim: int,
-        hidden_dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim, bias=False, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden_dim, dim, bias=False, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, h, w, dim) to (b, h, w, dim)."""
-        gate = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((1, 2))))))
-        return x * gate[:, None, None]
-
-
-class MultiScaleSS2D(Opaque, nn.Module):
-    """A scan at full and a scan at half resolution, added, squeezed and excited, gated (MSVMamba, section 4).
-
-    Args:
-        dim: width of the map.
-        scan: the walk over the half-resolution map; window and backend of both scans.
-        d_state: states of each channel.
-        ssm_ratio: inner width over ``dim``.
-        gated: multiply by SiLU(z), z a second projection of the input.
-        branch_norm: normalise every step of each scan, before they are added; else normalise their sum.
-        upsampling: "bilinear" or "nearest".
-
-    Raises:
-        ValueError: ``branch_norm`` with a pattern that is not a sequence of walks over the whole map.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        scan: Scan = _MULTI_SCALE,
-        d_state: int = 1,
-        ssm_ratio: float = 2.0,
-        gated: bool = True,
-        branch_norm: bool = True,
-        upsampling: str = "bilinear",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        d_inner = int(ssm_ratio * dim)
-        self.scan = scan
-        self.gated, self.branch_norm, self.upsampling = gated, branch_norm, upsampling
-        self.walks = _number_of_walks(scan.pattern) if branch_norm else 0
-        self.in_proj = nn.Linear(dim, 2 * d_inner if gated else d_inner, bias=False, **dd)
-        self.conv_full = DepthwiseConv2d(d_inner, silu=True, **dd)
-        self.conv_low = DepthwiseConv2d(d_inner, 7, stride=2, silu=True, **dd)
-        dt_rank = -(-dim // 16)
-        self.ssm_full = SelectiveSSM(d_inner, d_state, dt_rank, 1, scan.backend, **dd)
-        self.ssm_low = SelectiveSSM(d_inner, d_state, dt_rank, 1, scan.backend, **dd)
-        self.out_norm = LayerNorm(d_inner, **dd)
-        self.se = SqueezeExcite(d_inner, d_inner // 8, **dd)
-        self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, h, w, dim) to (b, h, w, dim)."""
-        x, z = self.in_proj(x).chunk(2, dim=-1) if self.gated else (self.in_proj(x), None)
-        full, low = self.conv_full(x), self.conv_low(x)
-        full = self.ssm_full(full.flatten(1, 2), local_window=self.scan.window(full.shape[1] * full.shape[2]))
-        full = full.unflatten(1, x.shape[1:3])
-        if self.branch_norm:
-            y = self.out_norm(full) + self._upsample(self._scan_and_norm(low), full)
-        else:
-            low = scan_grid(self.ssm_low, low, self.scan)
-            y = self.out_norm(full + self._upsample(low, full))
-        y = self.se(y)
-        return self.out_proj(y if z is None else silu_gate(y, z, backend=self.ssm_full.backend))
-
-    def scanned_grid(self, layer: str, height: int, width: int) -> tuple[int, int]:
-        """Sides of the map that ``layer``, "ssm_full" or "ssm_low", scans in a map of ``height`` x ``width``."""
-        return (height, width) if layer == "ssm_full" else (-(-height // 2), -(-width // 2))
-
-    def _scan_and_norm(self, x: Tensor) -> Tensor:
-        """Normalises every step, and adds those of one cell by gathering: scattering is not deterministic."""
-        height, width = x.shape[1:3]
-        pattern, window = self.scan.pattern, self.scan.window(height * width)
-        order, visits = pattern.orders(height, width, x.device), pattern.visits(height, width)
-        y = self.ssm_low(x.flatten(1, 2), order, "per_step", window, visits)
-        y = self.out_norm(y.squeeze(2)).unflatten(1, (self.walks, height * width))
-        steps = order.view(self.walks, height * width).argsort(1)
-        y = reduce(torch.add, (y[:, walk].index_select(1, steps[walk]) for walk in range(self.walks)))
-        return y.unflatten(1, (height, width))
-
-    def _upsample(self, x: Tensor, like: Tensor) -> Tensor:
-        size = (like.shape[1], like.shape[2])
-        return channels_last(F.interpolate(channels_first(x), size, mode=self.upsampling))
-
-
-def _number_of_walks(pattern: ScanPattern) -> int:
-    """How many walks over the whole grid the pattern strings together, read off a small grid."""
-    walks = pattern.orders(5, 6)[0].split(30)
-    if any(walk.sort().values.tolist() != list(range(30)) for walk in walks):
-        raise ValueError(f"pattern: {pattern.name!r} does not walk over all cells, once or several times in turn")
-    return len(walks)
-
 
 # Two groups stacked, of which each scan takes one, as its only order.
 _SPLIT = Layout(lambda x: x.unsqueeze(1), lambda x: x.squeeze(1))
