@@ -136,6 +136,7 @@ setup(
             "onedl-mmdetection",
             "onedl-mmsegmentation",
             "opencv-python-headless",
+            "contourpy",
             "matplotlib",
             "rich",
             "scikit-image",

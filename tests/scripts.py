@@ -1,21 +1,25 @@
 """Tools as modules, and tests of Triton kernels in a process of their own."""
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
-
-_TOOLS = Path(__file__).parents[1] / "tools"
 
 
 def load_tool(name: str) -> ModuleType:
-    """The script ``tools/<name>.py`` as a new module, for tests that run it in this process."""
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", _TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module ``backbones.commands.<name>``, of which optional packages may be missing."""
+    return importlib.import_module(f"backbones.commands.{name}")
+
+
+def call_tool(name: str, *arguments: object) -> None:
+    """Calls a command in this process as its script in ``tools/`` does.
+
+    Raises:
+        SystemExit: it ended with another status than 0.
+    """
+    if status := load_tool(name).main([str(x) for x in arguments], f"{name}.py"):
+        raise SystemExit(status)
 
 
 def run_in_the_interpreter(file: str, markers: str = "not slow") -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,15 +14,14 @@ from PIL import Image
 
 pytest.importorskip("mmengine")
 
-from backbones.mm.app.cli import run_tool
-from tests.scripts import load_tool
+from tests.scripts import call_tool, load_tool
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def module() -> ModuleType:
-    return load_tool("analyze_logs")
+    return load_tool("analyze")
 
 
 @pytest.fixture
@@ -31,8 +29,7 @@ def tool(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Runs tools/analyze_logs.py in this process, as its command line would."""
 
     def call(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["analyze_logs.py", *map(str, arguments)])
-        run_tool(module.main)
+        call_tool("analyze", *arguments)
 
     monkeypatch.chdir(tmp_path)
     return call
@@ -130,6 +127,6 @@ def test_mistakes_get_one_clear_line(
         tool(*arguments)
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("analyze_logs.py: error: ") and len(printed.err.splitlines()) == 1, printed.err
+    assert printed.err.startswith("analyze.py: error: ") and len(printed.err.splitlines()) == 1, printed.err
     assert all(word in printed.err for word in words), printed.err
     assert set(tmp_path.rglob("*")) == before

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up: a room imports itself and what stands before it.
 ROOMS = (
     *("suggest", "zoo", "images", "ops", "graphs", "weights", "patterns", "scan_patterns", "layers", "base", "models"),
-    *("segmentation", "analysis", "conversion", "export", "doctor", "mm"),
+    *("segmentation", "analysis", "conversion", "export", "doctor", "mm", "commands"),
 )
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from rich.progress import Progress
 
+from backbones.commands import benchmark
+from backbones.commands.bench import measure, models, operator
+from backbones.commands.bench.shapes import SHAPES, Shape
 from backbones.ops import native
-from tools import benchmark
-from tools.bench import measure, models, operator
-from tools.bench.shapes import SHAPES, Shape
 
 needs_kernel = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
 TINY = Shape("a test", 2, 2, 8, 5, 4)
@@ -77,8 +77,7 @@ def test_what_is_not_timed_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, c
 
     monkeypatch.setattr(benchmark, "bench_op", refuse)
     monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "op", "--threads", str(torch.get_num_threads())])
-    assert benchmark.main() == 2
+    assert benchmark.main(["op", "--threads", str(torch.get_num_threads())]) == 2
     assert capsys.readouterr().err == "cpu: not timed\n"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +14,7 @@ from PIL import Image
 
 pytest.importorskip("mmengine")
 
-from backbones.mm.app.cli import run_tool
-from tests.scripts import load_tool
+from tests.scripts import call_tool, load_tool
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {
@@ -36,8 +34,7 @@ def tool(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Runs tools/browse.py in this process, as its command line would."""
 
     def call(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["browse.py", *map(str, arguments)])
-        run_tool(module.main)
+        call_tool("browse", *arguments)
 
     monkeypatch.chdir(tmp_path)
     return call

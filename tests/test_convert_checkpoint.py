@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -36,7 +35,7 @@ Tool = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def module() -> ModuleType:
-    return load_tool("convert_checkpoint")
+    return load_tool("convert")
 
 
 @pytest.fixture
@@ -47,9 +46,8 @@ def tool(
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: object, status: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])
         capsys.readouterr()
-        assert module.main() == status
+        assert module.main([str(x) for x in arguments], "convert.py") == status
         printed = capsys.readouterr()
         return printed.err if status else printed.out
 
@@ -307,7 +305,7 @@ def test_bad_files_get_one_line_and_nothing_is_written(
     monkeypatch.chdir(bad_files)
     before = sorted(path.name for path in bad_files.iterdir())
     error = tool(*arguments, status=2)
-    assert error.startswith("convert_checkpoint.py: error: ")
+    assert error.startswith("convert.py: error: ")
     assert len(error.splitlines()) == 1
     assert all(word in error for word in words), error
     assert sorted(path.name for path in bad_files.iterdir()) == before

@@ -16,7 +16,7 @@ from backbones import doctor, ops
 from backbones.doctor import Finding
 from backbones.ops import native
 from backbones.ops.scan import cpu
-from tests.scripts import load_tool
+from tools import doctor as tool
 
 needs_kernel = pytest.mark.skipif(ops.backends()["cpu"] is not None, reason="no compiled kernel")
 
@@ -151,7 +151,6 @@ def test_kernel_slower_than_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_library_that_does_not_import(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    tool = load_tool("doctor")
     monkeypatch.setitem(sys.modules, "backbones.doctor", None)
     monkeypatch.delattr("backbones.doctor")
     assert tool.main() == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -178,8 +177,7 @@ def tool() -> ModuleType:
 
 
 def call(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
-    return tool.main()
+    return tool.main([str(x) for x in arguments], "export.py")
 
 
 @pytest.mark.slow

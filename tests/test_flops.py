@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -240,7 +241,7 @@ def test_scans_are_linear_in_the_tokens(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def main() -> Callable[[list[str]], int]:
-    return load_tool("flops").main
+    return partial(load_tool("flops").main, prog="flops.py")
 
 
 def test_table(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:

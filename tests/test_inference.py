@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +16,9 @@ pytest.importorskip("mmengine")
 
 from mmengine.config import Config
 
-from backbones.mm.app.cli import load_config, run_tool
+from backbones.mm.app.cli import load_config
 from backbones.mm.app.inference import build_model, load_predictor, task_of
-from tests.scripts import load_tool
+from tests.scripts import call_tool
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {
@@ -64,11 +63,9 @@ def images(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs tools/inference.py in this process, as its command line would."""
-    module = load_tool("inference")
 
     def call(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["inference.py", *map(str, arguments)])
-        run_tool(module.main)
+        call_tool("inference", *arguments)
 
     monkeypatch.chdir(tmp_path)
     return call

@@ -14,12 +14,10 @@ from sklearn.datasets import load_digits
 
 from tests.scripts import load_tool
 
-SCRIPT = Path(__file__).parents[1] / "tools" / "make_digits.py"
-
 
 @pytest.fixture(scope="module")
 def make_digits() -> ModuleType:
-    return load_tool("make_digits")
+    return load_tool("digits")
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +114,9 @@ def test_arguments_are_checked(
     make_digits: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        make_digits.main(["--out", str(tmp_path / "digits"), *arguments])
+        make_digits.main(["--out", str(tmp_path / "digits"), *arguments], "digits.py")
     error = capsys.readouterr().err
-    assert words in error and error.startswith("make_digits.py: error: ") and len(error.splitlines()) == 1
+    assert words in error and error.startswith("digits.py: error: ") and len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 

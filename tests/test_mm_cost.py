@@ -100,6 +100,6 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in printed for name in ("backbone", "neck", "rpn_head", "bbox_heads", "mask_heads", "total"))
     assert flops.main([config, "--size", "64"]) == 0
     assert "64 x 64 pixels" in capsys.readouterr().out
-    assert flops.main([str(ROOT / "digits/absent.py")]) == 2
+    assert flops.main([str(ROOT / "digits/absent.py")], "flops.py") == 2
     error = capsys.readouterr().err
     assert error.startswith("flops.py: error: config") and len(error.splitlines()) == 1

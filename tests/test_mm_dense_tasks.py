@@ -21,11 +21,10 @@ pytest.importorskip("mmseg")
 
 from mmengine.config import Config
 
-from backbones.mm.app.cli import run_tool
 from backbones.mm.app.console import brief, print_average_precisions
 from backbones.mm.data.annotations import check_annotations
 from backbones.mm.errors import UserError
-from tests.scripts import load_tool
+from tests.scripts import call_tool, load_tool
 
 # mmengine names a run after its config and the second; runs of one process within a second share a name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*instance named of:UserWarning")
@@ -70,7 +69,7 @@ METRIC = {"detection": r"box AP .*mask AP50 ", "segmentation": r"mIoU [\d.]+"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data sets ``detection`` and ``segmentation`` and configs ``detection.py`` and ``segmentation.py``."""
     path = tmp_path_factory.mktemp("dense")
-    make_digits = load_tool("make_digits")
+    make_digits = load_tool("digits")
     for task, text in SMALL.items():
         make_digits.write_digits(path / task, task, {"size": 64, "train": 8, "val": 4, "seed": 0})
         values = {"configs": ROOT / "configs" / "digits", "data": path / task}
@@ -89,8 +88,7 @@ def tool(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs ``tools/NAME.py`` in this process, as its command line would."""
 
     def call(name: str, *arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        run_tool(load_tool(name).main)
+        call_tool(name, *arguments)
 
     monkeypatch.chdir(folder)
     return call

@@ -24,11 +24,10 @@ from torch import Tensor
 
 import backbones
 from backbones.mm import ImageClassifier, MaskedImageModelling, UserError
-from backbones.mm.app.cli import run_tool
 from backbones.mm.engine.reconstruction import painted
 from backbones.mm.models.toki import Toki, bounded, toki
 from backbones.weights import CheckpointError
-from tests.scripts import load_tool
+from tests.scripts import call_tool
 from tools.recordings import load_arrays
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*instance named of:UserWarning")
@@ -278,8 +277,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def train(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def call(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        run_tool(load_tool("train").main)
+        call_tool("train", *arguments)
 
     monkeypatch.chdir(folder)
     return call

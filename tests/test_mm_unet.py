@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +24,9 @@ from scipy.spatial.distance import cdist
 import backbones
 import backbones.mm.segmentation
 from backbones.mm import BatchDiceLoss, BinaryDiceLoss, UserError, VolumeMetric
-from backbones.mm.app.cli import run_tool
 from backbones.mm.engine.volumes import dice_coefficient, hausdorff_95
 from backbones.weights import CheckpointError
-from tests.scripts import load_tool
+from tests.scripts import call_tool, load_tool
 from tools import recordings
 from tools.parity import official_file
 
@@ -280,7 +278,7 @@ def test_masks_of_lesions(tmp_path: Path) -> None:
 
 def test_tissue(tmp_path: Path) -> None:
     """Splits do not overlap, and running again changes nothing."""
-    tool = load_tool("make_tissue")
+    tool = load_tool("tissue")
     out = tmp_path / "tissue"
     arguments = ["--out", str(out), "--train", "3", "--size", "64"]
     assert tool.main(arguments) == 0
@@ -325,12 +323,11 @@ def test_trained_tested_and_drawn(
 ) -> None:
     """The demonstration, smaller."""
     data = tmp_path / "tissue"
-    assert load_tool("make_tissue").main(["--out", str(data), "--train", "4", "--size", "32"]) == 0
+    assert load_tool("tissue").main(["--out", str(data), "--train", "4", "--size", "32"]) == 0
     (tmp_path / "small.py").write_text(SMALL.format(config=CONFIGS / "unet_vmamba-tiny-s1l8_tissue.py", data=data))
     monkeypatch.chdir(tmp_path)
     for arguments in (["train", "small.py"], ["test", "small.py", "run"]):
-        monkeypatch.setattr(sys, "argv", [*arguments, "--work-dir", "run"])
-        run_tool(load_tool(arguments[0]).main)
+        call_tool(*arguments, "--work-dir", "run")
     assert re.search(r"^Dice [\d.]+ .*Dice_epithelium [\d.]+  \(3 images, ", capsys.readouterr().out, re.MULTILINE)
     with Image.open("run/predictions.png") as picture:
         assert np.asarray(picture).std() > 1

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 
+from backbones.commands import benchmark
+from backbones.commands.outputs import unwritable, unwritable_folder
 from backbones.images import write_picture
 from tests.scripts import load_tool
-from tools import benchmark
-from tools.outputs import unwritable, unwritable_folder
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "configs/digits/vim-tiny_digits.py"
@@ -46,12 +45,12 @@ def test_reasons(wrong: dict[str, Path], tmp_path: Path) -> None:
 def command_lines(out: Path) -> dict[str, list[object]]:
     return {
         "browse": [DIGITS, "--out", out],
-        "analyze_logs": [".", "--out", out],
+        "analyze": [".", "--out", out],
         "visualize": ["orders", "cross", "--out", out],
     }
 
 
-@pytest.mark.parametrize("name", ["browse", "analyze_logs", "visualize"])
+@pytest.mark.parametrize("name", ["browse", "analyze", "visualize"])
 @pytest.mark.parametrize("kind", ["below a file", "a folder", "another ending", "no folder", "a system of its own"])
 def test_tools_refuse_an_unwritable_picture_first(
     wrong: dict[str, Path],
@@ -77,11 +76,7 @@ def test_tools_refuse_an_unwritable_picture_first(
 
 def status(module: Any, name: str, arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> int:
     """The exit status of a tool's command line."""
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    run = getattr(module, "run_tool", lambda main: sys.exit(main()))
-    with pytest.raises(SystemExit) as ended:
-        run(module.main)
-    return ended.value.code or 0
+    return module.main([str(x) for x in arguments], f"{name}.py")
 
 
 def test_inference_refuses_its_folder_first(
@@ -136,8 +131,7 @@ def test_benchmark_names_a_mistyped_model(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: pytest.fail("work before the refusal"))
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
-    assert benchmark.main() == 2
+    assert benchmark.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"unknown model '{arguments[-1]}'; did you mean ") and len(error.splitlines()) == 1
 
@@ -146,6 +140,5 @@ def test_benchmark_refuses_an_unwritable_file_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: pytest.fail("work before the refusal"))
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "model", "vim_tiny", "--csv", str(tmp_path)])
-    assert benchmark.main() == 2
+    assert benchmark.main(["model", "vim_tiny", "--csv", str(tmp_path)]) == 2
     assert "--csv: got" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def converted(model: nn.Module, folder: Path) -> Path:
     name = model.pretrained_cfg["architecture"]
     torch.save(model.state_dict(), folder / "source.pth")
     target = folder / "weights.safetensors"
-    tool = load_tool("convert_checkpoint")
+    tool = load_tool("convert")
     small = conversion.Converted(
         name, {}, files.read(folder / "source.pth"), ()
     )  # the registered model is larger than this one
@@ -197,7 +197,7 @@ def test_the_converter_recognises_and_keeps_the_grid(name: str, tmp_path: Path) 
     assert found.arguments == {"num_classes": 3, "img_size": (64, 256)}
     assert found.weights.grids == {"pos_embed": (4, 16)}
     target = tmp_path / "out.safetensors"
-    load_tool("convert_checkpoint").write(target, found, tmp_path / "known.pth")
+    load_tool("convert").write(target, found, tmp_path / "known.pth")
     with safe_open(target, "pt") as file:
         assert file.metadata()["grid_size"] == "4 x 16"
     assert files.read(target).grids == {"pos_embed": (4, 16)}

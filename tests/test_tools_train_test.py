@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from PIL import Image
 pytest.importorskip("mmengine")
 
 from backbones.mm.app.cli import run_tool
-from tests.scripts import load_tool
+from tests.scripts import call_tool
 
 # mmengine names a run after its config and the second; runs of one process within a second share a name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*instance named of:UserWarning")
@@ -73,9 +74,7 @@ def tool(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs ``tools/NAME.py`` in this process, as its command line would."""
 
     def call(name: str, *arguments: object) -> None:
-        module = load_tool(name)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        run_tool(module.main)
+        call_tool(name, *arguments)
 
     monkeypatch.chdir(folder)
     return call
@@ -206,12 +205,11 @@ def test_mistakes_get_one_clear_line(
 
 
 def test_interruption_ends_with_status_130(capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted() -> None:
+    def interrupted(args: Namespace) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit, match="130"):
-        run_tool(interrupted)
-    assert "interrupted" in capsys.readouterr().err
+    assert run_tool("train.py", interrupted, Namespace()) == 130
+    assert capsys.readouterr().err == "train.py: interrupted\n"
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from backbones.analysis.hidden_attention import RecordedScan, hidden_attention, recorded_scans
+from backbones.commands import visualize
+from backbones.commands.subject import Subject
 from backbones.ops import selective_scan
 from backbones.patterns import PATTERNS, get_pattern
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tools import visualize  # noqa: E402
-from tools.subject import Subject  # noqa: E402
 
 # Small models of every family, and what their scans do differently.
 MODELS = {
@@ -246,7 +243,7 @@ def test_mistakes_get_one_clear_line(
     bad = image.with_name("bad.txt")
     bad.write_text("neither an image nor weights")
     before = set(image.parent.iterdir())
-    assert visualize.main([{"IMAGE": str(image), "BAD": str(bad)}.get(x, x) for x in arguments]) == 2
+    assert visualize.main([{"IMAGE": str(image), "BAD": str(bad)}.get(x, x) for x in arguments], "visualize.py") == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("visualize.py: error: ") and len(printed.err.splitlines()) == 1, printed.err

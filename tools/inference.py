@@ -1,118 +1,14 @@
 #!/usr/bin/env python
-"""Show what a trained model finds in images, from its config and checkpoint.
+"""The command line of ``backbones.commands.inference``."""
 
-    python tools/inference.py 7.png --config configs/digits/vim-tiny_digits.py --checkpoint work_dirs/vim-tiny_digits
-
-Prints one line an image and writes OUT/<image>.png: the most likely classes, boxes and masks, or the label map.
-CHECKPOINT may be the work directory of a training run: then its best checkpoint is meant.
-"""
-
-from __future__ import annotations
-
-import argparse
 import os
 import sys
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
-# Must come before PyTorch; tools/train.py says why.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before PyTorch
 
-import numpy as np
-from matplotlib import colormaps
-from matplotlib.colors import Colormap
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from mmengine.config import DictAction
-
-from backbones.mm.app import pictures
-from backbones.mm.app.cli import load_config, run_tool
-from backbones.mm.app.inference import Predictor, load_predictor, read_image
-from backbones.mm.engine.report import find_best
-from backbones.mm.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tools are not installed
-
-from tools.outputs import unwritable_folder
-
-
-def show(predictor: Predictor, path: Path, args: argparse.Namespace) -> tuple[str, Figure]:
-    """Prediction for one image, in words and as a picture."""
-    image = read_image(path)
-    result = predictor(path)
-    figure = Figure(figsize=(7.5, 7 * image.height / image.width + 0.7), layout="constrained")
-    if predictor.task == "classification":
-        scores, labels = (x.tolist() for x in result.topk(min(args.topk, len(predictor.classes))))
-        found = [(predictor.classes[label], score) for label, score in zip(labels, scores, strict=True)]
-        _draw_scores(figure, image, found)
-        return ", ".join(f"{name} {score:.3f}" for name, score in found), figure
-    ax = figure.subplots()
-    ax.imshow(image)
-    ax.set_axis_off()
-    colors = class_colors(len(predictor.classes))
-    if predictor.task == "detection":
-        found = result.pred_instances
-        found = found[found.scores >= args.score]
-        pictures.draw_instances(ax, found, predictor.classes, colors)
-        counts = Counter(predictor.classes[label] for label in found.labels.tolist())
-        return ", ".join(f"{count} x {name}" for name, count in counts.items()) or "nothing", figure
-    labels = result.pred_sem_seg.data.squeeze().cpu().numpy()
-    pictures.draw_labels(ax, result.pred_sem_seg, colors)
-    shares = sorted(zip(*np.unique(labels, return_counts=True), strict=True), key=lambda x: -x[1])
-    handles = [Patch(color=colors(label), label=predictor.classes[label]) for label, _ in shares]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
-    return ", ".join(f"{predictor.classes[label]} {count / labels.size:.1%}" for label, count in shares), figure
-
-
-def class_colors(count: int) -> Colormap:
-    """A colour for each label."""
-    return colormaps["tab20" if count <= 20 else "gist_ncar"].resampled(count)
-
-
-def _draw_scores(figure: Figure, image: Any, found: list[tuple[str, float]]) -> None:
-    figure.set_size_inches(8, 3.6)
-    picture, bars = figure.subplots(1, 2)
-    picture.imshow(image)
-    picture.set_axis_off()
-    bars.barh(range(len(found)), [score for _, score in found], color="tab:blue", height=0.6)
-    bars.set_yticks(range(len(found)), [name for name, _ in found])
-    bars.set(xlim=(0, 1), xlabel="probability")
-    bars.invert_yaxis()
-    bars.spines[["top", "right"]].set_visible(False)
-
-
-def main() -> None:
-    """Read the command line and show every image."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--config", required=True, help="a file under configs/")
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint, or the work directory of a training run")
-    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--score", type=float, default=pictures.SCORE, help="of boxes at least (default: %(default)s)")
-    parser.add_argument("--topk", type=int, default=5, help="classes of an image (default: %(default)s)")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="change the config")
-    args = parser.parse_args()
-
-    repeated = [name for name, count in Counter(path.stem for path in args.images).items() if count > 1]
-    if repeated:
-        raise UserError(f"several images are called {repeated[0]}, and so would their pictures in {args.out}")
-    if reason := unwritable_folder(args.out):
-        raise UserError(f"--out: {reason}")
-    for path in args.images:
-        read_image(path)
-    if args.topk < 1:
-        raise UserError(f"--topk: got {args.topk}, expected at least 1")
-    config = load_config(argparse.Namespace(**vars(args), launcher="none", verbose=False, work_dir=None))
-    checkpoint = Path(args.checkpoint)
-    predictor = load_predictor(config, find_best(checkpoint) if checkpoint.is_dir() else checkpoint)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for path in args.images:
-        text, figure = show(predictor, path, args)
-        out = args.out / f"{path.stem}.png"
-        pictures.save(figure, out)
-        print(f"{path}: {text}  ({out})")
-
+from backbones.commands.inference import main
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from backbones import zoo
+from backbones.commands.orders import draw_orders
 from backbones.patterns import get_pattern
-from tools.orders import draw_orders
 
 _CELLS = (6, 7)  # not square, and one side odd
 _HALVED = {"multi_scale": (3, 4)}  # what MSVMamba's strided convolution leaves

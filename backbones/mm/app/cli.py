@@ -76,19 +76,24 @@ def load_config(args: Namespace, loaders: Sequence[str] = ()) -> Config:
     return config
 
 
-def run_tool(main: Callable[[], Any]) -> None:
-    """Call ``main``; an error of the user's ends it with the message and status 2, Ctrl-C with 130."""
+def run_tool(prog: str, run: Callable[[Namespace], None], args: Namespace) -> int:
+    """Call ``run``; returns the exit status: 2 with one line on stderr for an error of the user's, 130 for Ctrl-C.
+
+    Args:
+        prog: how the user called the tool.
+    """
     try:
-        main()
+        run(args)
         if dist.is_initialized():
             # Gloo's threads would abort a process that ends without this.
             dist.destroy_process_group()
     except (UserError, CheckpointError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    return 0
 
 
 def _import_packages(config: Config) -> None:

@@ -11,10 +11,10 @@ import torch
 from rich.progress import Progress
 
 from backbones import ops
+from backbones.commands.bench.measure import PARITY, check_parity, limits, medians, peak_memory
+from backbones.commands.bench.shapes import SHAPES, TextbookLoop
 from backbones.ops import selective_scan
 from backbones.ops.scan.naive import selective_scan_naive
-from tools.bench.measure import PARITY, check_parity, limits, medians, peak_memory
-from tools.bench.shapes import SHAPES, TextbookLoop
 
 
 def bench_limits(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from backbones.commands.bench.shapes import SHAPES, Shape, TextbookLoop
 from backbones.ops import selective_scan
-from tools.bench.shapes import SHAPES, Shape, TextbookLoop
 
 
 def high_water_mark() -> float:

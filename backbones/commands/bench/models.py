@@ -11,7 +11,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from tools.bench.measure import check_parity, medians
+from backbones.commands.bench.measure import check_parity, medians
 
 COMPANIONS = ("deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_tiny", "mambaout_tiny")
 KINDS = ("inference", "training")

@@ -21,7 +21,7 @@ from backbones import ops
 from backbones.ops import native
 
 PARITY = {torch.float32: 1e-5, torch.bfloat16: 5e-3}  # RMS error over RMS value, against float64
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class ParityError(Exception):
@@ -91,7 +91,7 @@ def limits(rounds: int) -> dict[str, float]:
 
 def peak_memory(shape: str, dtype: str, backend: str, backward: bool) -> float:
     """MiB that one call takes at its peak, outputs included, in a process of its own."""
-    command = [sys.executable, "-m", "tools.bench.peak", shape, dtype, backend, str(int(backward))]
+    command = [sys.executable, "-m", "backbones.commands.bench.peak", shape, dtype, backend, str(int(backward))]
     # Whatever is freed goes back to the system at once: else new blocks would hide in old ones.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     env["OMP_NUM_THREADS"] = str(torch.get_num_threads())

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import backbones
+from backbones.commands.bench.measure import ParityError, check_parity
 from backbones.models import family_names
-from tools.bench.measure import ParityError, check_parity
 
 HOST_BATCH = 2  # so little work that nothing waits for the GPU
 LOGITS = 1e-2  # relative RMS of a graph against eager mode, both under bfloat16 autocast

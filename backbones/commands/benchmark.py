@@ -1,0 +1,166 @@
+"""Times the selective scan and whole models: ratios from one interleaved run, medians, conditions stated.
+
+    python tools/benchmark.py limits                    what this machine can do, and the floor of every shape
+    python tools/benchmark.py op                        every backend against a textbook loop and the floor
+    python tools/benchmark.py model vim_tiny            images per second beside timm's own models
+    python tools/benchmark.py gpu vim_tiny              launches, host time, throughput: eager mode and CUDA graphs
+
+Whatever fails parity is not timed. With --csv, the rows are also written to a file whose header states the
+conditions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import backbones  # noqa: F401  (registers the models in timm)
+from backbones.commands.bench.gpu import bench_gpu
+from backbones.commands.bench.measure import ParityError, conditions
+from backbones.commands.bench.models import COMPANIONS, KINDS, bench_model
+from backbones.commands.bench.operator import bench_limits, bench_op
+from backbones.commands.bench.shapes import SHAPES
+from backbones.commands.outputs import unwritable, unwritable_folder
+from backbones.ops import native
+from backbones.suggest import did_you_mean
+
+console = Console()
+
+
+def show(rows: list[dict[str, object]], facts: dict[str, object]) -> None:
+    """The rows as tables under their conditions."""
+    console.print("; ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
+    for title, group in _tables(rows).items():
+        columns = [x for x in group[0] if any(row[x] is not None for row in group)]  # an empty column takes room
+        table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False)
+        for column in columns:
+            text = isinstance(group[0][column], str)
+            table.add_column(column, justify="left" if text else "right", no_wrap=text)
+        for row in group:
+            table.add_row(*(_text(row[column]) for column in columns))
+        console.print(table)
+
+
+def _tables(rows: list[dict[str, object]]) -> dict[str, list[dict[str, object]]]:
+    """Rows by title, without what it says: a table for each shape of the operator, and for inference and training of
+    models, narrow enough for a terminal.
+    """
+    tables: dict[str, list[dict[str, object]]] = {}
+    for row in rows:
+        if "shape" in row:
+            rest = {column: value for column, value in row.items() if column not in ("shape", "of")}
+            tables.setdefault(f"{row['shape']}: {row['of']}", []).append(rest)
+        elif "mode" not in row:
+            for kind in KINDS:
+                of_kind = {x.removeprefix(f"{kind} "): value for x, value in row.items() if x.startswith(f"{kind} ")}
+                tables.setdefault(kind, []).append({"model": row["model"], **of_kind})
+        else:
+            tables.setdefault("", []).append(row)
+    return tables
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return "" if value is None else str(value)
+
+
+def write_csv(path: Path, rows: list[dict[str, object]], facts: dict[str, object]) -> None:
+    """The rows, under comment lines with their conditions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in facts.items())
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows({key: _text(value) for key, value in row.items()} for row in rows)
+
+
+def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="limits|op|model|gpu")
+    limits = commands.add_parser("limits", help="measure this machine's limits")
+    limits.set_defaults(run=bench_limits)
+    op = commands.add_parser("op", help="time the operator's backends")
+    op.set_defaults(run=bench_op)
+    op.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=["a", "b1", "c3"], metavar="NAME", help=", ".join(SHAPES)
+    )
+    op.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    op.add_argument("--memory", action="store_true", help="also measure peaks of memory, each in a process of its own")
+    model = commands.add_parser("model", help="time whole models")
+    model.set_defaults(run=bench_model)
+    model.add_argument("names", nargs="+")
+    model.add_argument("--against", nargs="+", default=list(COMPANIONS), metavar="NAME", help="models of timm")
+    model.add_argument("--size", type=_positive, default=224, help="side of the images in pixels")
+    model.add_argument("--batch", type=_positive, default=8)
+    model.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    model.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    gpu = commands.add_parser("gpu", help="count launches and time models on a GPU, in eager mode and with CUDA graphs")
+    gpu.set_defaults(run=bench_gpu, device="cuda", dtype="bfloat16 autocast")
+    gpu.add_argument("names", nargs="+", help="models of this library, and of timm for comparison")
+    gpu.add_argument("--size", type=_positive, default=224, help="side of the images in pixels")
+    gpu.add_argument("--batch", type=_positive, default=128, help="images per batch for throughput and memory")
+    for command in (limits, op, model, gpu):
+        command.add_argument("--threads", type=_positive, default=1)
+        command.add_argument("--rounds", type=_positive, default=7, help="timed repetitions of each contestant")
+        command.add_argument("--csv", type=Path, help="also write the rows to this file")
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
+    return value
+
+
+def keep_freed_memory() -> None:
+    """Starts the program again with an allocator that reuses what was freed, for all contestants alike.
+
+    Otherwise glibc returns large blocks to the system, and the page faults of getting them back dominate the figures.
+    """
+    settings = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
+    if sys.platform == "linux" and not settings.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Runs one benchmark; 2 where something cannot be timed."""
+    args = parse_args(argv, prog)
+    if args.run is bench_limits and native.unavailable_reason() is not None:
+        print(f"limits: {native.unavailable_reason()}", file=sys.stderr)
+        return 2
+    names = (*getattr(args, "names", ()), *getattr(args, "against", ()))
+    if unknown := [name for name in names if not timm.is_model(name)]:
+        print(f"unknown model {unknown[0]!r}{did_you_mean(unknown[0], timm.list_models())}", file=sys.stderr)
+        return 2
+    if args.csv is not None and (reason := unwritable_folder(args.csv.parent) or unwritable(args.csv)):
+        print(f"--csv: {reason}", file=sys.stderr)
+        return 2
+    keep_freed_memory()
+    torch.set_num_threads(args.threads)
+    try:
+        with Progress(console=console, transient=True) as progress:
+            rows = args.run(args, progress)
+    except ParityError as error:
+        print(error, file=sys.stderr)
+        return 2
+    facts = conditions(args)
+    show(rows, facts)
+    if args.csv:
+        write_csv(args.csv, rows, facts)
+    return 0

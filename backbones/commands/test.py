@@ -1,0 +1,48 @@
+"""Evaluate a checkpoint on the test data of a config.
+
+    python tools/test.py configs/digits/vim-tiny_digits.py work_dirs/vim-tiny_digits
+
+CHECKPOINT may be the work directory of a training run: then its best checkpoint is meant. A detector or segmentor
+leaves predictions.png in --work-dir, predictions beside the ground truth of some images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+
+from backbones.mm.app.cli import add_common_arguments, load_config, run_tool
+from backbones.mm.app.console import brief, print_average_precisions
+from backbones.mm.engine.report import find_best
+from backbones.mm.engine.runner import Runner
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a file under configs/")
+    parser.add_argument("checkpoint", help="a checkpoint, or the work directory of a training run")
+    add_common_arguments(parser)
+    return run_tool(parser.prog, run, parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate what the command line asks for."""
+    config = load_config(args, ("test_dataloader",))
+    checkpoint = Path(args.checkpoint)
+    config.load_from = str(find_best(checkpoint) if checkpoint.is_dir() else checkpoint)
+    config.resume = False
+    runner = Runner.from_cfg(config)
+    start = time.perf_counter()
+    metrics = runner.test()
+    seconds = time.perf_counter() - start
+    if is_main_process():
+        print_average_precisions(metrics)
+        images = len(runner.test_dataloader.dataset)
+        print(f"{brief(metrics)}  ({images} images, {seconds:.1f} s, {config.load_from})")
