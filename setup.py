@@ -117,6 +117,8 @@ setup(
     license_files=["LICENSE", "NOTICE.md"],
     python_requires=">=3.10",
     packages=find_packages(include=["backbones", "backbones.*"]),
+    py_modules=["ssm_backbones"],
+    entry_points={"console_scripts": ["ssm-backbones = ssm_backbones:main"]},
     package_data={"backbones": ["py.typed", "zoo/*.yml", "ops/csrc/*"]},
     install_requires=[
         "torch>=2.4",

@@ -1,6 +1,6 @@
 """Looks at this installation and says what runs, what does not, and which command would change that.
 
-    python -m backbones.doctor
+    ssm-backbones doctor
 
 The exit status is 0 if all is well. What is optional and absent (OpenMMLab, Triton where there is no GPU) is well; what
 is broken, too old or slower than it should be is not.
@@ -275,10 +275,10 @@ CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "doctor") -> int:
     """Prints the report; 0 if all is well, else 1."""
     parser = argparse.ArgumentParser(
-        prog="doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args(argv)
     system = f"{platform.system()} {platform.machine()}"

@@ -37,7 +37,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def run(commands: str, folder: Path) -> None:
-    for name in ("Makefile", "backbones", "configs", "requirements", "setup.py", "tests", "tools"):
+    for name in ("Makefile", "backbones", "configs", "requirements", "setup.py", "ssm_backbones.py", "tests", "tools"):
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
     # The environment that runs the tests is the one that make would make.

@@ -16,7 +16,6 @@ from backbones import doctor, ops
 from backbones.doctor import Finding
 from backbones.ops import native
 from backbones.ops.scan import cpu
-from tools import doctor as tool
 
 needs_kernel = pytest.mark.skipif(ops.backends()["cpu"] is not None, reason="no compiled kernel")
 
@@ -148,13 +147,6 @@ def test_kernel_slower_than_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_seconds", lambda name, device: 1.0 if name == "naive" else 2.0)
     (found,) = problems(doctor.check_scans)
     assert "0.5 times as fast as naive" in found.text
-
-
-def test_library_that_does_not_import(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "backbones.doctor", None)
-    monkeypatch.delattr("backbones.doctor")
-    assert tool.main() == 1
-    assert "--force-reinstall torch torchvision" in capsys.readouterr().out
 
 
 def test_help_is_printed_instead_of_a_report(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""backbones.export and tools/export.py: ONNX in onnxruntime and torch.export programs, against PyTorch."""
+"""backbones.export and its command: ONNX in onnxruntime and torch.export programs, against PyTorch."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_every_generation_is_exported() -> None:
 def test_plain_exports_name_the_way_out(name: str, dynamo: bool, tmp_path: Path) -> None:
     model = create_small(name).eval()
     with pytest.raises(
-        (ValueError, torch.onnx.errors.OnnxExporterError), match=r"tools/export\.py and backbones\.export"
+        (ValueError, torch.onnx.errors.OnnxExporterError), match=r"`ssm-backbones export` and backbones\.export"
     ):
         torch.onnx.export(model, (torch.zeros(2, 3, 64, 64),), tmp_path / "model.onnx", dynamo=dynamo, verbose=False)
     assert not list(tmp_path.iterdir())

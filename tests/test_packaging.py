@@ -87,7 +87,7 @@ def imported(path: Path) -> set[str]:
             modules |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             modules.add(node.module.partition(".")[0])
-    return {names.get(name, name) for name in modules - sys.stdlib_module_names - {"backbones"}}
+    return {names.get(name, name) for name in modules - sys.stdlib_module_names - {"backbones", "ssm_backbones"}}
 
 
 def exact_version(requirement: Requirement) -> str:

@@ -1,14 +1,12 @@
 #!/usr/bin/env python
-"""The command line of ``backbones.commands.browse``."""
+"""Does what ``ssm-backbones browse`` does."""
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before PyTorch
 
-from backbones.commands.browse import main
+from ssm_backbones import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("browse"))

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""The command line of ``backbones.commands.convert``."""
+"""Does what ``ssm-backbones convert`` does."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from backbones.commands.convert import main
+from ssm_backbones import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("convert"))

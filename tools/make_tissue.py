@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""The command line of ``backbones.commands.tissue``."""
+"""Does what ``ssm-backbones data tissue`` does."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from backbones.commands.tissue import main
+from ssm_backbones import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("data tissue"))

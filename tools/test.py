@@ -1,14 +1,12 @@
 #!/usr/bin/env python
-"""The command line of ``backbones.commands.test``."""
+"""Does what ``ssm-backbones test`` does."""
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before PyTorch
 
-from backbones.commands.test import main
+from ssm_backbones import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("test"))

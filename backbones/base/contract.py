@@ -44,7 +44,7 @@ def refuse_onnx_export() -> None:
     """Raises a ValueError where ``torch.onnx.export`` itself runs a model, for it does not know our operators."""
     if _in_onnx_export():
         raise ValueError(
-            "torch.onnx.export does not know the operators of these models; tools/export.py and "
+            "torch.onnx.export does not know the operators of these models; `ssm-backbones export` and "
             "backbones.export.export_onnx write ONNX files"
         )
 
@@ -92,7 +92,8 @@ class Backbone(TakesOfficialLayout):
 
     def __prepare_scriptable__(self) -> NoReturn:  # what torch.jit.script asks of every module
         raise ValueError(
-            "torch.jit.script does not compile these models; tools/export.py writes ONNX and torch.export programs"
+            "torch.jit.script does not compile these models; `ssm-backbones export` writes ONNX and torch.export "
+            "programs"
         )
 
     def adapt_state_dict(self, weights: Weights, img_size: tuple[int, int] | None = None) -> Weights:

@@ -230,7 +230,7 @@ class PlainBackbone(Backbone):
         grids = " or ".join(f"{height} x {width}" for height, width in possible) or "no square"
         raise CheckpointError(
             f"pos_embed: {patches} patches are {grids}, and the file does not tell their rows and columns; "
-            "`tools/convert_checkpoint.py --img-size HEIGHT WIDTH` writes a file that does"
+            "`ssm-backbones convert --img-size HEIGHT WIDTH` writes a file that does"
         )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

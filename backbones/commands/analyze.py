@@ -1,6 +1,6 @@
 """Compare training runs: their curves in one picture, and their last and best values in a table.
 
-    python tools/analyze_logs.py work_dirs/a work_dirs/b --keys loss lr coco/bbox_mAP
+    ssm-backbones analyze work_dirs/a work_dirs/b --keys loss lr coco/bbox_mAP
 
 Reads every vis_data/scalars.json that mmengine left in a work directory. Where a run was resumed, the later log counts.
 """

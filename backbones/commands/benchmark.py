@@ -1,9 +1,9 @@
 """Times the selective scan and whole models: ratios from one interleaved run, medians, conditions stated.
 
-    python tools/benchmark.py limits                    what this machine can do, and the floor of every shape
-    python tools/benchmark.py op                        every backend against a textbook loop and the floor
-    python tools/benchmark.py model vim_tiny            images per second beside timm's own models
-    python tools/benchmark.py gpu vim_tiny              launches, host time, throughput: eager mode and CUDA graphs
+    ssm-backbones benchmark limits                    what this machine can do, and the floor of every shape
+    ssm-backbones benchmark op                        every backend against a textbook loop and the floor
+    ssm-backbones benchmark model vim_tiny            images per second beside timm's own models
+    ssm-backbones benchmark gpu vim_tiny              launches, host time, throughput: eager mode and CUDA graphs
 
 Whatever fails parity is not timed. With --csv, the rows are also written to a file whose header states the
 conditions.
@@ -135,7 +135,7 @@ def keep_freed_memory() -> None:
     """
     settings = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
     if sys.platform == "linux" and not settings.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | settings)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -1,6 +1,6 @@
 """Look at what a config feeds to its model: images behind the pipeline, with their boxes, masks or labels.
 
-    python tools/browse.py configs/digits/mask-rcnn_vmamba-tiny-s1l8_fpn_digits.py --count 8
+    ssm-backbones browse configs/digits/mask-rcnn_vmamba-tiny-s1l8_fpn_digits.py --count 8
 
 Writes one PNG. What mixes whole batches (mixup, cutmix) comes later, in the model, and is not shown.
 """

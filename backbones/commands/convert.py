@@ -1,6 +1,6 @@
 """Convert a weight file of one of the seven families into a safetensors file that loads through timm.
 
-    python tools/convert_checkpoint.py vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba_tiny.safetensors --check
+    ssm-backbones convert vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba_tiny.safetensors --check
 
 IN is an official file, a training state, one of ours, or a detector or segmentor around such a backbone. Names and
 shapes tell which model it is. OUT.safetensors.sha256 holds the checksum, for `sha256sum --check`. What was dropped is

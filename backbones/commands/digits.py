@@ -1,8 +1,8 @@
 """Write small real data sets from what scikit-learn ships, without a download.
 
-    python tools/make_digits.py --out data/digits
-    python tools/make_digits.py --task detection --out data/digits_coco
-    python tools/make_digits.py --task segmentation --out data/digits_ade
+    ssm-backbones data digits --out data/digits
+    ssm-backbones data digits --task detection --out data/digits_coco
+    ssm-backbones data digits --task segmentation --out data/digits_ade
 
 The 1,797 handwritten digits are scans of 8 x 8 pixels with 17 grey levels: the test part of "Optical Recognition of
 Handwritten Digits" (E. Alpaydin, C. Kaynak, UCI Machine Learning Repository, 1998). Every fifth scan of a digit is held

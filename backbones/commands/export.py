@@ -1,6 +1,6 @@
 """Export a model to ONNX or as a torch.export program, and compare what it computes there.
 
-    python tools/export.py vmamba_tiny_s1l8 --checkpoint vmamba_tiny.safetensors --onnx vmamba_tiny.onnx
+    ssm-backbones export vmamba_tiny_s1l8 --checkpoint vmamba_tiny.safetensors --onnx vmamba_tiny.onnx
 
 The image size is fixed, the batch size is not. An ONNX file needs no custom operator. A program (.pt2) keeps the scan
 as one operator: import backbones.ops before torch.export.load.

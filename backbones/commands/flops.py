@@ -1,8 +1,8 @@
 """Parameters, operations and activations of models, stage by stage, the selective scans included.
 
-    python tools/flops.py vmamba_tiny_s1l8 swin_tiny_patch4_window7_224
-    python tools/flops.py vim_tiny --size 512 384
-    python tools/flops.py configs/coco/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py
+    ssm-backbones flops vmamba_tiny_s1l8 swin_tiny_patch4_window7_224
+    ssm-backbones flops vim_tiny --size 512 384
+    ssm-backbones flops configs/coco/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py
 
 Operations are counted as the papers count them: a multiply-add is one, a scan 9 for each step, channel and state.
 Nothing is computed, so large images cost no memory.

@@ -1,6 +1,6 @@
 """Show what a trained model finds in images, from its config and checkpoint.
 
-    python tools/inference.py 7.png --config configs/digits/vim-tiny_digits.py --checkpoint work_dirs/vim-tiny_digits
+    ssm-backbones inference 7.png --config configs/digits/vim-tiny_digits.py --checkpoint work_dirs/vim-tiny_digits
 
 Prints one line an image and writes OUT/<image>.png: the most likely classes, boxes and masks, or the label map.
 CHECKPOINT may be the work directory of a training run: then its best checkpoint is meant.

@@ -1,6 +1,6 @@
 """Evaluate a checkpoint on the test data of a config.
 
-    python tools/test.py configs/digits/vim-tiny_digits.py work_dirs/vim-tiny_digits
+    ssm-backbones test configs/digits/vim-tiny_digits.py work_dirs/vim-tiny_digits
 
 CHECKPOINT may be the work directory of a training run: then its best checkpoint is meant. A detector or segmentor
 leaves predictions.png in --work-dir, predictions beside the ground truth of some images.

@@ -1,6 +1,6 @@
 """Write a small real data set for binary segmentation from what scikit-image ships, without a download.
 
-    python tools/make_tissue.py --out data/tissue
+    ssm-backbones data tissue --out data/tissue
 
 The picture is colon tissue whose epithelium is stained brown by immunohistochemistry, 512 x 512 pixels
 (skimage.data.immunohistochemistry). Nobody has drawn its glands: the masks come from classical segmentation. The stains

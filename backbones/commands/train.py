@@ -1,9 +1,9 @@
 """Train what a config describes; the task follows from the config.
 
-python tools/train.py configs/digits/vim-tiny_digits.py
-python tools/train.py configs/digits/mask-rcnn_vmamba-tiny-s1l8_fpn_digits.py --resume auto
-torchrun --nproc_per_node=2 tools/train.py CONFIG --launcher pytorch
-srun --ntasks-per-node=8 --gres=gpu:8 python tools/train.py CONFIG --launcher slurm
+ssm-backbones train configs/digits/vim-tiny_digits.py
+ssm-backbones train configs/digits/mask-rcnn_vmamba-tiny-s1l8_fpn_digits.py --resume auto
+torchrun --nproc_per_node=2 -m ssm_backbones train CONFIG --launcher pytorch
+srun --ntasks-per-node=8 --gres=gpu:8 ssm-backbones train CONFIG --launcher slurm
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Draw how a scan walks, what a model sees, and how much one place reaches another; to a PNG.
 
-    python tools/visualize.py orders hilbert --size 7 9
-    python tools/visualize.py orders msvmamba_tiny
-    python tools/visualize.py field vmamba_tiny_s1l8 --image cat.jpg
-    python tools/visualize.py attention configs/digits/vim-tiny_digits.py --checkpoint FILE --image 7.png
-    python tools/visualize.py features vim_tiny --pretrained --image cat.jpg
+    ssm-backbones visualize orders hilbert --size 7 9
+    ssm-backbones visualize orders msvmamba_tiny
+    ssm-backbones visualize field vmamba_tiny_s1l8 --image cat.jpg
+    ssm-backbones visualize attention configs/digits/vim-tiny_digits.py --checkpoint FILE --image 7.png
+    ssm-backbones visualize features vim_tiny --pretrained --image cat.jpg
 
 orders     the traversals of a scan pattern, or of a model's scans, on a grid of --size cells
 field      effective receptive field: the gradient of the centre of a feature map with respect to the image, averaged

@@ -1,1 +1,1 @@
-"""The benchmarks of ``tools/benchmark.py``."""
+"""The benchmarks of ``ssm-backbones benchmark``."""
