@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from backbones.layers.constructor import Constructor
 from backbones.layers.half_weights import with_half_weights
+from backbones.layers.weight_decay import no_weight_decay
 from backbones.weights import WEIGHT_KEYS, KeyRule, Weights
 from backbones.weights.loading import TakesOfficialLayout
 
@@ -77,18 +78,8 @@ class Backbone(TakesOfficialLayout):
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that take no weight decay besides the 1-D ones.
-
-        Modules declare their own as ``no_decay``. A_log is among them as in Mamba; the official vision repositories
-        mark it but their optimizers never read the mark.
-        """
-        modules = ((f"{prefix}." if prefix else "", module) for prefix, module in self.named_modules())
-        return {
-            prefix + name
-            for prefix, module in modules
-            for name in getattr(module, "no_decay", ())
-            if getattr(module, name) is not None
-        }
+        """See :func:`backbones.layers.no_weight_decay`."""
+        return no_weight_decay(self)
 
     def __prepare_scriptable__(self) -> NoReturn:  # what torch.jit.script asks of every module
         raise ValueError(

@@ -1,5 +1,6 @@
 """Mixers and blocks, for the models of this library and for other networks, and what families share beside them."""
 
+from backbones.layers.adapters import ChannelsFirst, OnMap, OnTokens
 from backbones.layers.bi_attn import BiAttn
 from backbones.layers.feed_forward import ConvFFN, MultiScaleConvFFN
 from backbones.layers.group_mamba import GroupMambaLayer
@@ -28,11 +29,13 @@ from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.layers.ss2d import SS2D, DepthwiseConv2d, scan_grid
 from backbones.layers.structure_aware import StateFusion, StructureAwareSSM
 from backbones.layers.vss_block import VSSBlock, branch_norm
+from backbones.layers.weight_decay import no_weight_decay
 
 __all__ = [
     "SS2D",
     "BiAttn",
     "BilinearExpand",
+    "ChannelsFirst",
     "ConvDownsample",
     "ConvFFN",
     "ConvStem",
@@ -47,6 +50,8 @@ __all__ = [
     "MultiScaleConvFFN",
     "MultiScaleSS2D",
     "NonCausalSSD",
+    "OnMap",
+    "OnTokens",
     "PatchEmbed",
     "PatchExpand",
     "PatchMerging",
@@ -64,6 +69,7 @@ __all__ = [
     "branch_norm",
     "channels_first",
     "channels_last",
+    "no_weight_decay",
     "scan_grid",
     "set_backend",
 ]

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.layers.norm import LayerNorm
+from backbones.layers.shapes import bottleneck_width
 
 
 class BiAttn(nn.Module):
@@ -15,6 +16,9 @@ class BiAttn(nn.Module):
     Args:
         dim: channels c.
         reduction: c over the width of the bottleneck.
+
+    Raises:
+        ValueError: ``dim`` is less than ``reduction``.
     """
 
     def __init__(
@@ -26,8 +30,9 @@ class BiAttn(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = LayerNorm(dim, device=device, dtype=dtype)
-        self.global_reduce = nn.Linear(dim, dim // reduction, device=device, dtype=dtype)
-        self.channel_select = nn.Linear(dim // reduction, dim, device=device, dtype=dtype)
+        hidden = bottleneck_width(dim, reduction)
+        self.global_reduce = nn.Linear(dim, hidden, device=device, dtype=dtype)
+        self.channel_select = nn.Linear(hidden, dim, device=device, dtype=dtype)
 
     def forward(self, y: Tensor) -> Tensor:
         """(b, l, k, c) to (b, l, c)."""

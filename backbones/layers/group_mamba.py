@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from backbones.layers.norm import LayerNorm
 from backbones.layers.scan import Scan
 from backbones.layers.selective_ssm import SelectiveSSM
+from backbones.layers.shapes import bottleneck_width, check_map
 from backbones.layers.ss2d import DepthwiseConv2d, scan_grid
 from backbones.layers.tracing import Opaque
 from backbones.ops import silu_gate
@@ -46,7 +47,7 @@ class GroupMambaLayer(Opaque, nn.Module):
         d_state: states of each channel.
 
     Raises:
-        ValueError: ``dim`` does not divide into the groups.
+        ValueError: ``dim`` does not divide into the groups, or is less than 16; in ``forward``, another shape.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class GroupMambaLayer(Opaque, nn.Module):
         if dim % groups:
             raise ValueError(f"dim: got {dim}, expected a multiple of {groups}, the orders of {scan.pattern.name!r}")
         width = dim // groups
-        self.groups, self.scan = groups, scan
+        self.dim, self.groups, self.scan = dim, groups, scan
+        hidden = bottleneck_width(dim, 16)
         self.norm = LayerNorm(dim, **dd)
-        self.fc1 = nn.Linear(dim, dim // 16, **dd)
-        self.fc2 = nn.Linear(dim // 16, dim, **dd)
+        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.fc2 = nn.Linear(hidden, dim, **dd)
         self.in_proj = GroupedLinear(groups, width, 2 * width, **dd)
         self.conv2d = DepthwiseConv2d(dim, silu=True, **dd)
         self.ssm = SelectiveSSM(width, d_state, -(-width // 16), groups, scan.backend, **dd)
@@ -77,6 +79,7 @@ class GroupMambaLayer(Opaque, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
+        check_map(x, self.dim)
         x = self.norm(x)
         weight = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((1, 2), keepdim=True)))))
         u, z = self.in_proj(x.unflatten(-1, (self.groups, -1))).chunk(2, dim=-1)

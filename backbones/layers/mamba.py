@@ -13,6 +13,7 @@ from backbones.layers.linear import linear_parts
 from backbones.layers.norm import RMSNorm
 from backbones.layers.scan import Scan
 from backbones.layers.selective_ssm import SelectiveSSM
+from backbones.layers.shapes import check_tokens, checked_grid, inner_width
 from backbones.layers.tracing import Opaque
 from backbones.ops import Visits, depthwise_conv, silu_gate
 from backbones.patterns import BIDIRECTIONAL, ScanPattern
@@ -40,7 +41,8 @@ class MambaMixer(Opaque, nn.Module):
             (b, l, k, d_inner) to one (b, l, d_inner); None is their mean.
 
     Raises:
-        ValueError: in ``forward``, an order does not visit each cell once.
+        ValueError: in ``forward``, another shape, a grid of another number of cells, or an order that does not visit
+            each cell once.
     """
 
     no_decay: ClassVar[tuple[str, ...]] = ("conv_bias",)  # 2-D, as it is stacked over orders
@@ -58,8 +60,8 @@ class MambaMixer(Opaque, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        d_inner, num_orders = expand * dim, scan.pattern.num_orders
-        self.d_inner, self.d_conv, self.scan = d_inner, d_conv, scan
+        d_inner, num_orders = inner_width(dim, expand, "expand"), scan.pattern.num_orders
+        self.dim, self.d_inner, self.d_conv, self.scan = dim, d_inner, d_conv, scan
         self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False, device=device, dtype=dtype)
         self.conv_weight = nn.Parameter(torch.empty(num_orders, d_inner, d_conv, device=device, dtype=dtype))
         self.conv_bias = nn.Parameter(torch.empty(num_orders, d_inner, device=device, dtype=dtype))
@@ -73,16 +75,22 @@ class MambaMixer(Opaque, nn.Module):
         nn.init.uniform_(self.conv_bias, -(d_conv**-0.5), d_conv**-0.5)
 
     def forward(
-        self, x: Tensor, grid: tuple[int, int], per_order: bool = False, gaps: Tensor | None = None
+        self,
+        x: Tensor,
+        grid: tuple[int, int] | None = None,
+        per_order: bool = False,
+        gaps: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """(b, l, dim) to (b, l, dim).
 
         Args:
             x: l is height * width of ``grid``, or one more with a class token.
-            grid: rows and columns of the patches.
+            grid: rows and columns of the patches; None takes the tokens as one row.
             per_order: also return the gated output of each order before they are merged, (b, l, k, d_inner).
             gaps: with ``per_order``, see :meth:`backbones.layers.SelectiveSSM.per_order_over_gaps`.
         """
+        check_tokens(x, self.dim)
+        grid = checked_grid(grid, x.shape[1])
         if self.merge is None and not per_order:
             y, z = self._scanned(x, grid, "sum")
             return self.out_proj(silu_gate(y, z, 1 / self.scan.pattern.num_orders, backend=self.ssm.backend))
@@ -128,7 +136,7 @@ class MambaBlock(nn.Module):
 
     Args:
         dim: width of the tokens.
-        mixer: constructor called as ``mixer(dim, device=, dtype=)``.
+        mixer: constructor called as ``mixer(dim, device=, dtype=)``, of a layer called as ``mixer(tokens, grid)``.
         norm_layer: constructor of the norm.
         drop_path: rate of stochastic depth.
         after: constructor called as ``after(dim, device=, dtype=)``, of a layer on the stream behind the block that is
@@ -138,7 +146,7 @@ class MambaBlock(nn.Module):
     def __init__(
         self,
         dim: int,
-        mixer: Constructor,
+        mixer: Constructor = MambaMixer,
         norm_layer: Constructor = token_norm,
         drop_path: float = 0.0,
         after: Constructor | None = None,
@@ -152,15 +160,15 @@ class MambaBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.after = None if after is None else after(dim, **dd)
 
-    def branch(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def branch(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """The residual branch of the block, before stochastic depth."""
         return self.mixer(self.norm(x), grid)
 
-    def join(self, x: Tensor, branch: Tensor, grid: tuple[int, int]) -> Tensor:
+    def join(self, x: Tensor, branch: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """The block's output, from its input and what it adds to it."""
         x = x + self.drop_path(branch)
         return x if self.after is None else self.after(x, grid)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(b, l, dim) to (b, l, dim)."""
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """(b, l, dim) to (b, l, dim); ``grid`` is as the mixer takes it."""
         return self.join(x, self.branch(x, grid), grid)

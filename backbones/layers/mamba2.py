@@ -9,14 +9,20 @@ from torch import Tensor, nn
 from backbones.layers.linear import linear_parts
 from backbones.layers.norm import RMSNorm
 from backbones.layers.scan import OnBackend, Scan
+from backbones.layers.shapes import check_tokens, checked_grid, inner_width
 from backbones.ops import depthwise_conv, selective_scan, silu_gate, ssd
 from backbones.patterns import FORWARD, ScanPattern
 from backbones.patterns.known import known_tables
 from backbones.patterns.taps import causal_taps
 
+_FORWARD = Scan(FORWARD)
+
 
 class Mamba2Mixer(OnBackend, nn.Module):
     """Mamba-2 (arXiv:2405.21060, section 7) from the mean of the tokens over the patches to the class token.
+
+    One order is walked, so that tokens know of those before them; the mean, which stands in front, tells of the rest
+    (Adventurer, arXiv:2410.07599). The published models walk the patches backwards in two of their blocks.
 
     Args:
         dim: width of the tokens.
@@ -25,17 +31,25 @@ class Mamba2Mixer(OnBackend, nn.Module):
         head_dim: channels of a head, whose states decay alike.
         d_conv: taps of the causal convolution.
         expand: inner width over ``dim``.
+
+    Raises:
+        ValueError: ``head_dim`` does not divide the inner width, or the pattern has several orders; in ``forward``,
+            another shape, a grid of another number of cells, or an order that does not visit each cell once.
     """
 
     no_decay: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias", "conv_bias")
 
     def __init__(
-        self, dim: int, scan: Scan, d_state: int = 64, head_dim: int = 64, d_conv: int = 4, expand: int = 2,
+        self, dim: int, scan: Scan = _FORWARD, d_state: int = 64, head_dim: int = 64, d_conv: int = 4, expand: int = 2,
         device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.scan, self.backend, self.d_inner, self.d_conv = scan, scan.backend, expand * dim, d_conv
+        d_inner = inner_width(dim, expand, "expand")
+        if head_dim < 1 or d_inner % head_dim:
+            raise ValueError(f"head_dim: got {head_dim}, expected a number that divides the inner width {d_inner}")
+        self.dim, self.scan, self.backend = dim, scan.of_one_order(), scan.backend
+        self.d_inner, self.d_conv = d_inner, d_conv
         self.num_heads, mixed = self.d_inner // head_dim, self.d_inner + 2 * d_state
         self.d_state = d_state
         self.in_proj = nn.Linear(dim, self.d_inner + mixed + self.num_heads, bias=False, **dd)
@@ -48,8 +62,15 @@ class Mamba2Mixer(OnBackend, nn.Module):
         self.norm = RMSNorm(self.d_inner, autocast_out=True, **dd)
         self.out_proj = nn.Linear(self.d_inner, dim, bias=False, **dd)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(b, l, dim) to (b, l, dim): patches in raster order and, behind them, at most one class token."""
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """(b, l, dim) to (b, l, dim).
+
+        Args:
+            x: patches in raster order and, behind them, at most one class token.
+            grid: rows and columns of the patches; None takes the tokens as one row.
+        """
+        check_tokens(x, self.dim)
+        grid = checked_grid(grid, x.shape[1])
         mixed = self.d_inner + 2 * self.d_state
         x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
         z, u, dt = linear_parts(self.in_proj, x, [self.d_inner, mixed, self.num_heads])

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from backbones.layers.norm import LayerNorm
 from backbones.layers.scan import Scan
 from backbones.layers.selective_ssm import SelectiveSSM
+from backbones.layers.shapes import check_map
 from backbones.layers.ss2d import scan_grid
+from backbones.layers.tracing import Opaque
 from backbones.patterns import CROSS, DIAGONAL, SNAKE, SPIRAL_CORNERS, ScanPattern, get_pattern
 from backbones.weights import SAME, KeyRule, Layout
 from backbones.weights.loading import TakesOfficialLayout
@@ -41,7 +43,7 @@ def _head_rules(index: int, letter: str) -> tuple[KeyRule, ...]:
     )
 
 
-class MultiHeadScan(TakesOfficialLayout):
+class MultiHeadScan(Opaque, TakesOfficialLayout):
     """Projects a map to narrow heads, scans each along the orders of its pattern, and gates, joins and mixes them.
 
     Where y_k are a head's outputs at one cell and channel along its k orders, the head gives
@@ -59,7 +61,8 @@ class MultiHeadScan(TakesOfficialLayout):
         backend: see :func:`backbones.ops.selective_scan`.
 
     Raises:
-        ValueError: there is no pattern, there are more than channels, one is unknown, or one has a single order.
+        ValueError: there is no pattern, there are more than channels, one is unknown, or one has a single order; in
+            ``forward``, another shape.
     """
 
     key_rules = (  # of the authors' heads C, X, S and Z
@@ -85,7 +88,7 @@ class MultiHeadScan(TakesOfficialLayout):
         super().__init__()
         if isinstance(patterns, str) or not 1 <= len(patterns) <= dim:
             raise ValueError(f"patterns: got {patterns!r}, expected a sequence of 1..{dim} patterns")
-        self.threshold = threshold
+        self.dim, self.threshold = dim, threshold
         self.scans = [Scan(get_pattern(pattern), backend=backend) for pattern in patterns]
         width = dim // len(self.scans)
         for pattern in (scan.pattern for scan in self.scans):
@@ -101,6 +104,7 @@ class MultiHeadScan(TakesOfficialLayout):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
+        check_map(x, self.dim)
         parts = self.in_proj(x).chunk(len(self.scans), dim=-1)
         heads = [
             self.gate(scan_grid(head, part.contiguous(), scan, "per_order"))

@@ -11,6 +11,7 @@ from backbones.layers.norm import LayerNorm
 from backbones.layers.resolution import channels_first, channels_last
 from backbones.layers.scan import Scan
 from backbones.layers.selective_ssm import SelectiveSSM
+from backbones.layers.shapes import bottleneck_width, check_map, inner_width
 from backbones.layers.ss2d import DepthwiseConv2d, scan_grid
 from backbones.layers.tracing import Opaque
 from backbones.ops import silu_gate
@@ -42,6 +43,9 @@ class SqueezeExcite(nn.Module):
 class MultiScaleSS2D(Opaque, nn.Module):
     """A scan at full and a scan at half resolution, added, squeezed and excited, gated (MSVMamba, section 4).
 
+    The defaults are those of the first version. The NeurIPS version has ``ssm_ratio=1.0, branch_norm=False,
+    upsampling="nearest"``, and a gate in the base model only.
+
     Args:
         dim: width of the map.
         scan: the walk over the half-resolution map; window and backend of both scans.
@@ -52,7 +56,8 @@ class MultiScaleSS2D(Opaque, nn.Module):
         upsampling: "bilinear" or "nearest".
 
     Raises:
-        ValueError: ``branch_norm`` with a pattern that is not a sequence of walks over the whole map.
+        ValueError: ``branch_norm`` with a pattern that is not a sequence of walks over the whole map; one of several
+            orders; fewer than 8 inner channels; in ``forward``, another shape.
     """
 
     def __init__(
@@ -69,8 +74,8 @@ class MultiScaleSS2D(Opaque, nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        d_inner = int(ssm_ratio * dim)
-        self.scan = scan
+        d_inner = inner_width(dim, ssm_ratio, "ssm_ratio")
+        self.dim, self.scan = dim, scan.of_one_order()
         self.gated, self.branch_norm, self.upsampling = gated, branch_norm, upsampling
         self.walks = _number_of_walks(scan.pattern) if branch_norm else 0
         self.in_proj = nn.Linear(dim, 2 * d_inner if gated else d_inner, bias=False, **dd)
@@ -80,11 +85,12 @@ class MultiScaleSS2D(Opaque, nn.Module):
         self.ssm_full = SelectiveSSM(d_inner, d_state, dt_rank, 1, scan.backend, **dd)
         self.ssm_low = SelectiveSSM(d_inner, d_state, dt_rank, 1, scan.backend, **dd)
         self.out_norm = LayerNorm(d_inner, **dd)
-        self.se = SqueezeExcite(d_inner, d_inner // 8, **dd)
+        self.se = SqueezeExcite(d_inner, bottleneck_width(d_inner, 8), **dd)
         self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
+        check_map(x, self.dim)
         x, z = self.in_proj(x).chunk(2, dim=-1) if self.gated else (self.in_proj(x), None)
         full, low = self.conv_full(x), self.conv_low(x)
         full = self.ssm_full(full.flatten(1, 2), local_window=self.scan.window(full.shape[1] * full.shape[2]))

@@ -8,21 +8,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.layers.norm import LayerNorm
+from backbones.layers.shapes import check_map, inner_width
 from backbones.layers.ss2d import DepthwiseConv2d
 from backbones.layers.tracing import Opaque
 from backbones.ops import ssd_noncausal
 
 
 class NonCausalSSD(Opaque, nn.Module):
-    """Linear, depthwise 3 x 3 convolution and SiLU of x, B and C, one state of all tokens, norm, gate, linear.
+    """Linear, depthwise 3 x 3 convolution and SiLU of x, B and C, one state of all tokens, norm, gate, linear
+    (VSSD, arXiv:2407.18559).
 
     The gate is linear. It stands behind the norm, as in the published weights.
 
     Args:
         dim: width of the map.
-        num_heads: heads, each with a step size, a decay rate and a skip weight; they share B and C.
+        num_heads: heads, each with a step size, a decay rate and a skip weight; they share B and C. None is one for 64
+            inner channels, as in the published models but the smallest, whose are 48 wide.
         d_state: states of each channel.
         ssm_ratio: inner width over ``dim``.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide the inner width; in ``forward``, another shape.
     """
 
     no_decay = ("A_log",)
@@ -30,7 +36,7 @@ class NonCausalSSD(Opaque, nn.Module):
     def __init__(
         self,
         dim: int,
-        num_heads: int,
+        num_heads: int | None = None,
         d_state: int = 64,
         ssm_ratio: float = 2.0,
         device: torch.device | str | None = None,
@@ -38,10 +44,11 @@ class NonCausalSSD(Opaque, nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        d_inner = int(ssm_ratio * dim)
-        if d_inner % num_heads:
+        d_inner = inner_width(dim, ssm_ratio, "ssm_ratio")
+        num_heads = max(d_inner // 64, 1) if num_heads is None else num_heads
+        if num_heads < 1 or d_inner % num_heads:
             raise ValueError(f"num_heads: got {num_heads}, expected a number that divides the inner width {d_inner}")
-        self.num_heads, self.d_inner, self.d_state = num_heads, d_inner, d_state
+        self.dim, self.num_heads, self.d_inner, self.d_state = dim, num_heads, d_inner, d_state
         mixed = d_inner + 2 * d_state
         self.in_proj = nn.Linear(dim, d_inner + mixed + num_heads, bias=False, **dd)
         self.conv2d = DepthwiseConv2d(mixed, silu=True, **dd)
@@ -62,6 +69,7 @@ class NonCausalSSD(Opaque, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
+        check_map(x, self.dim)
         height, width = x.shape[1:3]
         z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_inner + 2 * self.d_state, self.num_heads], dim=-1)
         # A sum over all tokens overflows float16 on large maps: float32 up to the norm.

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.layers.scan import OnBackend
+from backbones.layers.shapes import check_width
 from backbones.ops import layer_norm, rms_norm
 
 
@@ -36,6 +37,7 @@ class LayerNorm(OnBackend, nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
+        check_width(x, self.normalized_shape[0])
         dtype = _autocast_dtype(x) if self.autocast_out else None
         return layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype, backend=self.backend)
 
@@ -64,5 +66,6 @@ class RMSNorm(OnBackend, nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
+        check_width(x, self.normalized_shape[0])
         dtype = _autocast_dtype(x) if self.autocast_out else None
         return rms_norm(x, self.weight, self.eps, dtype=dtype, backend=self.backend)

@@ -9,15 +9,25 @@ from torch import Tensor, nn
 from backbones.layers.constructor import Constructor
 from backbones.layers.norm import LayerNorm
 from backbones.layers.ss2d import DepthwiseConv2d
+from backbones.layers.structure_aware import StructureAwareSSM
 
 
 class PositionalBlock(nn.Module):
-    """Mixer and MLP, each after a convolution that encodes positions; all four are residual."""
+    """Mixer and MLP, each after a convolution that encodes positions; all four are residual.
+
+    With the default mixer it is the block of Spatial-Mamba; with :class:`backbones.layers.NonCausalSSD`, VSSD's.
+
+    Args:
+        dim: width of the map.
+        mixer: constructor called as ``mixer(dim, device=, dtype=)``.
+        mlp_ratio: inner width of the MLP over ``dim``.
+        drop_path: rate of stochastic depth, on mixer and MLP.
+    """
 
     def __init__(
         self,
         dim: int,
-        mixer: Constructor,
+        mixer: Constructor = StructureAwareSSM,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         device: torch.device | str | None = None,

@@ -48,6 +48,16 @@ class Scan:
         scan = cls.pop(options, defaults[0])
         return [scan if given else replace(scan, pattern=pattern) for pattern in defaults]
 
+    def of_one_order(self) -> Scan:
+        """This, for mixers that scan once.
+
+        Raises:
+            ValueError: the pattern has several orders.
+        """
+        if self.pattern.num_orders != 1:
+            raise ValueError(f"scan: got {self.pattern.name!r} with {self.pattern.num_orders} orders, expected one")
+        return self
+
     def window(self, tokens: int) -> int:
         """The window for ``tokens`` tokens, in steps."""
         return self.local_window(tokens) if callable(self.local_window) else self.local_window

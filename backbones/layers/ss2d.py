@@ -8,6 +8,7 @@ from backbones.layers.constructor import Constructor
 from backbones.layers.norm import LayerNorm
 from backbones.layers.scan import OnBackend, Scan
 from backbones.layers.selective_ssm import SelectiveSSM
+from backbones.layers.shapes import check_map, inner_width
 from backbones.layers.tracing import Opaque
 from backbones.ops import depthwise_conv, silu_gate
 from backbones.ops.dispatch import has_kernel
@@ -45,6 +46,7 @@ class DepthwiseConv2d(OnBackend, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) to (b, ceil(h / stride), ceil(w / stride), c)."""
+        check_map(x, self.in_channels)
         (height, width), size, stride = x.shape[1:3], self.kernel_size[0], self.stride[0]
         # PyTorch's own convolution is faster than the naive operator, and what compilers fuse and other runtimes know.
         traced = torch.compiler.is_compiling() or not isinstance(height, int)
@@ -90,7 +92,11 @@ def scan_grid(ssm: SelectiveSSM, x: Tensor, scan: Scan, out: str = "sum") -> Ten
 
 
 class SS2D(Opaque, nn.Module):
-    """Linear, depthwise 3 x 3 convolution, SiLU, scan along each order, norm, optional gate, linear (VMamba).
+    """Linear, depthwise 3 x 3 convolution, SiLU, scan along each order, norm, optional gate, linear
+    (VMamba, arXiv:2401.10166).
+
+    The defaults are those of VMamba's first generation, with 16 states and a gate. The second has ``d_state=1,
+    gated=False, conv_bias=False``, and ``ssm_ratio`` 1 or 2.
 
     Args:
         dim: width of the map.
@@ -108,7 +114,8 @@ class SS2D(Opaque, nn.Module):
         out_proj: project back to ``dim``; without it ``ssm_ratio`` has to be 1.
 
     Raises:
-        ValueError: no ``out_proj`` and an inner width other than ``dim``, or both ``scanner`` and ``merge``.
+        ValueError: no ``out_proj`` and an inner width other than ``dim``, or both ``scanner`` and ``merge``; in
+            ``forward``, another shape.
     """
 
     def __init__(
@@ -127,12 +134,12 @@ class SS2D(Opaque, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        d_inner = int(ssm_ratio * dim)
+        d_inner = inner_width(dim, ssm_ratio, "ssm_ratio")
         if not out_proj and d_inner != dim:
             raise ValueError(f"out_proj: got False with ssm_ratio {ssm_ratio}, expected ssm_ratio 1")
         if scanner is not None and merge is not None:
             raise ValueError(f"merge: got {merge} beside a scanner, which merges its orders itself")
-        self.scan, self.gated = scan, gated
+        self.dim, self.scan, self.gated = dim, scan, gated
         self.in_proj = nn.Linear(dim, 2 * d_inner if gated else d_inner, bias=False, device=device, dtype=dtype)
         self.conv2d = DepthwiseConv2d(d_inner, bias=conv_bias, silu=True, device=device, dtype=dtype)
         self.scanner = None if scanner is None else scanner(d_inner, device=device, dtype=dtype)
@@ -146,6 +153,7 @@ class SS2D(Opaque, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
+        check_map(x, self.dim)
         x, z = self.in_proj(x).chunk(2, dim=-1) if self.gated else (self.in_proj(x), None)
         y = self.out_norm(self._scanned(self.conv2d(x)))
         backend = self.conv2d.backend if self.ssm is None else self.ssm.backend

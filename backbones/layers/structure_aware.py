@@ -13,6 +13,7 @@ from backbones.layers.norm import LayerNorm
 from backbones.layers.resolution import channels_first, channels_last
 from backbones.layers.scan import Scan
 from backbones.layers.selective_ssm import SelectiveSSM
+from backbones.layers.shapes import check_map, inner_width
 from backbones.layers.ss2d import DepthwiseConv2d, scan_grid
 from backbones.layers.tracing import Opaque
 from backbones.ops import silu_gate
@@ -87,12 +88,16 @@ def _convolve(x: Tensor, kernel: Tensor, dilation: int) -> Tensor:
 
 
 class StructureAwareSSM(Opaque, nn.Module):
-    """Linear, depthwise 3 x 3 convolution, SiLU, scan, state fusion, C and D, norm, gate, linear.
+    """Linear, depthwise 3 x 3 convolution, SiLU, scan, state fusion, C and D, norm, gate, linear
+    (Spatial-Mamba, arXiv:2410.15091).
 
     Args:
         dim: width of the map.
         scan: the one order to scan, window and backend.
         ssm_ratio: inner width over ``dim``.
+
+    Raises:
+        ValueError: the pattern has several orders; in ``forward``, another shape.
     """
 
     def __init__(
@@ -104,8 +109,8 @@ class StructureAwareSSM(Opaque, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        d_inner = int(ssm_ratio * dim)
-        self.scan = scan
+        d_inner = inner_width(dim, ssm_ratio, "ssm_ratio")
+        self.dim, self.scan = dim, scan.of_one_order()
         self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False, device=device, dtype=dtype)
         self.conv2d = DepthwiseConv2d(d_inner, silu=True, device=device, dtype=dtype)
         self.ssm = StateScan(d_inner, 1, -(-dim // 16), 1, scan.backend, device, dtype)
@@ -115,6 +120,7 @@ class StructureAwareSSM(Opaque, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
+        check_map(x, self.dim)
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = self.conv2d(x)
         states = self.fusion(scan_grid(self.ssm, x, self.scan))

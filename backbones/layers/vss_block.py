@@ -8,12 +8,16 @@ from torch import Tensor, nn
 
 from backbones.layers.constructor import Constructor
 from backbones.layers.norm import LayerNorm
+from backbones.layers.ss2d import SS2D
 
 branch_norm = partial(LayerNorm, autocast_out=True)
 
 
 class VSSBlock(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)), on channels-last maps (b, h, w, dim).
+
+    The defaults are the block of VMamba's first generation. That of the second has
+    ``mixer=partial(SS2D, d_state=1, gated=False, conv_bias=False)`` and timm's ``Mlp`` as ``mlp``.
 
     Args:
         dim: width of the map.
@@ -29,7 +33,7 @@ class VSSBlock(nn.Module):
     def __init__(
         self,
         dim: int,
-        mixer: Constructor,
+        mixer: Constructor = SS2D,
         mlp: Constructor | None = None,
         mlp_ratio: float = 4.0,
         mlp_post_norm: bool = False,

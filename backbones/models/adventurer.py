@@ -61,7 +61,7 @@ class AdventurerBlock(MambaBlock):
         self.norm2 = norm_layer(dim, device=device, dtype=dtype)
         self.mlp = SwiGLU(dim, int(2.5 * dim), device=device, dtype=dtype)
 
-    def join(self, x: Tensor, branch: Tensor, grid: tuple[int, int]) -> Tensor:
+    def join(self, x: Tensor, branch: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """The block's output, from its input and what the mixer adds to it."""
         x = super().join(x, branch, grid)
         return x + self.drop_path(self.mlp(self.norm2(x)))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from backbones.base import Constructor, HierarchicalBackbone, build_model
 from backbones.layers import SS2D, LayerNorm, PatchMerging, PatchStem, Scan, channels_first, channels_last
 from backbones.layers.key_rules import BLOCKS, CLASSIFIER, PATCH_MERGING, PATCH_STEM, ss2d_rules
+from backbones.layers.shapes import bottleneck_width
 from backbones.patterns import ATROUS
 from backbones.weights import KeyRule
 from backbones.zoo import default_cfgs as zoo_cfgs
@@ -78,7 +79,7 @@ class EVSSBlock(nn.Module):
             nn.GELU(),
             nn.Conv2d(dim, dim, 1, **dd),
         )
-        self.se = ChannelGate(dim, dim // 8, **dd)
+        self.se = ChannelGate(dim, bottleneck_width(dim, 8), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
