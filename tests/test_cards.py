@@ -1,17 +1,22 @@
 """What is generated from the zoo and the benchmarks: complete, usable, reproducible, and stale when it should be."""
 
+import io
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from mmengine.registry import MODELS
+from PIL import Image, ImageChops, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from backbones import zoo
 from backbones.models import family_names
 from tests.tolerances import LOGITS
 from tools import certify, model_cards
-from tools.cards import benchmarks, card, facts, markdown, metafiles, pictures
+from tools.cards import accuracy, benchmarks, card, facts, markdown, metafiles, pictures
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = (
@@ -68,6 +73,62 @@ def test_pictures_are_reproducible_and_compared_by_their_pixels(tmp_path: Path) 
     path.write_bytes(png)
     assert pictures.same_picture(path, png)
     assert not pictures.same_picture(path, pictures.orders_picture("spatialmamba"))
+
+
+def test_a_picture_is_stale_when_something_moved_but_not_when_edges_are_smoothed(tmp_path: Path) -> None:
+    def page(draw: Callable[[ImageDraw.ImageDraw], object], **fields: str) -> bytes:
+        image, buffer, texts = Image.new("RGB", (1600, 1000), "white"), io.BytesIO(), PngInfo()
+        draw(ImageDraw.Draw(image))
+        for name, text in fields.items():
+            texts.add_text(name, text)
+        image.save(buffer, "png", pnginfo=texts)
+        return buffer.getvalue()
+
+    path = tmp_path / "page.png"
+    path.write_bytes(page(lambda on: on.ellipse((300, 400, 312, 412), "#882255"), Data="1"))
+    assert pictures.same_picture(path, path.read_bytes())
+    assert not pictures.same_picture(path, page(lambda on: on.ellipse((300, 400, 312, 412), "#882255"), Data="2"))
+    assert not pictures.same_picture(path, page(lambda on: on.ellipse((300, 425, 312, 437), "#882255"), Data="1"))
+    text = pictures.orders_picture("localvim")
+    path.write_bytes(text)
+    with Image.open(path) as image:
+        buffer = io.BytesIO()
+        Image.blend(image, ImageChops.offset(image, 1, 0), 0.5).save(buffer, "png")
+    assert buffer.getvalue() != text
+    assert pictures.same_picture(path, buffer.getvalue())
+
+
+def test_the_picture_of_accuracy_shows_every_reported_model() -> None:
+    drawn = accuracy.curves()
+    shown = {name: top1 for curve in drawn for name, _, top1 in curve.points}
+    reported = {
+        name: entry["reported"]["imagenet"]["top1"]
+        for family in facts.families()
+        for name, entry in facts.models(family)
+        if "imagenet" in entry.get("reported", {})
+    }
+    assert shown == reported
+    figure = accuracy.accuracy_figure(drawn)
+    (axes,) = figure.axes
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    assert [text.get_text() for text in axes.texts] == [curve.title for curve in drawn]
+    boxes = [text.get_window_extent(renderer) for text in axes.texts]
+    for i, box in enumerate(boxes):
+        assert box.x0 > axes.bbox.x0
+        assert box.x1 <= figure.bbox.x1
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        for curve in drawn:
+            points = axes.transData.transform([point[1:] for point in curve.points])
+            assert box.count_contains(points) == 0, f"{drawn[i].title} covers {curve.title}"
+
+
+def test_a_curve_leads_through_the_best_of_its_models() -> None:
+    points = (("a", 1.0, 70.0), ("b", 1.02, 72.0), ("c", 2.0, 71.0), ("d", 3.0, 75.0))
+    curve = accuracy.Curve("x", False, points)
+    assert curve.front() == [(1.02, 72.0), (3.0, 75.0)]
+    assert curve.rest() == [(1.0, 70.0), (2.0, 71.0)]
+    with pytest.raises(ValueError, match="widen"):
+        accuracy.accuracy_figure([accuracy.Curve("x", False, (("a", 1000.0, 70.0),))])
 
 
 def test_only_what_is_stale_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

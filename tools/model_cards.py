@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))  # the tools are not installed
 
 from backbones.zoo import load_family  # noqa: E402
 from tools.cards import benchmarks, facts  # noqa: E402
+from tools.cards.accuracy import accuracy_picture  # noqa: E402
 from tools.cards.card import card  # noqa: E402
 from tools.cards.markdown import replace_block  # noqa: E402
 from tools.cards.metafiles import metafiles  # noqa: E402
@@ -49,7 +50,8 @@ def pictures() -> dict[Path, bytes]:
         for family in facts.families()
         if load_family(family)["scan"]
     }
-    return files | {ROOT / "docs" / "patterns.png": catalogue_picture()}
+    docs = {"patterns": catalogue_picture(), "accuracy": accuracy_picture()}
+    return files | {ROOT / "docs" / f"{name}.png": png for name, png in docs.items()}
 
 
 def _summary() -> str:
