@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._library import simple_registry
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental import symbolic_shapes
@@ -18,6 +19,7 @@ from backbones.ops import tracing
 ROOT = Path(__file__).parents[1]
 ATTRIBUTES = {  # of tensors, storages and modules
     "_version", "_cdata", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_schema",
+    "_registration_handles",
 }  # fmt: skip
 
 
@@ -184,6 +186,21 @@ def dispatch_keys() -> None:
     assert not y.requires_grad, "_AutoDispatchBelowAutograd: expected nothing to be recorded below autograd"
 
 
+def fakes() -> None:
+    library = torch.library.Library("private_torch_test", "DEF")
+    library.define("triple(Tensor x) -> Tensor")
+    handles = len(library._registration_handles)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "getmodule", lambda *args: pytest.fail("register_fake: it looks through all modules"))
+        tracing.register_fake(library, "triple")(lambda x: x.new_empty(3 * x.shape[0]))
+    assert len(library._registration_handles) == handles + 1, "_registration_handles: expected to keep it"
+    assert simple_registry.singleton.find("private_torch_test::triple").fake_impl.kernel is not None
+    with FakeTensorMode():
+        assert torch.ops.private_torch_test.triple(torch.empty(2)).shape == (6,), "find: expected the operator's entry"
+    assert torch.ops.private_torch_test.triple(torch.empty(2, device="meta")).shape == (6,)
+    library._destroy()
+
+
 def symbolic_sides() -> None:
     assert tracing.has_static_value(3), "has_static_value: expected True for a number"
     assert tracing.statically_true(True) and not tracing.statically_true(False)
@@ -265,6 +282,7 @@ ASSUMED = {
     ("_len_torch_dispatch_stack", "TorchDispatchMode", "_disable_current_modes"): modes,
     ("_get_tracing_state", "_set_tracing_state"): jit_trace,
     ("_AutoDispatchBelowAutograd", "_after_autograd_keyset"): dispatch_keys,
+    ("simple_registry", "find", "singleton", "_registration_handles"): fakes,
     ("statically_known_true",): symbolic_sides,
     (
         *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),

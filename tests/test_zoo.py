@@ -42,6 +42,13 @@ def test_every_registered_model_has_facts(family: str) -> None:
     assert set(timm.list_models(module=family)) == facts["models"].keys() | facts.get("aliases", {}).keys()
 
 
+@pytest.mark.parametrize("family", family_names(guests=True))
+def test_configurations_need_nothing_of_what_they_leave_out(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = zoo.default_cfgs(family)
+    monkeypatch.setattr(zoo, "_FOR_CARDS", re.compile(r"(?!)"))
+    assert found == zoo.default_cfgs(family)
+
+
 def test_every_recording_is_certified_within_its_tolerance() -> None:
     measured = zoo.load_measured()["models"]
     assert measured.keys() == {name for _, name, _ in FACTS}

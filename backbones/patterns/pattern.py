@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backbones.ops.scan.visits import Visits
-from backbones.ops.tracing import has_static_value, is_exporting, is_traced, statically_true, untraced
+from backbones.ops.tracing import has_static_value, is_exporting, is_traced, register_fake, statically_true, untraced
 from backbones.patterns.known import known_fact, known_tables
 
 OrderFn = Callable[[Tensor], Tensor]
@@ -213,7 +213,7 @@ def _(like: Tensor, pattern: str, height: int, width: int, pad_index: int | None
     return _cached_orders(_checked_name(pattern), height, width, pad_index, like.device).clone()
 
 
-@torch.library.register_fake("backbones::scan_orders", lib=_library)
+@register_fake(_library, "scan_orders")
 def _(like: Tensor, pattern: str, height: int, width: int, pad_index: int | None) -> Tensor:
     with untraced():
         shape = _cached_orders(_checked_name(pattern), height, width, pad_index, _CPU).shape

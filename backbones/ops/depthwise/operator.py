@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 from backbones.ops.depthwise import naive as depthwise_naive
 from backbones.ops.derivatives import empty_result, first_order
 from backbones.ops.dispatch import choose_for
+from backbones.ops.tracing import register_fake
 
 
 def depthwise_conv(
@@ -146,12 +147,12 @@ def _(*args):  # type: ignore[no-untyped-def]
     return _module(args[-1]).backward(*args[:-1])
 
 
-@torch.library.register_fake(conv_op, lib=_library)
+@register_fake(_library, "depthwise_conv")
 def _(x, weight, bias, taps, inverse_taps, silu, backend):  # type: ignore[no-untyped-def]
     return x.new_empty(weight.shape[0], x.shape[0], taps.shape[2], x.shape[2])
 
 
-@torch.library.register_fake(conv_backward_op, lib=_library)
+@register_fake(_library, "depthwise_conv_backward")
 def _(grad, x, weight, bias, taps, inverse_taps, silu, backend):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(0 if bias is None else bias.shape)
 

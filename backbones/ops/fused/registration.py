@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from backbones.ops.derivatives import first_order
-from backbones.ops.tracing import runs_eagerly
+from backbones.ops.tracing import register_fake, runs_eagerly
 
 _library = torch.library.Library("backbones", "FRAGMENT")
 
@@ -44,8 +44,8 @@ def register(name: str, other: str, constant: str, kernel: ModuleType) -> Any:
         results = backward(grad, *saved, ctx.constant)
         return *first_order(name, results, (grad, *saved)), None
 
-    torch.library.register_fake(op, lambda x, other, constant: _contiguous_like(x)[0], lib=_library)
-    torch.library.register_fake(backward, lambda grad, x, other, constant: _contiguous_like(x, other), lib=_library)
+    register_fake(_library, name)(lambda x, other, constant: _contiguous_like(x)[0])
+    register_fake(_library, f"{name}_backward")(lambda grad, x, other, constant: _contiguous_like(x, other))
     torch.library.register_autograd(op, differentiate, setup_context=setup_context, lib=_library)
     return op
 

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from backbones.ops.derivatives import first_order
 from backbones.ops.scan import cpu, naive, triton
-from backbones.ops.tracing import below_autograd
+from backbones.ops.tracing import below_autograd, register_fake
 
 _MODULES: dict[str, ModuleType] = {"naive": naive, "cpu": cpu, "triton": triton}
 
@@ -70,7 +70,7 @@ def _(*args):  # type: ignore[no-untyped-def]
     return _MODULES[args[-1]].backward(*args[:-1])
 
 
-@torch.library.register_fake(scan_op, lib=_library)
+@register_fake(_library, "selective_scan")
 def _(u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, local_window, save, visits, backend):  # type: ignore
     b, length = delta.shape[:2]
     k, c, n = A.shape
@@ -80,7 +80,7 @@ def _(u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, 
     return u.new_empty(shape), u.new_empty(states, dtype=torch.float32)
 
 
-@torch.library.register_fake(scan_backward_op, lib=_library)
+@register_fake(_library, "selective_scan_backward")
 def _(grad, u, delta, A, B, C, D, orders, delta_bias, dt_weight, states, *options):  # type: ignore[no-untyped-def]
     return tuple(
         states.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
