@@ -1,6 +1,7 @@
 """Train what a config describes; the task follows from the config.
 
 ssm-backbones train configs/digits/vim-tiny_digits.py
+ssm-backbones train --data FOLDER --model vmamba_tiny_s1l8
 ssm-backbones train configs/digits/mask-rcnn_vmamba-tiny-s1l8_fpn_digits.py --resume auto
 torchrun --nproc_per_node=2 -m ssm_backbones train CONFIG --launcher pytorch
 srun --ntasks-per-node=8 --gres=gpu:8 ssm-backbones train CONFIG --launcher slurm
@@ -10,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from mmengine.device import get_device
 
+from backbones.mm.app import recipe
 from backbones.mm.app.cli import add_common_arguments, load_config, run_tool
-from backbones.mm.engine.checkpoints import find_latest
+from backbones.mm.engine.checkpoints import find_latest, require_folder, write_text
 from backbones.mm.engine.runner import Runner
 from backbones.mm.errors import UserError
 
@@ -24,7 +27,20 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="a file under configs/")
+    parser.add_argument("config", nargs="?", help="a file under configs/")
+    own = parser.add_argument_group("own images", "instead of a config, which is then written")
+    own.add_argument(
+        "--data", metavar="FOLDER", help="train/ and val/ with a folder for each class, or these folders alone"
+    )
+    own.add_argument("--model", metavar="NAME", help="registered name, such as vmamba_tiny_s1l8")
+    own.add_argument(
+        "--weights", metavar="FILE", help="begin with these weights (default: those that the authors published)"
+    )
+    own.add_argument("--from-scratch", action="store_true", help="begin with random weights")
+    own.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images (default: the model's)")
+    own.add_argument("--epochs", type=int, help="(default: by the number of images)")
+    own.add_argument("--val-share", type=float, help="held out where there is no val/ (default: 0.2)")
+    own.add_argument("--write-only", action="store_true", help="write the config and leave")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -48,8 +64,50 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     return run_tool(parser.prog, run, parser.parse_args(argv))
 
 
+_OF_DATA = ("model", "weights", "from_scratch", "image_size", "epochs", "val_share", "write_only")
+
+
+def prepare(args: argparse.Namespace) -> bool:
+    """Write the config that ``--data`` asks for, and name it in ``args``; returns whether there is something to train.
+
+    Raises:
+        UserError: options that do not go together, or data or a model that cannot be trained.
+    """
+    if args.data is None:
+        given = [name for name in _OF_DATA if getattr(args, name) not in (None, False)]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')} goes with --data, a config says it itself")
+        if args.config is None:
+            raise UserError("expected a config, or --data FOLDER and --model NAME")
+        return True
+    if args.config is not None:
+        raise UserError(f"--data writes a config, got {args.config} beside it")
+    if args.model is None:
+        raise UserError("--data needs --model NAME, such as --model vmamba_tiny_s1l8")
+    if args.weights is not None and args.from_scratch:
+        raise UserError("--weights and --from-scratch exclude each other")
+    if args.launcher != "none":
+        raise UserError("--data runs in one process: write the config by --write-only, and train with it in several")
+    data = recipe.look_at(args.data, 0.2 if args.val_share is None else args.val_share)
+    weights = None if args.from_scratch else args.weights or "published"
+    chosen = recipe.choose(args.model, data, weights, args.image_size, args.epochs)
+    print(recipe.describe(chosen, data))
+    work_dir = Path(args.work_dir or Path("work_dirs", f"{args.model}_{data.root.resolve().name}"))
+    file = work_dir.parent / f"{work_dir.name}.py"
+    text = recipe.write(chosen, data, file)
+    if file.is_file() and file.read_text(encoding="utf-8") != text:
+        raise UserError(f"{file} is there already, and edited or for other settings: train with it, or delete it")
+    require_folder(file.parent)
+    write_text(file, text)
+    print(f"config: {file}")
+    args.config, args.work_dir = str(file), str(work_dir)
+    return not args.write_only
+
+
 def run(args: argparse.Namespace) -> None:
     """Train what the command line asks for."""
+    if not prepare(args):
+        return
     config = load_config(args, ("train_dataloader", "val_dataloader"))
     if args.amp == "bfloat16":
         config.optim_wrapper.type = "BFloat16OptimWrapper"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,9 @@ class ImageFolder(BaseDataset):
         skip_unreadable: log damaged images and leave them out of their batch, instead of stopping.
         image_mode: Pillow mode to which images are converted.
         per_class: take the first images of each class alone, so many, to train with few labels.
+        subset: "train" or "val" of a folder that is not divided itself: of each class, in the order of names, images at
+            even distances are held out for "val". None takes all.
+        val_share: share that is held out.
 
     It follows mmengine's protocol, so that ``ClassBalancedDataset``, ``RepeatDataset`` and ``ConcatDataset`` wrap it.
     Items are ``dict(inputs=(channels, height, width) float tensor, targets=int)``, None for a skipped image.
@@ -54,7 +58,13 @@ class ImageFolder(BaseDataset):
         skip_unreadable: bool = False,
         image_mode: str = "RGB",
         per_class: int | None = None,
+        subset: str | None = None,
+        val_share: float = 0.2,
     ) -> None:
+        if subset not in (None, "train", "val"):
+            raise UserError(f"subset: got {subset!r}, expected 'train' or 'val', or None for all images")
+        if not 0 < val_share < 1:
+            raise UserError(f"val_share: got {val_share}, expected a share between 0 and 1")
         if per_class is not None and per_class < 1:
             raise UserError(f"per_class: got {per_class}, expected at least 1 image of each class, or None for all")
         folder = Path(data_root, split)
@@ -70,17 +80,32 @@ class ImageFolder(BaseDataset):
         self.transform = create_transform(**transform)
         self.skip_unreadable = skip_unreadable
         self.image_mode, self.per_class = image_mode, per_class
+        self.subset, self.val_share = subset, val_share
         super().__init__(metainfo={"classes": tuple(classes)})
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Path and label of every image, or of the first of each class."""
         seen: Counter[int] = Counter()
+        taken: Counter[int] = Counter()
         found = []
         for path, label in self.reader.samples:
             seen[label] += 1
-            if self.per_class is None or seen[label] <= self.per_class:
+            if self.subset is not None and self._is_held_out(seen[label]) != (self.subset == "val"):
+                continue
+            taken[label] += 1
+            if self.per_class is None or taken[label] <= self.per_class:
                 found.append({"img_path": str(path), "gt_label": int(label)})
+        if not found:
+            share = self.val_share
+            raise UserError(
+                f"image folder {self.reader.root} has no image for subset={self.subset!r} with val_share={share}"
+            )
         return found
+
+    def _is_held_out(self, place: int) -> bool:
+        """Whether the image at this place of its class, counted from 1, is one for validation."""
+        before, here = (math.floor(round(n * self.val_share, 6)) for n in (place - 1, place))
+        return here > before
 
     def get_cat_ids(self, idx: int) -> list[int]:
         """The label of image ``idx``, in a list."""
