@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -98,6 +99,8 @@ def exact_version(requirement: Requirement) -> str:
 
 def test_version_agrees_with_metadata():
     assert backbones.__version__ == metadata.version(DISTRIBUTION)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["title"]) == (backbones.__version__, DISTRIBUTION)
 
 
 @pytest.mark.parametrize("name", ["base", "train", "dev", "clients", "constraints"])

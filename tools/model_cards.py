@@ -28,19 +28,16 @@ def texts() -> dict[Path, str]:
     """Every generated text file, and every file with generated blocks, with the content it should have."""
     files = {ROOT / "model_cards" / f"{family}.md": card(family) for family in facts.families()}
     files |= metafiles(ROOT)
-    readme = ROOT / "README.md"
-    files[readme] = _with_blocks(
-        readme,
-        {
-            "families": facts.family_list(""),
+    blocks = {
+        "README.md": {
             "types": facts.type_list(),
-            "models": facts.model_table(""),
+            "models": facts.model_table(),
             "speed": _summary(),
         },
-    )
-    page = ROOT / "docs" / "benchmarks.md"
-    files[page] = _with_blocks(page, _speed())
-    return files
+        "docs/models.md": {"all-models": facts.full_model_table("../")},
+        "docs/benchmarks.md": _speed(),
+    }
+    return files | {ROOT / page: _with_blocks(ROOT / page, content) for page, content in blocks.items()}
 
 
 def pictures() -> dict[Path, bytes]:

@@ -22,21 +22,13 @@ def families() -> tuple[str, ...]:
     return family_names(guests=True)
 
 
-def family_list(prefix: str) -> str:
-    """The families' titles as one sentence; ``prefix`` leads to the cards."""
-    links = {name: f"[{zoo.load_family(name)['title']}]({prefix}model_cards/{name}.md)" for name in families()}
-    guests = [links[name] for name in families() if name not in family_names()]
-    own = [links[name] for name in family_names()]
-    return f"{enumerated(own)}; of timm's own models {enumerated(guests)}, as a backbone for OpenMMLab."
-
-
 def type_list() -> str:
     """Names of the dense backbones for OpenMMLab, and which of them need a neck that makes their pyramid."""
     names = [f"`{family.__name__}`" for family in (*FAMILIES, *GUESTS)]
     plain = [f"`{family.__name__}`" for family in FAMILIES if issubclass(family, PlainBackbone)]
     return (
-        f"The types are {enumerated(names)}. {enumerated(plain)} have all maps at one stride: "
-        'they take `neck=dict(type="SimpleFeaturePyramid", ...)`.'
+        f"The types are {enumerated(names)}. The maps of {enumerated(plain)} all have the same stride; "
+        'for detection, add `neck=dict(type="SimpleFeaturePyramid", ...)`.'
     )
 
 
@@ -84,28 +76,46 @@ def dense_result(rows: list[Facts], method: str, *fields: str) -> str | None:
     return None
 
 
-def model_table(prefix: str) -> str:
-    """Every architecture: what we measured of its cost, and what its authors report; ``prefix`` leads to the cards."""
-    measured = zoo.load_measured()["models"]
+def model_table() -> str:
+    """The README's table: for every architecture its cost as counted here, and two of its authors' figures."""
     rows = []
-    for family in families():
-        title = zoo.load_family(family)["title"]
-        for i, (name, facts) in enumerate(models(family)):
-            reported = facts.get("reported", {})
-            rows.append(
-                [
-                    None if i else f"[{title}]({prefix}model_cards/{family}.md)",
-                    f"`{name}`",
-                    millions(facts["parameters"]),
-                    giga(measured[name]["compute"]["flops"]),
-                    reported.get("imagenet", {}).get("top1"),
-                    dense_result(reported.get("coco", []), "Mask R-CNN", "box_ap", "mask_ap"),
-                    dense_result(reported.get("ade20k", []), "UPerNet", "miou"),
-                    weights_link(facts),
-                ]
-            )
-    header = ["family", "model", "M", "G", "top-1", "COCO", "ADE20K", "weights"]
+    for family, name, facts in _architectures(""):
+        reported = facts.get("reported", {})
+        box_ap = dense_result(reported.get("coco", []), "Mask R-CNN", "box_ap")
+        rows.append([family, *_cost(name, facts), reported.get("imagenet", {}).get("top1"), box_ap])
+    return table(["family", "model", "M", "G", "top-1", "box AP"], rows)
+
+
+def full_model_table(prefix: str) -> str:
+    """Every architecture with all tasks and its weights; ``prefix`` leads to the cards."""
+    rows = []
+    for family, name, facts in _architectures(prefix):
+        reported = facts.get("reported", {})
+        rows.append(
+            [
+                family,
+                *_cost(name, facts),
+                reported.get("imagenet", {}).get("top1"),
+                dense_result(reported.get("coco", []), "Mask R-CNN", "box_ap", "mask_ap"),
+                dense_result(reported.get("ade20k", []), "UPerNet", "miou"),
+                weights_link(facts),
+            ]
+        )
+    header = ["family", "model", "M", "G", "top-1", "COCO box / mask AP", "ADE20K mIoU", "weights"]
     return table(header, rows)
+
+
+def _architectures(prefix: str) -> Iterator[tuple[str | None, str, Facts]]:
+    """Every architecture: a link to its card where its family begins, its name, and its facts."""
+    for family in families():
+        link = f"[{zoo.load_family(family)['title']}]({prefix}model_cards/{family}.md)"
+        for i, (name, facts) in enumerate(models(family)):
+            yield None if i else link, name, facts
+
+
+def _cost(name: str, facts: Facts) -> list[str]:
+    flops = zoo.load_measured()["models"][name]["compute"]["flops"]
+    return [f"`{name}`", millions(facts["parameters"]), giga(flops)]
 
 
 def twin(family: str, name: str) -> str | None:

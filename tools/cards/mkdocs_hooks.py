@@ -21,6 +21,7 @@ _PAGES = (
     "backbones/*.py",
     "backbones/models/*.py",
     "LICENSE",
+    "CITATION.cff",
 )
 
 
