@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import torch
 
 pytest.importorskip("mmengine")
 
-from backbones.mm import ImageClassifier, ImagePreprocessor, UserError
+from backbones.mm import ImageClassifier, ImagePreprocessor, UserError, WeightedCrossEntropy
+from backbones.mm.engine.hooks import LabelRangeHook
 
 NETWORK = {"name": "test_vit", "img_size": 16, "patch_size": 8, "num_classes": 4}
 HARD = {"type": "LabelSmoothingCrossEntropy", "smoothing": 0.1}
@@ -102,3 +104,105 @@ def test_mixup_trains_with_soft_labels() -> None:
 def test_loss_must_go_with_mixup(loss: dict[str, Any], preprocessor: dict[str, Any] | None) -> None:
     with pytest.raises(UserError, match="mixup"):
         ImageClassifier(network=NETWORK, loss=loss, data_preprocessor=preprocessor)
+
+
+OURS = {"name": "vim_tiny", "img_size": 16, "depth": 3, "num_classes": 4}
+PYRAMID = {"name": "groupmamba_tiny", "dims": (16, 24, 40, 80), "depths": (1, 1, 1, 1), "stem_dim": 8, "num_classes": 4}
+
+
+def trained(model: ImageClassifier) -> set[str]:
+    """Second and third part of the names of what a step trains."""
+    side = 32 if model.name == PYRAMID["name"] else 16
+    model.train()(torch.rand(2, 3, side, side), torch.tensor([0, 3]), mode="loss")["loss"].backward()
+    found = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    return {".".join(name.split(".")[1:3]) for name in found}
+
+
+@pytest.mark.parametrize(
+    ("frozen_stages", "learning"),
+    [
+        (-1, {"patch_embed.proj", "blocks.0", "blocks.2"}),
+        (0, {"blocks.0", "blocks.2"}),
+        (2, {"blocks.2"}),
+        ("all", set()),
+    ],
+)
+def test_frozen_stages_of_a_plain_classifier(frozen_stages: int | str, learning: set[str]) -> None:
+    model = ImageClassifier(network=OURS, loss=HARD, frozen_stages=frozen_stages)
+    found = trained(model)
+    assert found & {"patch_embed.proj", "blocks.0", "blocks.2"} == learning
+    assert "head.weight" in found and model.network.head.training
+    assert model.network.blocks[0].training == (frozen_stages in (-1, 0))
+    assert not model.eval().network.head.training
+
+
+@pytest.mark.parametrize(("frozen_stages", "count"), [(1, 1), (4, 4), ("all", 4)])
+def test_frozen_stages_of_a_pyramid(frozen_stages: int | str, count: int) -> None:
+    model = ImageClassifier(network=PYRAMID, loss=HARD, frozen_stages=frozen_stages)
+    found = trained(model)
+    assert {x for x in found if x.startswith("stages")} == {f"stages.{i}" for i in range(count, 4)}
+    assert {x for x in found if x.startswith("downsamples")} == {f"downsamples.{i}" for i in range(count - 1, 3)}
+    assert not any(x.startswith("stem") for x in found)
+    assert "head.fc" in found and ("head.norm" in found) == (frozen_stages != "all")
+    assert model.network.head.fc.training
+
+
+def test_any_timm_model_may_be_probed_linearly() -> None:
+    model = ImageClassifier(network=NETWORK, loss=HARD, frozen_stages="all")
+    assert trained(model) == {"head.weight", "head.bias"}
+    with pytest.raises(UserError, match="frozen_stages: got 1, expected -1 or 'all': test_vit is not of this library"):
+        ImageClassifier(network=NETWORK, loss=HARD, frozen_stages=1)
+
+
+@pytest.mark.parametrize("frozen_stages", [4, -2, "none", True])
+def test_stages_that_there_are_not(frozen_stages: Any) -> None:
+    with pytest.raises(UserError, match=f"frozen_stages: got {frozen_stages!r}, expected a number within -1..3"):
+        ImageClassifier(network=OURS, loss=HARD, frozen_stages=frozen_stages)
+    with pytest.raises(UserError, match="'all', but vim_tiny has no classifier"):
+        ImageClassifier(network={**OURS, "num_classes": 0}, loss=HARD, frozen_stages="all")
+
+
+def test_norms_keep_their_statistics() -> None:
+    network = {"name": "resnet18", "num_classes": 4}
+    models = [ImageClassifier(network=network, loss=HARD, norm_eval=keep).train() for keep in (True, False)]
+    assert [model.network.bn1.training for model in models] == [False, True]
+
+
+def test_balanced_weights_are_pytorchs() -> None:
+    loss = WeightedCrossEntropy("balanced", smoothing=0.1)
+    logits, targets = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 2, 2])
+    with pytest.raises(UserError, match="counts the training images when"):
+        loss(logits, targets)
+    loss.count(torch.tensor([30, 10, 20]))
+    weights = torch.tensor([60 / (3 * n) for n in (30, 10, 20)])
+    expected = torch.nn.functional.cross_entropy(logits, targets, weights, label_smoothing=0.1)
+    torch.testing.assert_close(loss(logits, targets), expected)
+    torch.testing.assert_close(WeightedCrossEntropy(weights.tolist(), 0.1)(logits, targets), expected)
+    assert not loss.state_dict()
+    with pytest.raises(UserError, match="class 1 has none"):
+        loss.count(torch.tensor([30, 0, 20]))
+    with pytest.raises(UserError, match="got 2 numbers, the training data 3 classes"):
+        WeightedCrossEntropy([1.0, 2.0]).count(torch.tensor([30, 10, 20]))
+    for wrong in ("even", [], [1.0, -1.0]):
+        with pytest.raises(UserError, match="class_weights: got"):
+            WeightedCrossEntropy(wrong)
+
+
+class Labels:
+    """A data set of labels."""
+
+    metainfo: ClassVar = {"classes": ("a", "b", "c", "d")}
+    labels = (0, 1, 1, 2, 3, 3, 3, 3)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def get_data_info(self, idx: int) -> dict[str, int]:
+        return {"gt_label": self.labels[idx]}
+
+
+def test_training_images_are_counted_when_training_begins() -> None:
+    model = ImageClassifier(network=NETWORK, loss={"type": "WeightedCrossEntropy"})
+    runner: Any = SimpleNamespace(model=model, train_dataloader=SimpleNamespace(dataset=Labels()))
+    LabelRangeHook().before_train(runner)
+    assert model.criterion.weight.tolist() == [2.0, 1.0, 2.0, 0.5]

@@ -173,3 +173,10 @@ def test_a_negative_number_of_classes_is_refused(family: Any) -> None:
     for create in (timm.create_model, create_network):
         with pytest.raises(ValueError, match="num_classes: got -1, expected at least 1, or 0 for no classifier"):
             create(name, num_classes=-1)
+
+
+def test_arguments_of_a_new_type_are_its_own() -> None:
+    config = load(VIM, model__loss__type="WeightedCrossEntropy", model__loss__class_weights="balanced")
+    assert config.model.loss == {"type": "WeightedCrossEntropy", "smoothing": 0.1, "class_weights": "balanced"}
+    with pytest.raises(UserError, match=r"model\.loss has no 'class_weight'; did you mean class_weights"):
+        load(VIM, model__loss__type="WeightedCrossEntropy", model__loss__class_weight="balanced")

@@ -6,7 +6,7 @@ They get a dense backbone for each of :data:`backbones.models.FAMILIES` and ``GU
 
 They also get ``PlainMambaAdapter``, the necks ``SimpleFeaturePyramid`` and ``FinerFPN``, the models
 ``ImageClassifier``, ``HardDistillation``, ``SelfDistillation``, ``MaskedImageModelling``, ``ImagePreprocessor`` and
-timm's losses, the dataset ``ImageFolder`` with ``collate_images``, ``keep_worker_seed`` and
+timm's losses, ``WeightedCrossEntropy``, the dataset ``ImageFolder`` with ``collate_images``, ``keep_worker_seed`` and
 ``RepeatedAugmentationSampler``, ``ClassificationMetric``, ``TimmOptimWrapperConstructor``, ``BFloat16OptimWrapper``,
 the hooks ``ResumeHook``, ``FiniteLossHook``, ``ProgressHook``, ``ReportHook``, ``ReconstructionHook``,
 ``CudaGraphsHook`` and ``SelfDistillationHook``, and the ``"atomic"`` storage backend; mmengine's
@@ -33,6 +33,7 @@ from backbones.mm.models.classifier import ImageClassifier, ImagePreprocessor
 from backbones.mm.models.dense import DenseBackbone, PlainDenseBackbone
 from backbones.mm.models.dice import BatchDiceLoss, BinaryDiceLoss
 from backbones.mm.models.distillation import HardDistillation, SelfDistillation, SelfDistillationHook
+from backbones.mm.models.losses import WeightedCrossEntropy
 from backbones.mm.models.masked import MaskedImageModelling
 from backbones.mm.models.necks import FinerFPN, SimpleFeaturePyramid
 from backbones.mm.models.vit_adapter import PlainMambaAdapter
@@ -66,6 +67,7 @@ __all__ = [
     "TimmOptimWrapperConstructor",
     "UserError",
     "VolumeMetric",
+    "WeightedCrossEntropy",
     "collate_images",
     "keep_worker_seed",
 ]

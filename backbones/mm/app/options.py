@@ -48,8 +48,14 @@ def check_options(config: Config, options: Mapping[str, Any]) -> None:
             elif part in place:
                 place = place[part]
             else:
-                _check_new(key, part, above, place, config.get("default_scope"))
+                _check_new(key, part, above, {**place, **_new_type(options, above)}, config.get("default_scope"))
                 break
+
+
+def _new_type(options: Mapping[str, Any], above: str) -> dict[str, Any]:
+    """The type that other options put there, whose arguments count."""
+    name = f"{above}.type"
+    return {"type": options[name]} if name in options else {}
 
 
 def _check_new(key: str, part: str, above: str, place: Mapping[str, Any], scope: str | None) -> None:

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from backbones.mm.app.console import brief
 from backbones.mm.engine.checkpoints import to_history, to_plain
 from backbones.mm.errors import UserError
+from backbones.mm.models.losses import WeightedCrossEntropy
 
 VALIDATED = "validated/iter"
 
@@ -113,7 +114,8 @@ class FiniteLossHook(Hook):
 
 
 class LabelRangeHook(Hook):
-    """Stops a run whose network has another number of classes than the data, or whose label maps hold more of them.
+    """Stops a run whose network has another number of classes than the data, or whose label maps hold more of them;
+    and counts the labels for a loss that asks for it.
 
     The loss would end with an index error, on a GPU one that names nothing; IoU would not count such pixels.
     """
@@ -126,6 +128,12 @@ class LabelRangeHook(Hook):
             raise UserError(
                 f"model.network has num_classes={found}, the data set of train_dataloader {len(classes)} classes"
             )
+
+        criterion = getattr(model, "criterion", None)
+        if isinstance(criterion, WeightedCrossEntropy):
+            dataset = runner.train_dataloader.dataset
+            labels = [dataset.get_data_info(i)["gt_label"] for i in range(len(dataset))]
+            criterion.count(torch.bincount(torch.tensor(labels), minlength=found or 0))
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         self._check(runner.train_dataloader.dataset, data_batch)

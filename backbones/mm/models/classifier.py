@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from backbones.base import Backbone
 from backbones.mm.errors import UserError
 from backbones.mm.models.dense import fetch_weights
+from backbones.mm.models.frozen import freeze_stages, keep_statistics
 from backbones.suggest import did_you_mean
 from backbones.weights.loading import load_pretrained
 
@@ -86,9 +87,12 @@ class ImageClassifier(BaseModel):
             called, see :func:`backbones.mm.models.dense.fetch_weights`. A classifier for another number of classes
             starts from random weights, and so does any with ``headless=True``, for files without one, as those of
             pre-training.
+        frozen_stages: -1 trains everything, 0 freezes the stem, i also the first i stages (blocks of a plain model);
+            "all" trains the classifier alone (linear probing). Numbers are for models of this library.
+        norm_eval: keep batch norms in eval mode, with the statistics that they have.
 
     Raises:
-        UserError: an unknown model name, or a loss that does not go with mixup.
+        UserError: an unknown model name, a loss that does not go with mixup, or stages that the network does not have.
     """
 
     def __init__(
@@ -97,6 +101,8 @@ class ImageClassifier(BaseModel):
         loss: dict[str, Any],
         data_preprocessor: dict[str, Any] | None = None,
         init_cfg: dict[str, Any] | None = None,
+        frozen_stages: int | str = -1,
+        norm_eval: bool = False,
     ) -> None:
         built = create_network(**network)
         preprocessor = {"type": "ImagePreprocessor", "num_classes": built.num_classes, **(data_preprocessor or {})}
@@ -109,6 +115,22 @@ class ImageClassifier(BaseModel):
             raise UserError("mixup makes soft labels: use loss=dict(type='SoftTargetCrossEntropy')")
         if not mixing and isinstance(self.criterion, SoftTargetCrossEntropy):
             raise UserError("SoftTargetCrossEntropy needs the soft labels of mixup; use LabelSmoothingCrossEntropy")
+
+        self.frozen_stages, self.norm_eval = _checked_stages(frozen_stages, built, self.name), norm_eval
+        self.train()
+
+    def train(self, mode: bool = True) -> ImageClassifier:
+        """Sets training mode, except in what is frozen and, with ``norm_eval``, in batch norms."""
+        super().train(mode)
+        if self.frozen_stages == "all":
+            self.network.eval().requires_grad_(False)
+            for classifier in _classifiers(self.network):
+                classifier.train(mode).requires_grad_(True)
+        elif self.frozen_stages != -1:
+            freeze_stages(self.network, cast(int, self.frozen_stages))
+        if self.norm_eval:
+            keep_statistics(self)
+        return self
 
     def init_weights(self) -> None:
         """Loads the weights of ``init_cfg``; without it, keeps those that ``timm.create_model`` has made.
@@ -152,6 +174,27 @@ class ImageClassifier(BaseModel):
     def losses(self, outputs: Any, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Terms of the loss, which are added, from what the network made of ``inputs``."""
         return {"loss": self.criterion(mean_logits(outputs).float(), targets)}
+
+
+def _classifiers(network: Any) -> list[nn.Module]:
+    """The last layers of a network, of which distilled ones have two."""
+    found = network.get_classifier()
+    return [x for x in (found if isinstance(found, tuple) else (found,)) if next(x.parameters(), None) is not None]
+
+
+def _checked_stages(frozen_stages: int | str, network: Any, name: str) -> int | str:
+    if frozen_stages == -1:
+        return frozen_stages
+    if frozen_stages == "all":
+        if not _classifiers(network):
+            raise UserError(f"frozen_stages: got 'all', but {name} has no classifier to train")
+        return frozen_stages
+    if not isinstance(network, Backbone):
+        raise UserError(f"frozen_stages: got {frozen_stages!r}, expected -1 or 'all': {name} is not of this library")
+    stages = len(network.feature_info)
+    if isinstance(frozen_stages, bool | str) or not 0 <= frozen_stages <= stages:
+        raise UserError(f"frozen_stages: got {frozen_stages!r}, expected a number within -1..{stages}, or 'all'")
+    return frozen_stages
 
 
 def load_network(network: Backbone, init_cfg: dict[str, Any], name: str) -> None:

@@ -17,8 +17,8 @@ from backbones.base import Backbone, PlainBackbone
 from backbones.layers.constructor import Constructor
 from backbones.layers.norm import RMSNorm
 from backbones.mm.errors import UserError
+from backbones.mm.models.frozen import freeze_stages, keep_statistics
 from backbones.models import FAMILIES, GUESTS
-from backbones.ops.tracing import BatchNorm
 from backbones.suggest import did_you_mean
 from backbones.weights import CheckpointError, KeyRule, files, loading, rules, sources
 
@@ -111,15 +111,9 @@ class DenseBackbone(BaseModule):
         """Sets training mode, except in what is frozen and, with ``norm_eval``, in batch norms."""
         super().train(mode)
         if self.frozen_stages >= 0:
-            for part in self._stem_and_stages(self.frozen_stages):
-                if isinstance(part, nn.Module):
-                    part.eval().requires_grad_(False)
-                else:
-                    part.requires_grad_(False)
+            freeze_stages(self.model, self.frozen_stages)
         if self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, BatchNorm):
-                    module.eval()
+            keep_statistics(self)
         return self
 
     def init_weights(self) -> None:
@@ -187,9 +181,6 @@ class DenseBackbone(BaseModule):
         """Whether the model itself normalises the output ``index``."""
         return not isinstance(self.model.stages[index].norm, nn.Identity)
 
-    def _stem_and_stages(self, count: int) -> list[nn.Module | nn.Parameter]:
-        return [self.model.stem, *self.model.stages[:count], *self.model.downsamples[: max(count - 1, 0)]]
-
 
 class PlainDenseBackbone(DenseBackbone):
     """Features of a plain model, all at one stride; a neck makes the pyramid.
@@ -253,10 +244,6 @@ class PlainDenseBackbone(DenseBackbone):
 
     def _may_be_fresh(self, name: str) -> bool:
         return super()._may_be_fresh(name) or re.fullmatch(r"model\.blocks\.\d+\.norm\.bias", name) is not None
-
-    def _stem_and_stages(self, count: int) -> list[nn.Module | nn.Parameter]:
-        tokens = [x for x in (self.model.pos_embed, self.model.cls_token) if x is not None]
-        return [self.model.patch_embed, *tokens, *self.model.blocks[:count]]
 
 
 def fetch_weights(checkpoint: str, arch: str) -> str:
