@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("mmengine")
@@ -16,7 +17,7 @@ pytest.importorskip("mmengine")
 from mmengine.config import Config
 
 from backbones.commands import train
-from backbones.mm import ImageFolder, UserError
+from backbones.mm import ArrayFolder, ImageFolder, UserError
 from backbones.mm.app import recipe
 from backbones.mm.engine.checkpoints import find_latest
 
@@ -175,3 +176,53 @@ def test_options_of_own_images_need_data(capsys: pytest.CaptureFixture[str]) -> 
     assert "--epochs goes with --data" in capsys.readouterr().err
     assert train.main([], "train") == 2
     assert "expected a config, or --data FOLDER and --model NAME" in capsys.readouterr().err
+
+
+def test_arrays_of_many_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for label, images in (("field", 5), ("water", 10)):
+        (tmp_path / "bands" / label).mkdir(parents=True)
+        for i in range(images):
+            np.save(tmp_path / "bands" / label / f"{i}.npy", rng.integers(0, 4000, (18, 20, 12)).astype(np.uint16))
+    options = ["--data", "bands", "--model", "vim_tiny", "--from-scratch", "--image-size", "16", "--epochs", "1"]
+    assert train.main([*options, *SHALLOW], "train") == 0
+    config = Config.fromfile("work_dirs/vim_tiny_bands.py")
+    assert config.model.network.in_chans == 12 and config.train_dataloader.dataset.type == "ArrayFolder"
+    assert len(config.normalisation.mean) == 12 and 1900 < config.normalisation.mean[0] < 2100
+    images = ArrayFolder(**_dataset(config, "train"))
+    assert images[0]["inputs"].shape == (12, 16, 16) and abs(images[0]["inputs"].mean()) < 0.5
+    np.save(tmp_path / "bands" / "water" / "3.npy", np.zeros((4, 5, 3)))
+    with pytest.raises(UserError, match=r"3.npy: an array of shape \(4, 5, 3\), expected \(height, width, 12\)"):
+        [images[i] for i in range(len(images))]
+    capsys.readouterr()
+    assert train.main(options, "train") == 2
+    assert re.search(r"arrays of shapes .*expected \(height, width, channels\)", capsys.readouterr().err)
+    (tmp_path / "bands" / "water" / "3.npy").write_bytes(b"")
+    assert train.main(options, "train") == 2
+    assert "cannot read its arrays" in capsys.readouterr().err
+
+
+def test_one_channel_of_grey(call: Callable[..., int]) -> None:
+    assert call("flat", *SCRATCH, "--gray", "--write-only") == 0
+    config = Config.fromfile("work_dirs/vim_tiny_flat.py")
+    assert config.model.network.in_chans == 1
+    assert ImageFolder(**_dataset(config, "train"))[0]["inputs"].shape == (1, 16, 16)
+    assert ImageFolder(**_dataset(config, "val"))[0]["inputs"].shape == (1, 16, 16)
+
+
+def test_transforms_of_arrays(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    array = np.arange(8 * 6 * 2, dtype=np.float64).reshape(8, 6, 2)
+    np.save(tmp_path / "a" / "0.npy", array)
+    settings = {"input_size": 6, "mean": [1.0, 2.0], "std": [2.0, 4.0], "crop_pct": 1.0}
+    (sample,) = ArrayFolder(str(tmp_path), "", settings)
+    expected = (torch.from_numpy(array[1:7]).permute(2, 0, 1).float() - torch.tensor([1.0, 2.0])[:, None, None]) / 2
+    torch.testing.assert_close(sample["inputs"], expected / torch.tensor([1.0, 2.0])[:, None, None])
+    with pytest.raises(UserError, match="got 2 means and 1 deviations"):
+        ArrayFolder(str(tmp_path), "", {**settings, "std": [1.0]})
+    with pytest.raises(UserError, match="unexpected keyword argument 'color_jitter'"):
+        ArrayFolder(str(tmp_path), "", {**settings, "color_jitter": 0.4})
+    (tmp_path / "empty" / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds no arrays \(.npy\) in class folders"):
+        ArrayFolder(str(tmp_path), "empty", settings)

@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     own.add_argument("--from-scratch", action="store_true", help="begin with random weights")
     own.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images (default: the model's)")
+    own.add_argument("--gray", action="store_true", help="feed one channel of grey instead of three")
     own.add_argument("--epochs", type=int, help="(default: by the number of images)")
     own.add_argument("--val-share", type=float, help="held out where there is no val/ (default: 0.2)")
     own.add_argument("--write-only", action="store_true", help="write the config and leave")
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     return run_tool(parser.prog, run, parser.parse_args(argv))
 
 
-_OF_DATA = ("model", "weights", "from_scratch", "image_size", "epochs", "val_share", "write_only")
+_OF_DATA = ("model", "weights", "from_scratch", "image_size", "epochs", "val_share", "gray", "write_only")
 
 
 def prepare(args: argparse.Namespace) -> bool:
@@ -90,7 +91,7 @@ def prepare(args: argparse.Namespace) -> bool:
         raise UserError("--data runs in one process: write the config by --write-only, and train with it in several")
     data = recipe.look_at(args.data, 0.2 if args.val_share is None else args.val_share)
     weights = None if args.from_scratch else args.weights or "published"
-    chosen = recipe.choose(args.model, data, weights, args.image_size, args.epochs)
+    chosen = recipe.choose(args.model, data, weights, args.image_size, args.epochs, args.gray)
     print(recipe.describe(chosen, data))
     work_dir = Path(args.work_dir or Path("work_dirs", f"{args.model}_{data.root.resolve().name}"))
     file = work_dir.parent / f"{work_dir.name}.py"

@@ -6,11 +6,11 @@ They get a dense backbone for each of :data:`backbones.models.FAMILIES` and ``GU
 
 They also get ``PlainMambaAdapter``, the necks ``SimpleFeaturePyramid`` and ``FinerFPN``, the models
 ``ImageClassifier``, ``HardDistillation``, ``SelfDistillation``, ``MaskedImageModelling``, ``ImagePreprocessor`` and
-timm's losses, ``WeightedCrossEntropy``, the dataset ``ImageFolder`` with ``collate_images``, ``keep_worker_seed`` and
-``RepeatedAugmentationSampler``, ``ClassificationMetric``, ``TimmOptimWrapperConstructor``, ``BFloat16OptimWrapper``,
-the hooks ``ResumeHook``, ``FiniteLossHook``, ``ProgressHook``, ``ReportHook``, ``ReconstructionHook``,
-``CudaGraphsHook`` and ``SelfDistillationHook``, and the ``"atomic"`` storage backend; mmengine's
-``get_model_complexity_info`` counts the library's operators, too. Configs say
+timm's losses, ``WeightedCrossEntropy``, the data sets ``ImageFolder`` and ``ArrayFolder`` with ``collate_images``,
+``keep_worker_seed`` and ``RepeatedAugmentationSampler``, ``ClassificationMetric``, ``TimmOptimWrapperConstructor``,
+``BFloat16OptimWrapper``, the hooks ``ResumeHook``, ``FiniteLossHook``, ``ProgressHook``, ``ReportHook``,
+``ReconstructionHook``, ``CudaGraphsHook`` and ``SelfDistillationHook``, and the ``"atomic"`` storage backend;
+mmengine's ``get_model_complexity_info`` counts the library's operators, too. Configs say
 ``custom_imports=dict(imports=["backbones.mm"])``.
 
 For U-Nets they get ``BinaryDiceLoss``, ``BatchDiceLoss`` and ``VolumeMetric``; what needs mmseg itself, ``UNetHead``
@@ -18,7 +18,13 @@ among it, stands in :mod:`backbones.mm.segmentation`.
 """
 
 import backbones.mm.engine.complexity  # noqa: F401  (teaches mmengine's counters)
-from backbones.mm.data.datasets import ImageFolder, RepeatedAugmentationSampler, collate_images, keep_worker_seed
+from backbones.mm.data.datasets import (
+    ArrayFolder,
+    ImageFolder,
+    RepeatedAugmentationSampler,
+    collate_images,
+    keep_worker_seed,
+)
 from backbones.mm.engine.checkpoints import AtomicBackend
 from backbones.mm.engine.graphs import CudaGraphsHook
 from backbones.mm.engine.hooks import FiniteLossHook, ProgressHook, ResumeHook
@@ -39,6 +45,7 @@ from backbones.mm.models.necks import FinerFPN, SimpleFeaturePyramid
 from backbones.mm.models.vit_adapter import PlainMambaAdapter
 
 __all__ = [
+    "ArrayFolder",
     "AtomicBackend",
     "BFloat16OptimWrapper",
     "BatchDiceLoss",

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import timm
 import torch
 
-from backbones.mm.data.datasets import ImageFolder, class_folders
+from backbones.mm.data.datasets import ArrayFolder, ImageFolder, class_folders
 from backbones.mm.errors import UserError
 from backbones.mm.models.dense import fetch_weights
 from backbones.models import family_names
@@ -32,6 +33,7 @@ class Data:
         val_share: share of each class that is held out, where both are one folder.
         classes: their number.
         images: number of training and of validation images.
+        mean, std: of each channel of arrays; None for images, which are normalised as the model's weights ask for.
     """
 
     root: Path
@@ -40,13 +42,16 @@ class Data:
     val_share: float | None
     classes: int
     images: tuple[int, int]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 def look_at(folder: str | Path, val_share: float) -> Data:
     """Find classes and images under ``folder``.
 
     It holds ``train/`` and ``val/`` (or ``valid/``, ``validation/``) with a folder for each class, or ``train/`` alone,
-    or the folders of the classes; without validation images, ``val_share`` of each class are held out.
+    or the folders of the classes; without validation images, ``val_share`` of each class are held out. Images are PNG
+    and JPEG, or else arrays, see :class:`backbones.mm.ArrayFolder`, whose first hundred tell mean and deviation.
 
     Raises:
         UserError: there is no such folder, no image in it, or a single class.
@@ -58,18 +63,36 @@ def look_at(folder: str | Path, val_share: float) -> Data:
         raise UserError(f"--val-share: got {val_share}, expected a share between 0 and 1")
     train = "train" if (root / "train").is_dir() else ""
     val = next((name for name in _VALIDATION if train and (root / name).is_dir()), train)
-    found = class_folders(root / train)
+    kind: type[ImageFolder] = ImageFolder if class_folders(root / train) else ArrayFolder
+    found = class_folders(root / train, kind.endings())
     if not found:
-        raise UserError(
-            f"data folder {root / train} holds no images in class folders: expected CLASS/IMAGE.png or .jpg"
-        )
+        raise UserError(f"data folder {root / train} holds no images in class folders, such as CLASS/IMAGE.jpg")
+
     if len(found) < 2:
         raise UserError(f"data folder {root / train} holds one class, {min(found)!r}, expected at least two")
     parts: list[dict[str, Any]] = [{"split": train}, {"split": val}]
     if train == val:
         parts = [{"split": train, "subset": name, "val_share": val_share} for name in ("train", "val")]
-    sizes = [len(ImageFolder(str(root), transform={"input_size": 32}, **part)) for part in parts]
-    return Data(root, train, val, val_share if train == val else None, len(found), (sizes[0], sizes[1]))
+    mean, std = _statistics(root / train) if kind is ArrayFolder else (None, None)
+    transform: dict[str, Any] = {"input_size": 32, **({} if mean is None else {"mean": mean, "std": std})}
+    sizes = [len(kind(str(root), transform=transform, **part)) for part in parts]
+    share = val_share if train == val else None
+    return Data(root, train, val, share, len(found), (sizes[0], sizes[1]), mean, std)
+
+
+def _statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel of the first hundred arrays, taken in turn from the classes."""
+    files = sorted(folder.rglob("*.npy"), key=lambda path: (path.name, path.parent))[:100]
+    try:
+        arrays = [np.load(file, allow_pickle=False) for file in files]
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"data folder {folder}: cannot read its arrays: {error}") from error
+    if len({array.shape[2:] for array in arrays}) != 1 or arrays[0].ndim != 3:
+        shapes = sorted({array.shape for array in arrays})
+        raise UserError(f"data folder {folder}: got arrays of shapes {shapes}, expected (height, width, channels)")
+    pixels = np.concatenate([array.reshape(-1, array.shape[2]) for array in arrays]).astype(np.float64)
+    mean, std = (tuple(float(f"{x:.4g}") for x in values) for values in (pixels.mean(0), pixels.std(0)))
+    return mean, tuple(x or 1.0 for x in std)
 
 
 @dataclass(frozen=True)
@@ -87,10 +110,16 @@ class Recipe:
     drop_path_rate: float
     mixup: bool
     drop_last: bool
+    gray: bool
 
 
 def choose(
-    model: str, data: Data, weights: str | None = "published", image_size: int | None = None, epochs: int | None = None
+    model: str,
+    data: Data,
+    weights: str | None = "published",
+    image_size: int | None = None,
+    epochs: int | None = None,
+    gray: bool = False,
 ) -> Recipe:
     """A recipe for ``model`` on ``data``.
 
@@ -99,6 +128,7 @@ def choose(
         weights: see :func:`backbones.weights.sources.locate`; None are random ones.
         image_size: side of the images in pixels; None is that of the published weights.
         epochs: None follows the number of images.
+        gray: feed one channel instead of three.
 
     Raises:
         UserError: ``model`` is unknown, there are no such weights, or a number is too small.
@@ -109,6 +139,8 @@ def choose(
     for option, number in (("--image-size", image_size), ("--epochs", epochs)):
         if number is not None and number < 1:
             raise UserError(f"{option}: got {number}, expected at least 1")
+    if gray and data.mean is not None:
+        raise UserError(f"--gray: {data.root} holds arrays, whose channels are all fed")
     if weights is not None:
         try:
             fetch_weights(weights, model)
@@ -137,6 +169,7 @@ def choose(
         drop_path_rate=0.0 if parameters < 15e6 else 0.1 if parameters < 40e6 else 0.2,
         mixup=weights is None and train >= _MANY,
         drop_last=train >= 2 * batch,
+        gray=gray,
     )
 
 
@@ -167,6 +200,18 @@ def write(recipe: Recipe, data: Data, file: Path) -> str:
         network.append(f"img_size={recipe.image_size}")
     if recipe.drop_path_rate:
         network.append(f"drop_path_rate={recipe.drop_path_rate}")
+    mean, std = cfg.mean, cfg.std
+    if data.mean is not None and data.std is not None:
+        network.append(f"in_chans={len(data.mean)}")
+        mean, std = data.mean, data.std
+    elif recipe.gray:
+        network.append("in_chans=1")
+        mean, std = ((round(sum(x) / len(x), 3),) for x in (mean, std))
+    for_images = [f'interpolation="{cfg.interpolation}"']
+    for_training = [f'auto_augment="{"rand-m9-mstd0.5-inc1" if recipe.mixup else "rand-m5-mstd0.5-inc1"}"']
+    for_training.append(f"re_prob={0.25 if recipe.mixup else 0.1}")
+    if data.mean is not None:
+        for_images, for_training = [], []
     share = {"train": "", "val": ""}
     if data.val_share is not None:
         share = {name: f'\n        subset="{name}",\n        val_share={data.val_share},' for name in share}
@@ -180,7 +225,6 @@ def write(recipe: Recipe, data: Data, file: Path) -> str:
             '\n    data_preprocessor=dict(\n        type="ImagePreprocessor",\n'
             "        mixup=dict(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1),\n    ),"
         )
-    strong = recipe.mixup
     groups = (
         "" if recipe.weights is None else "\n    paramwise_cfg=dict(layer_decay=0.9),  # early layers learn more slowly"
     )
@@ -193,13 +237,14 @@ def write(recipe: Recipe, data: Data, file: Path) -> str:
         init=init,
         preprocessor=preprocessor,
         size=recipe.image_size,
-        mean=tuple(cfg.mean),
-        std=tuple(cfg.std),
-        interpolation=cfg.interpolation,
+        mean=tuple(mean),
+        std=tuple(std),
+        kind="ImageFolder" if data.mean is None else "ArrayFolder",
+        mode='\n        image_mode="L",' if recipe.gray else "",
+        training="".join(f"\n            {x}," for x in (*for_training, *for_images)),
+        reading="".join(f", {x}" for x in for_images),
         crop_pct=cfg.crop_pct,
-        augment="rand-m9-mstd0.5-inc1" if strong else "rand-m5-mstd0.5-inc1",
-        scale="(0.08, 1.0)" if strong else "(0.35, 1.0)",
-        erasing=0.25 if strong else 0.1,
+        scale="(0.08, 1.0)" if recipe.mixup else "(0.35, 1.0)",
         batch=recipe.batch_size,
         workers=min(4, os.cpu_count() or 1),
         train=data.train,
@@ -238,18 +283,15 @@ train_dataloader = dict(
     batch_size={batch},
     num_workers={workers},
     dataset=dict(
-        type="ImageFolder",
+        type="{kind}",
         data_root=data_root,
-        split="{train}",{train_share}
+        split="{train}",{train_share}{mode}
         num_classes=num_classes,
         transform=dict(
             input_size={size},
             is_training=True,
             scale={scale},  # crops hold this share of the image
-            hflip=0.5,  # 0.0 where left and right have a meaning
-            auto_augment="{augment}",
-            re_prob={erasing},
-            interpolation="{interpolation}",
+            hflip=0.5,  # 0.0 where left and right have a meaning{training}
             **normalisation,
         ),
     ),
@@ -262,11 +304,11 @@ val_dataloader = dict(
     batch_size={batch},
     num_workers={workers},
     dataset=dict(
-        type="ImageFolder",
+        type="{kind}",
         data_root=data_root,
-        split="{val}",{val_share}
+        split="{val}",{val_share}{mode}
         num_classes=num_classes,
-        transform=dict(input_size={size}, crop_pct={crop_pct}, interpolation="{interpolation}", **normalisation),
+        transform=dict(input_size={size}, crop_pct={crop_pct}{reading}, **normalisation),
     ),
     sampler=dict(type="DefaultSampler", shuffle=False),
     collate_fn=dict(type="collate_images"),

@@ -6,21 +6,24 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import numpy as np
+import torch
 from mmengine.dataset import BaseDataset
 from mmengine.dist import get_rank, get_world_size
 from mmengine.logging import print_log
 from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
-from timm.data import ImageDataset, create_transform
+from timm.data import create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.readers.img_extensions import get_img_extensions
-from torch import Tensor
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
+from torchvision.transforms import v2
 
 from backbones.images import UNREADABLE, read_image
 from backbones.mm.errors import UserError
@@ -70,18 +73,34 @@ class ImageFolder(BaseDataset):
         folder = Path(data_root, split)
         if not folder.is_dir():
             raise UserError(f"image folder {folder} does not exist")
-        if not class_folders(folder):
-            raise UserError(f"image folder {folder} holds no images in class folders")
-        # Only timm's reader is used: ImageDataset itself replaces an unreadable image by its neighbour.
-        self.reader = ImageDataset(str(folder)).reader
+        if not class_folders(folder, self.endings()):
+            raise UserError(f"image folder {folder} holds no {self.what} in class folders")
+        # Only timm's reader is used: its ImageDataset replaces an unreadable image by its neighbour.
+        self.reader = ReaderImageFolder(str(folder), input_key=";".join(sorted(self.endings())))
         classes = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.__getitem__)
         if num_classes is not None and len(classes) != num_classes:
             raise UserError(f"image folder {folder} has {len(classes)} classes, expected num_classes={num_classes}")
-        self.transform = create_transform(**transform)
+        self.transform = self.make_transform(transform)
         self.skip_unreadable = skip_unreadable
         self.image_mode, self.per_class = image_mode, per_class
         self.subset, self.val_share = subset, val_share
         super().__init__(metainfo={"classes": tuple(classes)})
+
+    what: ClassVar[str] = "images"
+
+    @classmethod
+    def endings(cls) -> set[str]:
+        """Of the names of the files that it reads."""
+        return set(get_img_extensions())
+
+    @classmethod
+    def make_transform(cls, settings: dict[str, Any]) -> Callable[[Any], Tensor]:
+        """From what `read` gives to a tensor."""
+        return cast(Any, create_transform(**settings))
+
+    def read(self, path: str) -> Any:
+        """The image of a file."""
+        return read_image(path, self.image_mode)
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Path and label of every image, or of the first of each class."""
@@ -115,7 +134,7 @@ class ImageFolder(BaseDataset):
         info = self.get_data_info(idx)
         path, target = info["img_path"], info["gt_label"]
         try:
-            image = read_image(path, self.image_mode)
+            image = self.read(path)
         except UNREADABLE as error:
             message = f"cannot read image {path}: {error}"
             if not self.skip_unreadable:
@@ -125,9 +144,81 @@ class ImageFolder(BaseDataset):
         return {"inputs": self.transform(image), "targets": target}
 
 
-def class_folders(folder: Path) -> set[str]:
-    """Names of the classes that :class:`ImageFolder` finds: the folders that hold images, however deep."""
-    endings = get_img_extensions(as_set=True)
+@DATASETS.register_module()
+class ArrayFolder(ImageFolder):
+    """``data_root/split/<class>/<array>.npy``, for images that are no RGB: arrays (height, width, channels), as of
+    multispectral sensors.
+
+    Args:
+        transform: ``input_size``; ``mean`` and ``std`` of each channel, in the units of the arrays; ``is_training`` for
+            random crops of a share of the area within ``scale``, and of proportions within ``ratio``, flipped with the
+            probabilities ``hflip`` and ``vflip``. Otherwise the middle is taken, ``crop_pct`` of the short side.
+
+    All others are as of :class:`ImageFolder`; ``image_mode`` says nothing. The network needs as many ``in_chans``.
+    """
+
+    what = "arrays (.npy)"
+
+    @classmethod
+    def endings(cls) -> set[str]:
+        return {".npy"}
+
+    @classmethod
+    def make_transform(cls, settings: dict[str, Any]) -> Callable[[Any], Tensor]:
+        try:
+            return _array_transform(**settings)
+        except TypeError as error:
+            raise UserError(f"transform: {error}") from None
+
+    def read(self, path: str) -> Tensor:
+        """(channels, height, width) in float32."""
+        try:
+            array = np.load(path, allow_pickle=False)
+        except EOFError as error:
+            raise ValueError(str(error)) from error
+        channels = len(self.transform_mean)
+        if array.ndim != 3 or array.shape[2] != channels:
+            raise ValueError(f"an array of shape {array.shape}, expected (height, width, {channels})")
+        return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1)
+
+    @property
+    def transform_mean(self) -> Sequence[float]:
+        """Of each channel."""
+        normalise: Any = cast(v2.Compose, self.transform).transforms[-1]
+        return normalise.mean
+
+
+def _array_transform(
+    input_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    is_training: bool = False,
+    scale: tuple[float, float] = (0.35, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+    vflip: float = 0.0,
+    crop_pct: float = 0.875,
+) -> v2.Compose:
+    if len(mean) != len(std):
+        raise UserError(f"transform: got {len(mean)} means and {len(std)} deviations, expected one of each channel")
+    size = [input_size, input_size]
+    steps: list[nn.Module] = [v2.Resize(math.floor(input_size / crop_pct), antialias=True), v2.CenterCrop(size)]
+    if is_training:
+        crop = v2.RandomResizedCrop(size, tuple(scale), tuple(ratio), antialias=True)
+        steps = [crop, v2.RandomHorizontalFlip(hflip), v2.RandomVerticalFlip(vflip)]
+    return v2.Compose([*steps, v2.Normalize(list(mean), list(std))])
+
+
+_KINDS = {"ImageFolder": ImageFolder, "ArrayFolder": ArrayFolder}
+
+
+def class_folders(folder: Path, endings: Collection[str] | None = None) -> set[str]:
+    """Names of the classes that :class:`ImageFolder` finds: the folders that hold images, however deep.
+
+    Args:
+        endings: of the names of other files than images.
+    """
+    endings = ImageFolder.endings() if endings is None else endings
     return {
         Path(root).name if Path(root) != folder else ""
         for root, _, files in os.walk(folder, followlinks=True)
@@ -144,13 +235,15 @@ def check_class_folders(config: Any) -> None:
         UserError: a folder lacks classes that another has.
     """
     loaders = (config.get(f"{part}_dataloader") for part in ("train", "val", "test"))
-    folders = dict.fromkeys(folder for loader in loaders for folder in _image_folders(loader) if folder.is_dir())
+    found = (pair for loader in loaders for pair in _image_folders(loader))
+    folders = {folder: kind.endings() for folder, kind in found if folder.is_dir()}
     if not folders:
         return
     first, *others = folders
-    expected = class_folders(first) if others else set()
+    expected = class_folders(first, folders[first]) if others else set()
     for folder in others:
-        compare_classes(sorted(class_folders(folder)), f"image folder {folder}", sorted(expected), str(first))
+        classes = class_folders(folder, folders[folder])
+        compare_classes(sorted(classes), f"image folder {folder}", sorted(expected), str(first))
 
 
 def compare_classes(found: Sequence[str], what: str, expected: Sequence[str], of: str) -> None:
@@ -174,10 +267,11 @@ def _named(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _image_folders(config: Any) -> Iterator[Path]:
+def _image_folders(config: Any) -> Iterator[tuple[Path, type[ImageFolder]]]:
     if isinstance(config, dict):
-        if str(config.get("type")) == "ImageFolder":
-            yield Path(config["data_root"], config["split"])
+        kind = _KINDS.get(str(config.get("type")))
+        if kind is not None:
+            yield Path(config["data_root"], config["split"]), kind
         else:
             for value in config.values():
                 yield from _image_folders(value)
