@@ -2,6 +2,7 @@
 
 import io
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from PIL import Image, ImageChops, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from backbones import zoo
+from backbones.commands import benchmark
 from backbones.models import family_names
 from tests.tolerances import LOGITS
 from tools import certify, model_cards
-from tools.cards import accuracy, benchmarks, card, facts, markdown, metafiles, pictures
+from tools.cards import accuracy, benchmarks, card, conditions, facts, markdown, metafiles, pictures
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = (
@@ -195,16 +197,44 @@ new,bf16,per_order,False,1,1,2,2
 def test_tables_of_speed(tmp_path: Path) -> None:
     path = tmp_path / "scan.csv"
     path.write_text(SCAN)
-    results = benchmarks.read(path)
+    results = conditions.read(path)
     assert benchmarks.gpu_scan_table([results]).splitlines()[2:] == [
-        "| a: Vim-Ti, 224 px, batch 128 | 0.2 | 0.5 | 2.5x | 1.0 | 3.5 | 3.5x |",
+        "| Vim-Ti at 224 x 224, batch 128 | 0.2 | 0.5 | 2.5x | 1.0 | 3.5 | 3.5x |",
         "| new | 1 | 2 | 2.0x | 1 | 2 | 2.0x |",
     ]
-    assert benchmarks.conditions([results, results], tmp_path) == (
-        "- [scan.csv](scan.csv): device X; date Y\n- [scan.csv](scan.csv)"
+    assert conditions.conditions([results], tmp_path) == (
+        "[scan.csv](scan.csv): device X. date Y. No command in this repository repeats this measurement."
     )
     with pytest.raises(ValueError, match=r"scan\.csv: no column of, backend, forward ms"):
         benchmarks.cpu_table(results)
+
+
+@pytest.mark.parametrize("name", ["selective_scan_cpu", "models_cpu", "models_cpu_1248", "gpu_models"])
+def test_the_command_beside_a_table_has_the_arguments_of_the_measurement(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = conditions.read(model_cards.RESULTS / f"{name}.csv")
+    program, tool, *arguments = shlex.split(conditions.command(results))
+    assert (program, tool) == ("ssm-backbones", "benchmark")
+    given = vars(benchmark.parse_args(arguments))
+    assert {name: str(value) for name, value in given.items() if name not in ("run", "csv")} == results.arguments
+    text = conditions.conditions([results], ROOT)
+    assert f"at commit {results.facts['commit']}." in text
+    assert f"`{conditions.command(results)} --csv benchmarks/results/{name}.csv`" in text
+
+
+def test_the_summary_compares_models_of_one_run_and_says_in_which_mode() -> None:
+    files = [conditions.read(model_cards.RESULTS / f"{name}.csv") for name in ("models_cpu", "models_cpu_1248")]
+    gpu = conditions.read(model_cards.RESULTS / "gpu_models.csv")
+    rows = [line.strip("| ").split(" | ") for line in benchmarks.summary_table(files, gpu).splitlines()[2:]]
+    speeds = {(row["model"], row["mode"]): float(row["inference_img_s"]) for row in gpu.rows}
+    ours, other = "vmamba_tiny_s1l8", "swin_tiny_patch4_window7_224"
+    graphs = next(row for row in rows if row[0] == f"`{ours}`" and "graphs" in row[2])
+    against = "graphs" if (other, "graphs") in speeds else "eager"
+    assert graphs[3] == f"{speeds[ours, 'graphs'] / speeds[other, against]:.2f}x"
+    assert graphs[2].endswith("against eager mode") == (against == "eager")
+    long = next(row for row in rows if "1248" in row[2])
+    assert long[3] == f"{float(files[1].rows[0]['inference over deit']):.2f}x"
 
 
 def test_reported_and_measured_share_no_column(text: str) -> None:
@@ -217,9 +247,9 @@ def test_reported_and_measured_share_no_column(text: str) -> None:
 def test_the_readme_s_words_about_speed_hold() -> None:
     """They must change with the files when these are measured again."""
     for path in model_cards.RESULTS.glob("selective_scan_h200*.csv"):
-        for row in benchmarks.read(path).rows:
+        for row in conditions.read(path).rows:
             assert float(row["forward_ms"]) < float(row["official_forward_ms"])
-    rows = {row["model"]: row for row in benchmarks.read(model_cards.RESULTS / "models_h200.csv").rows}
+    rows = {row["model"]: row for row in conditions.read(model_cards.RESULTS / "models_h200.csv").rows}
     graphs = {name: float(row["graph_inference_img_s"]) for name, row in rows.items()}
     ours = {name: speed for name, speed in graphs.items() if name.startswith(("vim", "vmamba"))}
     assert min(ours.values()) > graphs["convnext_tiny"] > graphs["swin_tiny_patch4_window7_224"]
@@ -227,11 +257,11 @@ def test_the_readme_s_words_about_speed_hold() -> None:
     assert float(rows["vmamba_tiny_s1l8"]["inference_img_s"]) < float(rows["convnext_tiny"]["inference_img_s"])
     slow = [graphs[name] for name in ("msvmamba_tiny", "groupmamba_tiny", "spatialmamba_tiny")]
     assert max(slow) < graphs["swin_tiny_patch4_window7_224"]
-    rows = benchmarks.read(model_cards.RESULTS / "models_compiled_h200.csv").rows
+    rows = conditions.read(model_cards.RESULTS / "models_compiled_h200.csv").rows
     compiled = {row["model"]: float(row["inference_img_s"]) for row in rows if row["mode"] == "graphs"}
     assert compiled["convnext_tiny"] > compiled["vim_tiny"] > compiled["swin_tiny_patch4_window7_224"]
     assert compiled["swin_tiny_patch4_window7_224"] > compiled["vmamba_tiny_s1l8"]
-    long = benchmarks.read(model_cards.RESULTS / "long_sequence_h200.csv").rows
+    long = conditions.read(model_cards.RESULTS / "long_sequence_h200.csv").rows
     times = {row["model"] + row["attention"]: float(row["graph_inference_ms"]) for row in long if row["batch"] == "8"}
     assert times["deit_tiny_patch16_224scaled_dot_product_attention"] < times["vim_tiny"] < times["vim_tiny (original)"]
     assert times["vim_tiny"] < times["deit_tiny_patch16_224explicit"]

@@ -17,6 +17,7 @@ from backbones.zoo import load_family  # noqa: E402
 from tools.cards import benchmarks, facts  # noqa: E402
 from tools.cards.accuracy import accuracy_picture  # noqa: E402
 from tools.cards.card import card  # noqa: E402
+from tools.cards.conditions import Results, conditions, read  # noqa: E402
 from tools.cards.markdown import replace_block  # noqa: E402
 from tools.cards.metafiles import metafiles  # noqa: E402
 from tools.cards.pictures import catalogue_picture, orders_picture, same_picture  # noqa: E402
@@ -51,31 +52,32 @@ def pictures() -> dict[Path, bytes]:
     return files | {ROOT / "docs" / f"{name}.png": png for name, png in docs.items()}
 
 
+def _result(name: str) -> Results:
+    return read(RESULTS / f"{name}.csv")
+
+
 def _summary() -> str:
-    cpu, long, gpu = (
-        benchmarks.read(RESULTS / f"{name}.csv") for name in ("models_cpu", "models_cpu_1248", "gpu_models")
-    )
-    return benchmarks.summary_table(cpu, long, gpu)
+    return benchmarks.summary_table([_result("models_cpu"), _result("models_cpu_1248")], _result("gpu_models"))
 
 
 def _speed() -> dict[str, str]:
-    cpu = benchmarks.read(RESULTS / "selective_scan_cpu.csv")
-    cpu_models, cpu_long = (benchmarks.read(RESULTS / f"{name}.csv") for name in ("models_cpu", "models_cpu_1248"))
-    scans = [benchmarks.read(path) for path in sorted(RESULTS.glob("selective_scan_h200*.csv"))]
-    models = benchmarks.read(RESULTS / "models_h200.csv")
-    compiled = benchmarks.read(RESULTS / "models_compiled_h200.csv")
-    launches = benchmarks.read(RESULTS / "gpu_models.csv")
-    originals = benchmarks.read(RESULTS / "originals_h200.csv")
+    cpu, cpu_models, cpu_long = _result("selective_scan_cpu"), _result("models_cpu"), _result("models_cpu_1248")
+    scans = [read(path) for path in sorted(RESULTS.glob("selective_scan_h200*.csv"))]
+    convolution, long = _result("depthwise_conv_h200"), _result("long_sequence_h200")
+    models, compiled, originals = (_result(f"{name}_h200") for name in ("models", "models_compiled", "originals"))
+    launches = _result("gpu_models")
     tables = {
         "cpu": (benchmarks.cpu_table(cpu), [cpu]),
         "cpu-models": (benchmarks.cpu_model_table(cpu_models), [cpu_models]),
         "cpu-long": (benchmarks.cpu_model_table(cpu_long), [cpu_long]),
         "gpu-scan": (benchmarks.gpu_scan_table(scans), scans),
+        "gpu-convolution": (benchmarks.gpu_convolution_table(convolution), [convolution]),
         "gpu-models": (benchmarks.gpu_model_table(models, originals), [models, originals]),
-        "gpu-launches": (benchmarks.gpu_launches_table(launches), [launches]),
         "gpu-compiled": (benchmarks.gpu_compiled_table(compiled, originals), [compiled]),
+        "gpu-launches": (benchmarks.gpu_launches_table(launches), [launches]),
+        "gpu-long": (benchmarks.long_sequence_table(long), [long]),
     }
-    return {name: f"{text}\n\n{benchmarks.conditions(files, ROOT, '../')}" for name, (text, files) in tables.items()}
+    return {name: f"{text}\n\n{conditions(files, ROOT, '../')}" for name, (text, files) in tables.items()}
 
 
 def _with_blocks(path: Path, blocks: dict[str, str]) -> str:

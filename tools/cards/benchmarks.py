@@ -1,65 +1,29 @@
-"""Tables of speed, from the CSV files of ``benchmarks/results``; conditions come from the comments at their top."""
+"""Tables of speed, from the CSV files of ``benchmarks/results``."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
+from .conditions import Results
 from .markdown import table
 
-# What the shapes of the GPU benchmark are taken from.
-_SHAPES = {
-    "a": "a: Vim-Ti, 224 px, batch 128",
-    "d": "d: Vim-Ti, 1248 px, batch 1",
-    **{f"b1s{i}": f"b1s{i}: VMamba-T s1l8, stage {i}, batch 128" for i in range(1, 5)},
-    "b16": "b16: first VMamba-T, stage 1, batch 32",
+# What the shapes of the GPU benchmarks are taken from.
+_SCANS = {
+    "a": "Vim-Ti at 224 x 224, batch 128",
+    "d": "Vim-Ti at 1248 x 1248, batch 1",
+    **{f"b1s{i}": f"VMamba-T (s1l8) stage {i}, batch 128" for i in range(1, 5)},
+    "b16": "VMamba-T of the first generation, stage 1, batch 32",
 }
-_LAUNCHES = (  # columns of the table of launches, and their titles
-    ("launches_inference", "launches, inference"),
-    ("launches_training", "training"),
-    ("host_inference_ms", "host ms, inference"),
-    ("host_training_ms", "training"),
-    ("inference_img_s", "images/s, inference"),
-    ("training_img_s", "training"),
-    ("gpu_training_ms", "GPU ms, training"),
-    ("peak_training_mib", "peak MiB, training"),
-)
-
-
-@dataclass(frozen=True)
-class Results:
-    """A file's rows, and the lines of comment above them."""
-
-    path: Path
-    conditions: list[str]
-    rows: list[dict[str, str]]
-
-    def need(self, *columns: str) -> None:
-        """Raises ValueError where a column is missing."""
-        missing = [name for name in columns if not self.rows or name not in self.rows[0]]
-        if missing:
-            raise ValueError(f"{self.path}: no column {', '.join(missing)}")
-
-
-def read(path: Path) -> Results:
-    """A CSV file whose first lines begin with ``#``."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    comments = [line.lstrip("# ").strip() for line in lines if line.startswith("#")]
-    return Results(path, comments, list(csv.DictReader(line for line in lines if not line.startswith("#"))))
-
-
-def conditions(files: Iterable[Results], root: Path, prefix: str = "") -> str:
-    """The files' own comments, each line once, with links to the files; ``prefix`` leads to ``root``."""
-    said: set[str] = set()
-    bullets = []
-    for file in files:
-        new = [line for line in file.conditions if line not in said]
-        said.update(new)
-        link = f"[{file.path.name}]({prefix}{file.path.relative_to(root).as_posix()})"
-        bullets.append(f"- {link}{': ' if new else ''}{'; '.join(new)}")
-    return "\n".join(bullets)
+_CONVOLUTIONS = {
+    "vim": "Vim-Ti at 224 x 224, 4 causal taps, batch 128",
+    "vim1248": "Vim-Ti at 1248 x 1248, 4 causal taps, batch 1",
+    **{f"s{i}": f"VMamba-T stage {i}, 3 x 3, batch 128" for i in range(1, 5)},
+    "msv7": "MSVMamba, 7 x 7 with stride 2 on 56 x 56 x 96, batch 128",
+}
+_ATTENTION = {"": "", "scaled_dot_product_attention": "fused", "explicit": "explicit"}
+_PAIRS = (("vim_tiny", "deit_tiny_patch16_224"), ("vmamba_tiny_s1l8", "swin_tiny_patch4_window7_224"))
+_SPEEDS = ("inference_img_s", "training_img_s")
 
 
 def cpu_table(results: Results) -> str:
@@ -72,109 +36,177 @@ def cpu_table(results: Results) -> str:
     rows = []
     for backends in by_shape.values():
         cpu = backends["cpu"]
-        cells = [f"{_times(backends, name, column)}" for column in (forward, both) for name in ("textbook", "naive")]
-        rows.append([cpu["of"], cpu[forward], cells[0], cells[1], cpu[both], cells[3]])
-    header = ["shape", "forward, ms", "textbook loop", "`naive`", "forward + backward, ms", "`naive`"]
-    return table(header, rows)
+        rows.append(
+            [
+                cpu["of"],
+                cpu[forward],
+                *(_over(backends.get(name, {}).get(forward), cpu[forward]) for name in ("textbook", "naive")),
+                cpu[both],
+                _over(backends.get("naive", {}).get(both), cpu[both]),
+            ]
+        )
+    header = ["layer", "forward [ms]", "a textbook loop takes", "`naive` takes"]
+    return table([*header, "forward and backward [ms]", "`naive` takes"], rows)
 
 
-def _times(backends: dict[str, dict[str, str]], name: str, column: str) -> str:
-    """How many times as long another backend takes."""
-    other = backends.get(name, {}).get(column)
-    return f"{float(other) / float(backends['cpu'][column]):.3g}x" if other else ""
+def _over(value: str | None, unit: str | None) -> str | None:
+    """A ratio as "2.5x", with as many digits as are worth reading; None where one of the two was not measured."""
+    if not value or not unit:
+        return None
+    ratio = float(value) / float(unit)
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
 
 
 def gpu_scan_table(files: Iterable[Results]) -> str:
     """The ``triton`` backend beside the official CUDA kernels, bfloat16, one output for each order."""
-    rows: dict[str, list[str]] = {}
+    kinds = ("forward_ms", "forward_backward_ms")
+    rows: dict[str, list[object]] = {}
     for results in files:
-        ours = ("forward_ms", "forward_backward_ms")
-        official = tuple(f"official_{name}" for name in ours)
-        results.need("shape", "dtype", "out", "deterministic", *ours, *official)
+        results.need("shape", "dtype", "out", "deterministic", *kinds, *(f"official_{kind}" for kind in kinds))
         for row in results.rows:
             if (row["dtype"], row["out"], row["deterministic"]) == ("bf16", "per_order", "False"):
-                pairs = [(row[mine], row[theirs]) for mine, theirs in zip(ours, official, strict=True)]
-                cells = [(mine, theirs, f"{float(theirs) / float(mine):.1f}x") for mine, theirs in pairs]
-                rows[row["shape"]] = [_SHAPES.get(row["shape"], row["shape"]), *cells[0], *cells[1]]
-    header = ["shape", "forward, ms", "official", "ratio", "forward + backward, ms", "official", "ratio"]
-    named = [shape for shape in _SHAPES if shape in rows]
-    return table(header, [rows[shape] for shape in (*named, *sorted(rows.keys() - set(named)))])
+                rows[row["shape"]] = _beside(row, kinds, "official_")
+    header = ["layer", "forward [ms]", "original", "speed-up", "forward and backward [ms]", "original", "speed-up"]
+    return table(header, _named(rows, _SCANS))
+
+
+def gpu_convolution_table(results: Results) -> str:
+    """The depthwise convolution's kernel beside cuDNN, bfloat16."""
+    kinds = ("forward_ms", "forward_backward_ms")
+    results.need("shape", "dtype", *kinds, *(f"cudnn_{kind}" for kind in kinds))
+    rows = {row["shape"]: _beside(row, kinds, "cudnn_") for row in results.rows if row["dtype"] == "bfloat16"}
+    header = ["layer", "forward [ms]", "cuDNN", "speed-up", "forward and backward [ms]", "cuDNN", "speed-up"]
+    return table(header, _named(rows, _CONVOLUTIONS))
+
+
+def _beside(row: Mapping[str, str], kinds: Sequence[str], other: str) -> list[object]:
+    """For each kind of time: ours, the other's, and how many times as long the other takes."""
+    return [cell for kind in kinds for cell in (row[kind], row[other + kind], _over(row[other + kind], row[kind]))]
+
+
+def _named(rows: Mapping[str, list[object]], titles: Mapping[str, str]) -> list[list[object]]:
+    """Rows in the order of the titles of their shapes; shapes without a title come last."""
+    shapes = [*(shape for shape in titles if shape in rows), *sorted(rows.keys() - titles.keys())]
+    return [[titles.get(shape, shape), *rows[shape]] for shape in shapes]
 
 
 def gpu_model_table(results: Results, originals: Results) -> str:
-    """Images a second of whole models, launched from Python and as a CUDA graph, and of the originals."""
-    speeds = ("inference_img_s", "training_img_s")
-    results.need("model", *speeds, *(f"graph_{name}" for name in speeds), "training_peak_mib")
-    originals.need("model", *speeds, "training_peak_mib")
+    """Images per second of whole models in eager mode and as a CUDA graph, and of the originals in eager mode."""
+    results.need("model", *_SPEEDS, *(f"graph_{name}" for name in _SPEEDS), "training_peak_mib")
+    originals.need("model", *_SPEEDS, "training_peak_mib")
     official = {row["model"]: row for row in originals.rows}
     rows = []
     for row in results.rows:
         other = official.get(row["model"], {})
-        cells = [x for name in speeds for x in (row[name], row[f"graph_{name}"], other.get(name))]
-        rows.append([f"`{row['model']}`", *cells, row["training_peak_mib"], other.get("training_peak_mib")])
-    header = ["model"]
-    for what in ("inference", "training"):
-        header += [f"{what}, images/s", "as a graph", "original"]
-    return table([*header, "peak of training, MiB", "original"], rows)
-
-
-def gpu_launches_table(results: Results) -> str:
-    """Launches, the host's time and images per second of whole models, in eager mode and with CUDA graphs."""
-    results.need("model", "mode", *(name for name, _ in _LAUNCHES))
-    rows = [[f"`{row['model']}`", row["mode"], *(row[name] for name, _ in _LAUNCHES)] for row in results.rows]
-    return table(["model", "mode", *(title for _, title in _LAUNCHES)], rows)
-
-
-def summary_table(cpu: Results, cpu_long: Results, gpu: Results) -> str:
-    """Images per second of two models over those of timm's, in inference and in training."""
-    rows = []
-    for results, what in ((cpu, "CPU, batch 8"), (cpu_long, "CPU, 1248 x 1248 pixels, batch 1")):
-        for row in results.rows:
-            for model, other in (("vmamba_tiny_s1l8", "swin"), ("vim_tiny", "deit")):
-                if row["model"] == model:
-                    ratios = (f"{float(row[f'{kind} over {other}']):.2f}" for kind in ("inference", "training"))
-                    rows.append([f"`{model}` over `{other}_tiny`", what, *ratios])
-    found = {(row["model"], row["mode"]): row for row in gpu.rows}
-    swin = found["swin_tiny_patch4_window7_224", "eager"]
-    for mode, what in (
-        ("eager", "H100, bfloat16, batch 128"),
-        ("graphs", "the same, with CUDA graphs; `swin_tiny` without"),
-    ):
-        ours = found["vmamba_tiny_s1l8", mode]
-        ratios = (f"{float(ours[name]) / float(swin[name]):.2f}" for name in ("inference_img_s", "training_img_s"))
-        rows.append(["`vmamba_tiny_s1l8` over `swin_tiny`", what, *ratios])
-    return table(["images per second", "where", "inference", "training"], rows)
+        cells = [x for name in _SPEEDS for x in (row[name], row[f"graph_{name}"], other.get(name))]
+        memory = [row["training_peak_mib"], other.get("training_peak_mib")]
+        rows.append([f"`{row['model']}`", *map(_whole, [*cells, *memory])])
+    header = [
+        "model",
+        "inference [images/s]",
+        "CUDA graph",
+        "original",
+        "training [images/s]",
+        "CUDA graph",
+        "original",
+    ]
+    return table([*header, "memory in training [MiB]", "original"], rows)
 
 
 def gpu_compiled_table(results: Results, originals: Results) -> str:
-    """Images a second of models under ``torch.compile``, and how many times as many as the originals'."""
-    speeds = ("inference_img_s", "training_img_s")
-    results.need("model", "mode", *speeds, "batch1_ms")
+    """Images per second of models under ``torch.compile``, and how many times as many as the originals'."""
+    results.need("model", "mode", *_SPEEDS, "batch1_ms")
     official = {row["model"]: row for row in originals.rows}
     rows = []
     for row in results.rows:
         if row["mode"] == "graphs":
-            other = official.get(row["model"])
-            cells = [
-                (f"{float(row[x]):.0f}", f"{float(row[x]) / float(other[x]):.2g}x" if other else "") for x in speeds
-            ]
-            rows.append([f"`{row['model']}`", *cells[0], *cells[1], f"{float(row['batch1_ms']):.2g}"])
-    header = ["model", "inference, images/s", "over the original", "training, images/s", "over the original"]
-    return table([*header, "one image, ms"], rows)
+            other = official.get(row["model"], {})
+            cells = [x for name in _SPEEDS for x in (_whole(row[name]), _over(row[name], other.get(name)))]
+            rows.append([f"`{row['model']}`", *cells, f"{float(row['batch1_ms']):.2g}"])
+    header = ["model", "inference [images/s]", "over the original", "training [images/s]", "over the original"]
+    return table([*header, "latency of one image [ms]"], rows)
+
+
+def gpu_launches_table(results: Results) -> str:
+    """Launches, the host's time and images per second of whole models, in eager mode and with CUDA graphs."""
+    columns = {
+        "launches_inference": "launches in inference",
+        "launches_training": "in training",
+        "host_inference_ms": "host in inference [ms]",
+        "host_training_ms": "in training [ms]",
+        "gpu_training_ms": "GPU in training [ms]",
+        "inference_img_s": "inference [images/s]",
+        "training_img_s": "training [images/s]",
+        "peak_training_mib": "memory in training [MiB]",
+    }
+    results.need("model", "mode", *columns)
+    modes = {"graphs": "CUDA graphs"}
+    rows = [
+        [f"`{row['model']}`", modes.get(row["mode"], row["mode"]), *(row[name] for name in columns)]
+        for row in results.rows
+    ]
+    return table(["model", "mode", *columns.values()], rows)
+
+
+def long_sequence_table(results: Results) -> str:
+    """Models on large images: times of a batch, and memory."""
+    columns = ("inference_ms", "graph_inference_ms", "training_ms", "inference_peak_mib", "training_peak_mib")
+    results.need("model", "batch", "attention", *columns)
+    rows = []
+    for row in results.rows:
+        name = re.sub(r"^\w+", lambda match: f"`{match[0]}`", row["model"])
+        cells = [row[column] if column.endswith("_ms") else _whole(row[column]) for column in columns]
+        rows.append([name, _ATTENTION.get(row["attention"], row["attention"]), row["batch"], *cells])
+    header = ["model", "attention", "batch", "inference [ms]", "CUDA graph [ms]", "training step [ms]"]
+    return table([*header, "memory in inference [MiB]", "in training [MiB]"], rows)
 
 
 def cpu_model_table(results: Results) -> str:
-    """Images a second of whole models on a CPU, and how many times as many as models of timm."""
-    results.need("model", "inference img/s", "training img/s")
-    row = results.rows[0]
-    others = [name.removeprefix("inference over ") for name in row if name.startswith("inference over ")]
-    kinds = ("inference", "training")
-    header = ["model", *(x for kind in kinds for x in (f"{kind}, images/s", *(f"over {other}" for other in others)))]
-    rows = [
-        [
-            f"`{row['model']}`",
-            *(row[x] for kind in kinds for x in (f"{kind} img/s", *(f"{kind} over {o}" for o in others))),
-        ]
-        for row in results.rows
-    ]
-    return table(header, rows)
+    """Images per second of whole models on a CPU."""
+    columns = ("inference img/s", "training img/s")
+    results.need("model", *columns)
+    rows = [[f"`{row['model']}`", *(row[column] for column in columns)] for row in results.rows]
+    return table(["model", "inference [images/s]", "training [images/s]"], rows)
+
+
+def summary_table(cpu: Iterable[Results], gpu: Results) -> str:
+    """Images per second of two models over those of timm's, in inference and in training."""
+    rows: list[list[object]] = []
+    for results in cpu:
+        for model, other in _PAIRS:
+            columns = [f"{kind} over {other.partition('_')[0]}" for kind in ("inference", "training")]
+            for row in results.rows:
+                if row["model"] == model and columns[0] in row:
+                    where = f"CPU, float32, {_batch(results)}"
+                    rows.append([f"`{model}`", f"`{other}`", where, *(f"{float(row[x]):.2f}x" for x in columns)])
+    chip = re.sub(r"^NVIDIA (\w+).*", r"\1", gpu.facts["gpu"])
+    where = f"{chip}, {gpu.facts['dtype'].split()[0]}, {_batch(gpu)}"
+    modes: dict[str, dict[str, tuple[str, str]]] = {"eager": {}, "graphs": {}}
+    for row in gpu.rows:
+        modes.setdefault(row["mode"], {})[row["model"]] = (row["inference_img_s"], row["training_img_s"])
+    rows += _ratios(modes["eager"], modes["eager"], where)
+    for ours, theirs in _PAIRS:
+        if ours in modes["graphs"]:
+            alike = theirs in modes["graphs"]
+            how = "CUDA graphs" if alike else "CUDA graphs against eager mode"
+            rows += _ratios({ours: modes["graphs"][ours]}, modes["graphs" if alike else "eager"], f"the same, {how}")
+    return table(["model", "compared with", "on", "inference", "training"], rows)
+
+
+def _batch(results: Results) -> str:
+    size = results.arguments["size"]
+    return f"{size} x {size} pixels, batch {results.arguments['batch']}"
+
+
+def _ratios(ours: Mapping[str, Sequence[str]], theirs: Mapping[str, Sequence[str]], where: str) -> list[list[object]]:
+    """A row for each pair of models that were measured."""
+    rows: list[list[object]] = []
+    for model, other in _PAIRS:
+        if model in ours and other in theirs:
+            ratios = (f"{float(x) / float(y):.2f}x" for x, y in zip(ours[model], theirs[other], strict=True))
+            rows.append([f"`{model}`", f"`{other}`", where, *ratios])
+    return rows
+
+
+def _whole(value: str | None) -> str | None:
+    return None if not value else f"{float(value):.0f}"
