@@ -13,6 +13,20 @@ from PIL import Image
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """Exceptions that Pillow raises for damaged files; OSError covers UnidentifiedImageError."""
 
+PICTURE_SUFFIXES = (".png", ".pdf", ".svg")
+"""What the name of a picture that is written may end in; the end decides on the format."""
+
+# Text stays text: TrueType fonts in a PDF, where matplotlib would draw outlines of type 3, and letters in an SVG. Names
+# inside an SVG are drawn from a salt, not from the clock.
+_TEXT_AS_TEXT: dict[Any, Any] = {"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "ssm-backbones"}
+# Neither dates nor versions: the same figure gives the same file.
+_METADATA: dict[str, dict[str, str | None]] = {
+    ".png": {"Software": "ssm-backbones"},
+    ".pdf": {"Creator": "ssm-backbones", "Producer": "matplotlib", "CreationDate": None},
+    ".svg": {"Creator": "ssm-backbones", "Date": None},
+}
+_PRINT_DPI = 300  # of the photographs and maps inside a PDF or SVG
+
 _ORIENTATION = 0x0112
 _DEEP = ("I", "F")  # modes that hold more than 8 bits; a caller who asks for one gets it
 
@@ -37,14 +51,32 @@ def read_image(file: str | Path | IO[bytes], mode: str = "RGB") -> Image.Image:
 
 
 def write_picture(figure: Any, path: str | Path, dpi: int = 110) -> None:
-    """Write a figure of matplotlib's to the PNG ``path``, which appears when it is complete.
+    """Write a figure of matplotlib's to ``path``, which appears when it is complete.
+
+    The end of the name decides on the format, see :data:`PICTURE_SUFFIXES`. In PDF and SVG lines stay lines and text
+    stays text, and photographs have 300 pixels per inch. The same figure always gives the same file.
+
+    Args:
+        dpi: pixels per inch of a PNG.
 
     Raises:
+        ValueError: the name has another end.
         OSError: it cannot be written; nothing is left of it, and what was there before stays.
     """
-    partial = Path(path).with_name(f".partial-{Path(path).name}")
+    import matplotlib
+
+    path = Path(path)
+    if path.suffix not in PICTURE_SUFFIXES:
+        raise ValueError(f"path: got {path}, expected a name that ends in {', '.join(PICTURE_SUFFIXES)}")
+    partial = path.with_name(f".partial-{path.name}")
     try:
-        figure.savefig(partial, dpi=dpi, format="png")
+        with matplotlib.rc_context(_TEXT_AS_TEXT):
+            figure.savefig(
+                partial,
+                dpi=dpi if path.suffix == ".png" else _PRINT_DPI,
+                format=path.suffix[1:],
+                metadata=_METADATA[path.suffix],
+            )
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from PIL import Image
 
 pytest.importorskip("mmengine")
 
+from backbones.mm.errors import UserError
 from tests.scripts import call_tool, load_tool
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,23 @@ def test_iteration_of_validation(module: ModuleType, tmp_path: Path) -> None:
     write(tmp_path / "a/20260101_000000", train(10, 2.0), train(20, 1.5), {"mIoU": 50.0, "step": 15})
     write(tmp_path / "b/20260101_000000", train(10, 2.0, 1), {"mIoU": 50.0, "validated/iter": 11, "step": 1})
     assert module.read_run(tmp_path / "a")["mIoU"] == [(15, 50.0)]
-    assert module.read_run(tmp_path / "b")["mIoU"] == [(12, 50.0)]
+    assert module.read_run(tmp_path / "b")["mIoU"] == [(11, 50.0)]
+
+
+def test_over_epochs(module: ModuleType, tmp_path: Path) -> None:
+    records = [train(5, 2.0, 1), train(10, 1.5, 1), {"top1": 50.0, "validated/iter": 12, "step": 1}]
+    write(tmp_path / "a/20260101_000000", *records, train(17, 1.0, 2), train(29, 0.5, 3))
+    run = module.read_run(tmp_path / "a", "epoch")
+    assert run["loss"] == [(5 / 12, 2.0), (10 / 12, 1.5), (17 / 12, 1.0), (29 / 12, 0.5)]
+    assert run["top1"] == [(1, 50.0)]
+    write(tmp_path / "b/20260101_000000", *records)  # one epoch, whose validation tells its length
+    assert module.read_run(tmp_path / "b", "epoch")["loss"] == [(5 / 12, 2.0), (10 / 12, 1.5)]
+    write(tmp_path / "c/20260101_000000", *records[:2])
+    with pytest.raises(UserError, match="one epoch only, and no validation"):
+        module.read_run(tmp_path / "c", "epoch")
+    write(tmp_path / "d/20260101_000000", train(10, 2.0), {"mIoU": 1.0, "validated/iter": 10, "step": 10})
+    with pytest.raises(UserError, match="counts iterations, and not epochs"):
+        module.read_run(tmp_path / "d", "epoch")
 
 
 def test_later_log_counts_where_a_run_was_resumed(module: ModuleType, tmp_path: Path) -> None:
@@ -98,6 +115,17 @@ def test_table_and_picture(tool: Callable[..., None], tmp_path: Path, capsys: py
     ]
     with Image.open("both.png") as picture:
         assert len(np.unique(np.asarray(picture.convert("L")))) > 20
+
+
+def test_picture_over_epochs(tool: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "one/20260101_000000", train(4, 2.0, 1), train(14, 1.0, 2))
+    tool("one", "--by", "epoch", "--out", "one.svg")
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["run", "epochs", "last", "best", "at"],
+        ["loss", "one", "1.4", "1", "1", "1.4"],
+        ["one.svg"],
+    ]
+    assert ">epoch</text>" in (tmp_path / "one.svg").read_text()
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,27 @@ def test_grid_of_samples(
     assert len(colors) > 20
 
 
+def test_colors_of_photographs_and_their_shape(
+    module: ModuleType, tool: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_data("classification", tmp_path / "data")
+    figures = []
+    draw = module.draw_samples
+    monkeypatch.setattr(module, "draw_samples", lambda *args: figures.append(draw(*args)) or figures[-1])
+    for task in ("classification", "segmentation"):
+        if task == "segmentation":
+            pytest.importorskip("mmseg")
+            write_data(task, tmp_path / "seg")
+        root = tmp_path / ("data" if task == "classification" else "seg")
+        tool(CONFIGS[task], "--count", 1, "--out", "a.pdf", *options(task, root))
+        ax = next(ax for ax in figures[-1].axes if ax.images)
+        red, green, blue = np.asarray(ax.images[0].get_array()).mean((0, 1))
+        assert red > 0.6 and green == pytest.approx(60 / 255, abs=0.02) and blue == pytest.approx(20 / 255, abs=0.02)
+        assert ax.get_aspect() == 1
+    overlay = np.asarray(ax.images[1].get_array())[..., 3]
+    assert (overlay[:48] == 0).all() and (overlay[48:] > 0).all()  # the photograph is clear, the digit is not
+
+
 def test_boxes_and_titles(
     module: ModuleType, tool: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,19 @@ def test_predictions(
             assert f": {predictor.classes[most]} {(labels == most).float().mean():.1%}" in line
 
 
+def test_formats(
+    checkpoint: Callable[[str], Path], images: list[Path], tool: Callable[..., None], tmp_path: Path
+) -> None:
+    task = ("--config", CONFIGS["classification"], "--checkpoint", checkpoint("classification"))
+    tool(images[0], *task, "--out", "one.pdf")
+    assert (tmp_path / "one.pdf").read_bytes().startswith(b"%PDF")
+    tool(*images, *task, "--out", "all", "--format", "svg")
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["a.svg", "b.svg"]
+    first = (tmp_path / "all" / "a.svg").read_bytes()
+    tool(images[0], *task, "--out", "again.svg")
+    assert (tmp_path / "again.svg").read_bytes() == first
+
+
 def test_names_of_classes_come_with_the_checkpoint(
     checkpoint: Callable[[str], Path], images: list[Path], tmp_path: Path
 ) -> None:
@@ -134,6 +147,9 @@ def test_names_of_classes_come_with_the_checkpoint(
         (["a.png", "--checkpoint", "other.pth"], ["other.pth", "missing: network.", "unknown: body.weight"]),
         (["a.png", "--checkpoint", "folder"], ["folder has no best checkpoint"]),
         (["a.png", "--topk", "0"], ["--topk", "0"]),
+        (["a.png", "b.jpg", "--out", "both.pdf"], ["--out", "both.pdf for 2 images"]),
+        (["a.png", "--out", "one.pdf", "--format", "svg"], ["--format", "one.pdf"]),
+        (["a.png", "--out", "no/such/one.pdf"], ["--out", "folder that exists"]),
     ],
 )
 def test_mistakes_get_one_clear_line(

@@ -35,6 +35,8 @@ def wrong(tmp_path: Path) -> dict[str, Path]:
 
 def test_reasons(wrong: dict[str, Path], tmp_path: Path) -> None:
     assert unwritable(tmp_path / "a.png", ".png") is None
+    assert unwritable(tmp_path / "a.png", ".pdf", ".png") is None
+    assert ".pdf or .svg" in unwritable(tmp_path / "a.png", ".pdf", ".svg")
     assert all(unwritable(path, ".png") for path in wrong.values())
     assert unwritable_folder(tmp_path / "new" / "folder") is None
     assert not (tmp_path / "new").exists()

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from backbones.analysis.hidden_attention import RecordedScan, hidden_attention, recorded_scans
 from backbones.commands import visualize
-from backbones.commands.subject import Subject
+from backbones.commands.orders import count_grids
+from backbones.commands.subject import Subject, load_image
 from backbones.ops import selective_scan
 from backbones.patterns import PATTERNS, get_pattern
 
@@ -135,9 +136,20 @@ def test_orders_of_every_pattern_are_drawn(name: str, size: tuple[int, int]) -> 
     lines = sum(len(x.get_segments()) for x in ax.collections if hasattr(x, "get_segments"))
     arrows = sum(x.N for x in ax.collections if isinstance(x, Quiver))
     shown = [order for order in orders if (order >= 0).any()]
-    assert lines + arrows == sum(int((order >= 0).sum()) - 1 for order in shown)
+    # The multi-scale walk goes three times over the cells, in a grid each time.
+    walks = 3 if name == "multi_scale" else 1
+    assert count_grids(name, *size) == walks * len(orders)
+    assert lines + arrows == sum(int((order >= 0).sum()) - walks for order in shown)
     marks = [x.get_offsets()[0] for x in ax.collections if isinstance(x, PathCollection)]
-    assert len(marks) == 2 * len(shown)
+    assert len(marks) == 2 * walks * len(shown)
+    if name == "multi_scale":
+        # Each grid stands beside the one before, and starts where the sequence goes on.
+        order, cells = orders[0], size[0] * size[1]
+        for walk in range(walks):
+            first, last = (np.array([x % size[1] + walk * (size[1] + 1), x // size[1]])
+                           for x in (order[walk * cells], order[(walk + 1) * cells - 1]))  # fmt: skip
+            np.testing.assert_array_equal(marks[2 * walk], first)
+            np.testing.assert_array_equal(marks[2 * walk + 1], last)
     if name == "bidirectional" and min(size) > 1:  # from the end of a row to the next
         assert lines == 2 * (size[0] - 1)
     if name in ("forward", "bidirectional", "cross", "hilbert", "snake"):  # each cell once: places are cells
@@ -159,7 +171,7 @@ def image(tmp_path: Path) -> Path:
     "arguments",
     [
         ["orders", "atrous", "--size", "5", "6"],
-        ["orders", "msvmamba_nano"],
+        ["orders", "msvmamba_nano", "--out", "picture.pdf"],
         ["field", "efficientvmamba_tiny", "--size", "64", "96", "--stage", "1"],
         ["field", "vim_tiny", "--size", "32", "--image", "IMAGE", "IMAGE"],
         ["attention", "vmamba_tiny_s1l8", "--image", "IMAGE", "--size", "64", "96", "--at", "99", "0"],
@@ -169,9 +181,12 @@ def image(tmp_path: Path) -> Path:
     ],
 )
 def test_pictures(arguments: list[str], image: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = image.with_name("picture.png")
+    out = image.with_name("picture.pdf" if "picture.pdf" in arguments else "picture.png")
     assert visualize.main([*(str(image) if x == "IMAGE" else x for x in arguments), "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
+    if out.suffix == ".pdf":
+        assert out.read_bytes().startswith(b"%PDF")
+        return
     with Image.open(out) as picture:
         picture.load()
         assert len(np.unique(np.asarray(picture.convert("L")))) > 20
@@ -189,6 +204,49 @@ def test_weights_of_a_file_are_those_that_are_drawn(tmp_path: Path, image: Path)
     assert [subject.title for subject in subjects] == [
         "efficientvmamba_tiny, random weights", "efficientvmamba_tiny", "efficientvmamba_tiny"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["digits/vim-tiny_digits.py", "vim_tiny"])
+def test_a_work_directory_stands_for_its_best_checkpoint(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("mmengine")
+    network = timm.create_model("vim_tiny", img_size=24, patch_size=8, num_classes=10)
+    if model == "vim_tiny":
+        network = timm.create_model("vim_tiny", img_size=(48, 80))
+    state = {f"network.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"state_dict": state, "meta": {"epoch": 1}}, tmp_path / "best_top1_epoch_1.pth")
+    torch.save({"state_dict": {}}, tmp_path / "epoch_2.pth")
+    (tmp_path / "best_checkpoint").write_text("best_top1_epoch_1.pth\n")
+    name = str(ROOT / "configs" / model) if model.endswith(".py") else model
+    size = None if model.endswith(".py") else (48, 80)
+    options = argparse.Namespace(model=name, size=size, pretrained=False, checkpoint=str(tmp_path))
+    found = visualize.load_subject(options).module.state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in network.state_dict().items())
+    (tmp_path / "best_checkpoint").unlink()
+    options.checkpoint = str(tmp_path)
+    with pytest.raises(ValueError, match="no best checkpoint"):
+        visualize.load_subject(options)
+
+
+@pytest.mark.parametrize(
+    "size, shown, title",
+    [
+        (None, (0, 0, 90, 60), "image"),
+        ((40, 60), (0, 0, 90, 60), "image"),
+        ((40, 40), (15, 0, 75, 60), "image: central 67 % of its width"),
+        ((20, 60), (0, 15, 90, 45), "image: central 50 % of its height"),
+    ],
+)
+def test_photographs_keep_their_shape(
+    size: tuple[int, int] | None, shown: tuple[int, int, int, int], title: str, tmp_path: Path
+) -> None:
+    smooth = np.add.outer(np.arange(60), np.arange(90)).astype(np.uint8)
+    whole = Image.fromarray(smooth).convert("RGB")
+    whole.save(tmp_path / "a.png")
+    found = load_image(str(tmp_path / "a.png"), size)
+    assert found.size == ((90, 60) if size is None else size[::-1])
+    assert found.info["title"] == title
+    expected = whole.crop(shown).resize(found.size, Image.Resampling.BICUBIC)
+    np.testing.assert_allclose(np.asarray(found, float), np.asarray(expected, float), atol=2)
 
 
 @pytest.mark.parametrize("command", ["field", "attention", "features"])

@@ -2,7 +2,8 @@
 
     ssm-backbones analyze work_dirs/a work_dirs/b --keys loss lr coco/bbox_mAP
 
-Reads every vis_data/scalars.json that mmengine left in a work directory. Where a run was resumed, the later log counts.
+Curves are drawn over iterations or, to compare runs of different batch sizes, --by epoch. Reads every
+vis_data/scalars.json that mmengine left in a work directory. Where a run was resumed, the later log counts.
 """
 
 from __future__ import annotations
@@ -17,21 +18,25 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from backbones.commands.outputs import unwritable
+from backbones.images import PICTURE_SUFFIXES
 from backbones.mm.app import pictures
 from backbones.mm.app.cli import run_tool
 from backbones.mm.errors import UserError
 
-Curve = list[tuple[int, float]]  # iterations, counted from 1, and values
+Curve = list[tuple[float, float]]  # iterations, counted from 1, or epochs; and values
 
 _NOT_METRICS = re.compile(r"(data_)?time|step|memory|validated/.*")
 _DETAILS = re.compile(r".*_mAP_\w+")
 
 
-def read_run(work_dir: Path) -> dict[str, Curve]:
+def read_run(work_dir: Path, by: str = "iteration") -> dict[str, Curve]:
     """Every scalar of a run over its iterations, those of training before those of validation.
 
+    Args:
+        by: "iteration" or "epoch".
+
     Raises:
-        UserError: there is no log in ``work_dir``, or it is damaged.
+        UserError: there is no log in ``work_dir``, it is damaged, or it does not tell how long an epoch is.
     """
     files = sorted(work_dir.glob("*/vis_data/scalars.json")) or sorted(work_dir.glob("vis_data/scalars.json"))
     records: list[dict[str, Any]] = []
@@ -41,11 +46,12 @@ def read_run(work_dir: Path) -> dict[str, Curve]:
         records = [x for x in records if _iteration(x, records) < start] + new
     if not records:
         raise UserError(f"{work_dir} has no <time>/vis_data/scalars.json with records of a training run")
+    length = 1.0 if by == "iteration" else _epoch_length(records, work_dir)
     curves: dict[str, Curve] = {}
     for record in sorted(records, key=lambda x: "iter" not in x):
         for key, value in record.items():
             if key not in ("iter", "epoch") and not _NOT_METRICS.fullmatch(key) and isinstance(value, int | float):
-                curves.setdefault(key, []).append((_iteration(record, records), value))
+                curves.setdefault(key, []).append((_iteration(record, records) / length, value))
     return curves
 
 
@@ -70,9 +76,26 @@ def _iteration(record: dict[str, Any], records: Iterable[dict[str, Any]]) -> int
     if "iter" in record:
         return record["iter"]
     if "validated/iter" in record:
-        return int(record["validated/iter"]) + 1
+        return int(record["validated/iter"])
     done = [x["iter"] for x in records if "iter" in x and x.get("epoch", record["step"] + 1) <= record["step"]]
     return max(done, default=record["step"])
+
+
+def _epoch_length(records: Sequence[dict[str, Any]], work_dir: Path) -> float:
+    """Iterations in an epoch: between the first records of two epochs, which stand at the same place in them."""
+    first: dict[int, int] = {}
+    for record in records:
+        if "iter" in record and "epoch" in record:
+            first[record["epoch"]] = min(record["iter"], first.get(record["epoch"], record["iter"]))
+    if len(first) > 1:
+        (start, a), *_, (end, b) = sorted(first.items())
+        return (b - a) / (end - start)
+    validated = [(x["validated/iter"], x["step"]) for x in records if x.get("validated/iter") and x["step"]]
+    if first and validated:
+        iteration, epoch = validated[-1]
+        return iteration / epoch
+    reason = "one epoch only, and no validation" if first else "iterations, and not epochs"
+    raise UserError(f"--by epoch: the log in {work_dir} counts {reason}")
 
 
 def default_keys(runs: Iterable[dict[str, Curve]]) -> list[str]:
@@ -83,20 +106,20 @@ def default_keys(runs: Iterable[dict[str, Curve]]) -> list[str]:
     return ["loss"] * ("loss" in found) + results[:3]
 
 
-def best(key: str, curve: Curve) -> tuple[int, float]:
+def best(key: str, curve: Curve) -> tuple[float, float]:
     """The lowest value of a loss or an error, the highest of another scalar."""
     lower = "loss" in key or "error" in key
     return min(curve, key=lambda x: x[1]) if lower else max(curve, key=lambda x: x[1])
 
 
-def table(runs: dict[str, dict[str, Curve]], keys: Sequence[str]) -> str:
-    """For each key and run: the last iteration and value, and the best."""
-    rows = [("", "run", "iterations", "last", "best", "at")]
+def table(runs: dict[str, dict[str, Curve]], keys: Sequence[str], by: str = "iteration") -> str:
+    """For each key and run: the last iteration (or epoch) and value, and the best."""
+    rows = [("", "run", f"{by}s", "last", "best", "at")]
     for key in keys:
         for name, run in runs.items():
             if key in run:
                 (last, value), (at, top) = run[key][-1], best(key, run[key])
-                rows.append((key, name, str(last), f"{value:.4g}", f"{top:.4g}", str(at)))
+                rows.append((key, name, _count(last), f"{value:.4g}", f"{top:.4g}", _count(at)))
             else:
                 rows.append((key, name, "-", "-", "-", "-"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -107,7 +130,11 @@ def table(runs: dict[str, dict[str, Curve]], keys: Sequence[str]) -> str:
     )
 
 
-def draw(runs: dict[str, dict[str, Curve]], keys: Sequence[str]) -> Figure:
+def _count(x: float) -> str:
+    return f"{x:.2f}".rstrip("0").rstrip(".")
+
+
+def draw(runs: dict[str, dict[str, Curve]], keys: Sequence[str], by: str = "iteration") -> Figure:
     """One plot for each key, one line for each run."""
     columns = min(len(keys), 2)
     rows = -(-len(keys) // columns)
@@ -120,7 +147,7 @@ def draw(runs: dict[str, dict[str, Curve]], keys: Sequence[str]) -> Figure:
             if key in run:
                 marker = "o" if len(run[key]) <= 30 else None
                 ax.plot(*zip(*run[key], strict=True), color=f"C{number}", marker=marker, markersize=3.5, label=name)
-        ax.set(title=key, xlabel="iteration")
+        ax.set(title=key, xlabel=by)
         ax.grid(color="0.92")
         ax.spines[["top", "right"]].set_visible(False)
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
@@ -135,23 +162,24 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     parser.add_argument("work_dirs", nargs="+", type=Path, metavar="WORK_DIR")
     parser.add_argument("--keys", nargs="+", help="scalars to compare (default: the loss and results of validation)")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the PNG to write (default: %(default)s)")
+    parser.add_argument("--by", choices=("iteration", "epoch"), default="iteration", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="a PNG, PDF or SVG (default: %(default)s)")
     return run_tool(parser.prog, run, parser.parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:
     """Compare the runs."""
-    if reason := unwritable(args.out, ".png"):
+    if reason := unwritable(args.out, *PICTURE_SUFFIXES):
         raise UserError(f"--out: {reason}")
     names = [path.resolve().name for path in args.work_dirs]
     if len(set(names)) < len(names):
         names = [str(path) for path in args.work_dirs]
-    runs = {name: read_run(path) for name, path in zip(names, args.work_dirs, strict=True)}
+    runs = {name: read_run(path, args.by) for name, path in zip(names, args.work_dirs, strict=True)}
     keys = args.keys or default_keys(runs.values())
     for key in keys:
         if not any(key in run for run in runs.values()):
             known = ", ".join(sorted({key for run in runs.values() for key in run}))
             raise UserError(f"--keys: no run has {key!r}; there are {known}")
-    pictures.save(draw(runs, keys), args.out)
-    print(table(runs, keys))
+    pictures.save(draw(runs, keys, args.by), args.out)
+    print(table(runs, keys, args.by))
     print(args.out)

@@ -2,7 +2,8 @@
 
     ssm-backbones browse configs/digits/mask-rcnn_vmamba-tiny-s1l8_fpn_digits.py --count 8
 
-Writes one PNG. What mixes whole batches (mixup, cutmix) comes later, in the model, and is not shown.
+Writes one PNG, PDF or SVG. Photographs keep their shape, and the background of a segmentation stays clear.
+What mixes whole batches (mixup, cutmix) comes later, in the model, and is not shown.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from mmengine.config import Config, DictAction
 from mmengine.registry import DATASETS, init_default_scope
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
 
 from backbones.commands.outputs import unwritable
+from backbones.images import PICTURE_SUFFIXES
 from backbones.mm.app import pictures
 from backbones.mm.app.cli import load_config, run_tool
+from backbones.mm.app.colors import ClassColors, stated_metainfo
 from backbones.mm.app.console import hidden_prints
 from backbones.mm.errors import UserError
 
@@ -47,44 +49,59 @@ def draw_samples(config: Config, loader: str, count: int, seed: int) -> Figure:
     np.random.seed(seed)  # which OpenMMLab's transforms draw from
     chosen = rng.choice(len(dataset), size=min(count, len(dataset)), replace=False)
     classes = dataset.metainfo["classes"]
-    colors = colormaps["tab20" if len(classes) <= 20 else "gist_ncar"].resampled(len(classes))
+    colors = ClassColors.of(classes, stated_metainfo(config[loader].dataset))
+    samples = []
+    for index in chosen.tolist():
+        samples.append(dataset[index])
+        if samples[-1] is None:
+            raise UserError(f"sample {index} of {loader} cannot be read; the log names its file")
 
     columns = min(len(chosen), max(1, round((1.5 * len(chosen)) ** 0.5)))
-    rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(2.6 * columns, 2.8 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for ax in axes:
-        ax.set_axis_off()
+    figure, axes = pictures.photograph_grid([x["inputs"].shape[1:] for x in samples], columns)
     shown: set[int] = set()
-    for ax, index in zip(axes, chosen.tolist(), strict=False):
-        sample = dataset[index]
-        if sample is None:
-            raise UserError(f"sample {index} of {loader} cannot be read; the log names its file")
-        shown |= _draw(ax, sample, config, classes, colors)
-    if shown:
-        handles = [Patch(color=colors(label), label=classes[label]) for label in sorted(shown)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 12), frameon=False)
+    for ax, sample in zip(axes, samples, strict=True):
+        shown |= _draw(ax, sample, config, loader, colors)
+    colors.add_legend(figure, sorted(shown))
     return figure
 
 
-def _draw(ax: Axes, sample: Any, config: Config, classes: Any, colors: Colormap) -> set[int]:
+def _draw(ax: Axes, sample: Any, config: Config, loader: str, colors: ClassColors) -> set[int]:
     """Returns the labels that a legend must explain."""
     x = sample["inputs"].float()
     size = f"({x.shape[1]} x {x.shape[2]})"
-    if "targets" in sample:  # normalised by timm's transform
-        low, high = x.amin(), x.amax()
-        ax.imshow(((x - low) / (high - low).clamp(min=1e-9)).permute(1, 2, 0).numpy())
-        ax.set_title(f"{classes[sample['targets']]}  {size}", fontsize=9)
+    if "targets" in sample:
+        _show(ax, _before_normalisation(x, config[loader].dataset))
+        ax.set_title(f"{_short(str(colors.names[sample['targets']]))}  {size}", fontsize=8)
         return set()
     if config.model.data_preprocessor.get("bgr_to_rgb"):
         x = x.flip(0)
-    ax.imshow((x.clamp(0, 255) / 255).permute(1, 2, 0).numpy())
+    _show(ax, x / 255)
     truth = sample["data_samples"]
-    ax.set_title(f"{Path(truth.img_path).name}  {size}", fontsize=9)
+    ax.set_title(f"{_short(Path(truth.img_path).name)}  {size}", fontsize=8)
     if "gt_sem_seg" in truth:
         return pictures.draw_labels(ax, truth.gt_sem_seg, colors)
-    pictures.draw_instances(ax, truth.gt_instances, classes, colors)
+    pictures.draw_instances(ax, truth.gt_instances, colors)
     return set()
+
+
+def _show(ax: Axes, x: Tensor) -> None:
+    """An image (channels, height, width) in 0..1; of many bands the first three, of two the first."""
+    x = x.clamp(0, 1)
+    ax.imshow((x[:3] if len(x) >= 3 else x[:1]).permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
+
+
+def _before_normalisation(x: Tensor, dataset: Any) -> Tensor:
+    """What timm's transform normalised, in 0..1 again."""
+    while "dataset" in dataset:
+        dataset = dataset.dataset
+    defaults = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    mean, std = (torch.tensor(dataset.transform.get(key, value)) for key, value in defaults.items())
+    return x * std[:, None, None] + mean[:, None, None]
+
+
+def _short(name: str) -> str:
+    """At most 24 letters, of a longer name its ends."""
+    return name if len(name) <= 24 else f"{name[:11]}…{name[-12:]}"
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -96,7 +113,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--loader", choices=("train", "val", "test"), default="train", help="default: %(default)s")
     parser.add_argument("--count", type=int, default=12, help="number of images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice and of the augmentations")
-    parser.add_argument("--out", type=Path, help="the PNG to write (default: <config>_<loader>.png)")
+    parser.add_argument("--out", type=Path, help="a PNG, PDF or SVG (default: <config>_<loader>.png)")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="change the config")
     return run_tool(parser.prog, run, parser.parse_args(argv))
 
@@ -106,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
     if args.count < 1:
         raise UserError(f"--count: got {args.count}, expected at least 1")
     out = args.out or Path(f"{Path(args.config).stem}_{args.loader}.png")
-    if reason := unwritable(out, ".png"):
+    if reason := unwritable(out, *PICTURE_SUFFIXES):
         raise UserError(f"--out: {reason}")
     loader = f"{args.loader}_dataloader"
     common = argparse.Namespace(**vars(args), launcher="none", verbose=False, work_dir=None)

@@ -2,7 +2,8 @@
 
     ssm-backbones inference 7.png --config configs/digits/vim-tiny_digits.py --checkpoint work_dirs/vim-tiny_digits
 
-Prints one line an image and writes OUT/<image>.png: the most likely classes, boxes and masks, or the label map.
+Prints one line per image and writes OUT/<image>.png: the most likely classes, boxes and masks, or the label map.
+For one image, OUT may also be the name of a picture, such as figure.pdf; --format pdf writes many.
 CHECKPOINT may be the work directory of a training run: then its best checkpoint is meant.
 """
 
@@ -15,25 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from mmengine.config import DictAction
 
-from backbones.commands.outputs import unwritable_folder
+from backbones.commands.outputs import unwritable, unwritable_folder
+from backbones.images import PICTURE_SUFFIXES
 from backbones.mm.app import pictures
 from backbones.mm.app.cli import load_config, run_tool
 from backbones.mm.app.inference import Predictor, load_predictor, read_image
 from backbones.mm.engine.report import find_best
 from backbones.mm.errors import UserError
 
+_WIDTH = 6.5  # of a picture, in inches: a page between its margins
+
 
 def show(predictor: Predictor, path: Path, args: argparse.Namespace) -> tuple[str, Figure]:
     """Prediction for one image, in words and as a picture."""
     image = read_image(path)
     result = predictor(path)
-    figure = Figure(figsize=(7.5, 7 * image.height / image.width + 0.7), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, _WIDTH * image.height / image.width), layout="constrained")
     if predictor.task == "classification":
         scores, labels = (x.tolist() for x in result.topk(min(args.topk, len(predictor.classes))))
         found = [(predictor.classes[label], score) for label, score in zip(labels, scores, strict=True)]
@@ -42,28 +43,21 @@ def show(predictor: Predictor, path: Path, args: argparse.Namespace) -> tuple[st
     ax = figure.subplots()
     ax.imshow(image)
     ax.set_axis_off()
-    colors = class_colors(len(predictor.classes))
     if predictor.task == "detection":
         found = result.pred_instances
         found = found[found.scores >= args.score]
-        pictures.draw_instances(ax, found, predictor.classes, colors)
+        pictures.draw_instances(ax, found, predictor.colors)
         counts = Counter(predictor.classes[label] for label in found.labels.tolist())
         return ", ".join(f"{count} x {name}" for name, count in counts.items()) or "nothing", figure
     labels = result.pred_sem_seg.data.squeeze().cpu().numpy()
-    pictures.draw_labels(ax, result.pred_sem_seg, colors)
+    pictures.draw_labels(ax, result.pred_sem_seg, predictor.colors)
     shares = sorted(zip(*np.unique(labels, return_counts=True), strict=True), key=lambda x: -x[1])
-    handles = [Patch(color=colors(label), label=predictor.classes[label]) for label, _ in shares]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
+    predictor.colors.add_legend(figure, (int(label) for label, _ in shares))
     return ", ".join(f"{predictor.classes[label]} {count / labels.size:.1%}" for label, count in shares), figure
 
 
-def class_colors(count: int) -> Colormap:
-    """A colour for each label."""
-    return colormaps["tab20" if count <= 20 else "gist_ncar"].resampled(count)
-
-
 def _draw_scores(figure: Figure, image: Any, found: list[tuple[str, float]]) -> None:
-    figure.set_size_inches(8, 3.6)
+    figure.set_size_inches(_WIDTH, 2.9)
     picture, bars = figure.subplots(1, 2)
     picture.imshow(image)
     picture.set_axis_off()
@@ -82,7 +76,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--config", required=True, help="a file under configs/")
     parser.add_argument("--checkpoint", required=True, help="a checkpoint, or the work directory of a training run")
-    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("predictions"), help="folder, or a PNG, PDF or SVG (default: %(default)s)"
+    )
+    parser.add_argument("--format", choices=[x[1:] for x in PICTURE_SUFFIXES], help="of pictures (default: png)")
     parser.add_argument("--score", type=float, default=pictures.SCORE, help="of boxes at least (default: %(default)s)")
     parser.add_argument("--topk", type=int, default=5, help="classes of an image (default: %(default)s)")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="change the config")
@@ -91,10 +88,17 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Show every image."""
+    single = args.out.suffix in PICTURE_SUFFIXES and not args.out.is_dir()
+    if single and len(args.images) > 1:
+        raise UserError(
+            f"--out: got {args.out} for {len(args.images)} images, expected a folder; --format chooses the end"
+        )
+    if single and args.format:
+        raise UserError(f"--format: the name {args.out} states the format")
     repeated = [name for name, count in Counter(path.stem for path in args.images).items() if count > 1]
     if repeated:
         raise UserError(f"several images are called {repeated[0]}, and so would their pictures in {args.out}")
-    if reason := unwritable_folder(args.out):
+    if reason := unwritable(args.out) if single else unwritable_folder(args.out):
         raise UserError(f"--out: {reason}")
     for path in args.images:
         read_image(path)
@@ -103,9 +107,10 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(argparse.Namespace(**vars(args), launcher="none", verbose=False, work_dir=None))
     checkpoint = Path(args.checkpoint)
     predictor = load_predictor(config, find_best(checkpoint) if checkpoint.is_dir() else checkpoint)
-    args.out.mkdir(parents=True, exist_ok=True)
+    if not single:
+        args.out.mkdir(parents=True, exist_ok=True)
     for path in args.images:
         text, figure = show(predictor, path, args)
-        out = args.out / f"{path.stem}.png"
+        out = args.out if single else args.out / f"{path.stem}.{args.format or 'png'}"
         pictures.save(figure, out)
         print(f"{path}: {text}  ({out})")

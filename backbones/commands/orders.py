@@ -14,12 +14,17 @@ _GAP = 1.0  # between two grids, in cells
 _STEPS = ListedColormap(colormaps["plasma"](np.linspace(0, 0.85, 256)))  # its yellow end is lost on white
 
 
+def count_grids(pattern: ScanPattern | str, height: int, width: int) -> int:
+    """How many grids :func:`draw_orders` draws: one for each walk of each order."""
+    return sum(len(_walks(order)) for order in get_pattern(pattern).orders(height, width).numpy())
+
+
 def draw_orders(pattern: ScanPattern | str, height: int, width: int, ax: Axes) -> None:
     """Draws every order of a pattern on a grid of its own, side by side in ``ax``, at most four in a row.
 
     Arrows run from dark (first step) to bright (last). A disc marks the first cell, a square the last. Dotted lines are
-    jumps, dashed ones pass through padded slots, which lie outside the grid; grey cells are never visited. Where an
-    order comes back to a cell, that visit is drawn a little below and to the right.
+    jumps, dashed ones pass through padded slots, which lie outside the grid; grey cells are never visited. An order
+    that comes back to a cell goes on in another grid, and its colours run on.
 
     Args:
         pattern: a pattern, or the name of one in the catalogue.
@@ -30,18 +35,21 @@ def draw_orders(pattern: ScanPattern | str, height: int, width: int, ax: Axes) -
     Raises:
         ValueError: no such pattern, or a side below 1.
     """
-    pattern = get_pattern(pattern)
-    orders = pattern.orders(height, width).numpy()
-    columns = min(len(orders), 4)
-    rows = -(-len(orders) // columns)
-    for k, order in enumerate(orders):
-        origin = np.array([k % columns * (width + _GAP), k // columns * (height + 2 * _GAP)])
-        _draw_order(order, height, width, origin, ax)
-        if len(orders) > 1:
+    orders = get_pattern(pattern).orders(height, width).numpy()
+    grids = [(k, steps) for k, order in enumerate(orders) for steps in _walks(order)]
+    columns = min(len(grids), 4)
+    rows = -(-len(grids) // columns)
+    for number, (k, steps) in enumerate(grids):
+        origin = np.array([number % columns * (width + _GAP), number // columns * (height + 2 * _GAP)])
+        _draw_walk(orders[k], steps, height, width, origin, ax)
+        titles = [f"order {k + 1}"] if len(orders) > 1 else []
+        if sum(other == k for other, _ in grids) > 1:
+            titles.append(f"steps {steps[0] + 1} to {steps[-1] + 1}")
+        if titles:
             ax.text(
                 origin[0] + (width - 1) / 2,
                 origin[1] - 0.75,
-                f"order {k + 1}",
+                ", ".join(titles),
                 ha="center",
                 va="bottom",
                 fontsize=8,
@@ -50,24 +58,34 @@ def draw_orders(pattern: ScanPattern | str, height: int, width: int, ax: Axes) -
     ax.set(
         aspect="equal",
         xlim=(-0.7, columns * (width + _GAP) - _GAP - 0.3),
-        ylim=(rows * (height + 2 * _GAP) - 2 * _GAP - 0.3, -0.7 - _GAP * (len(orders) > 1)),
+        ylim=(rows * (height + 2 * _GAP) - 2 * _GAP - 0.3, -0.7 - _GAP * (len(grids) > 1)),
     )
     ax.axis("off")
 
 
-def _draw_order(order: np.ndarray, height: int, width: int, origin: np.ndarray, ax: Axes) -> None:
+def _walks(order: np.ndarray) -> list[np.ndarray]:
+    """The steps of an order that lie on the grid, cut before each that would come to a cell for the second time."""
     steps = np.flatnonzero(order >= 0)
-    cells = order[steps]
-    visited = np.isin(np.arange(height * width), cells).reshape(height, width)
+    cuts: list[int] = []
+    seen: set[int] = set()
+    for number, cell in enumerate(order[steps].tolist()):
+        if cell in seen:
+            cuts.append(number)
+            seen.clear()
+        seen.add(cell)
+    return np.split(steps, cuts)
+
+
+def _draw_walk(order: np.ndarray, steps: np.ndarray, height: int, width: int, origin: np.ndarray, ax: Axes) -> None:
+    visited = np.isin(np.arange(height * width), order).reshape(height, width)
     ax.pcolormesh(
         origin[0] - 0.5 + np.arange(width + 1), origin[1] - 0.5 + np.arange(height + 1), visited,
         cmap=ListedColormap(["0.86", "white"]), vmin=0, vmax=1, edgecolors="0.8", linewidth=0.6,
     )  # fmt: skip
     if not len(steps):  # as one of the atrous orders on a grid of one row
         return
-    visits = _visit_numbers(cells)
-    shift = 0.5 / (visits.max() + 1) * (visits - visits.max() / 2)
-    points = origin + np.stack([cells % width, cells // width], 1) + shift[:, None]  # (steps, 2): x, y
+    cells = order[steps]
+    points = origin + np.stack([cells % width, cells // width], 1)  # (steps, 2): x, y
     colors = _STEPS(steps / max(len(order) - 1, 1))
 
     moves = np.diff(points, axis=0)
@@ -88,12 +106,3 @@ def _draw_order(order: np.ndarray, height: int, width: int, origin: np.ndarray, 
     ax.scatter(
         points[-1, 0], points[-1, 1], s=62, facecolor="none", edgecolor=colors[-1], marker="s", linewidth=1.8, zorder=3
     )
-
-
-def _visit_numbers(cells: np.ndarray) -> np.ndarray:
-    """How many times each step's cell was visited before."""
-    by_cell = np.argsort(cells, kind="stable")
-    _, first, counts = np.unique(cells[by_cell], return_index=True, return_counts=True)
-    numbers = np.empty(len(cells), dtype=int)
-    numbers[by_cell] = np.arange(len(cells)) - np.repeat(first, counts)
-    return numbers

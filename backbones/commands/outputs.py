@@ -6,14 +6,14 @@ import tempfile
 from pathlib import Path
 
 
-def unwritable(path: Path, suffix: str = "") -> str | None:
+def unwritable(path: Path, *suffixes: str) -> str | None:
     """Why a file of this name cannot be written, or None.
 
     Args:
-        suffix: what the name must end in.
+        suffixes: what the name must end in, one of them; anything if there are none.
     """
-    if suffix and path.suffix != suffix:
-        return f"got {path}, expected a name that ends in {suffix}"
+    if suffixes and path.suffix not in suffixes:
+        return f"got {path}, expected a name that ends in {' or '.join(suffixes)}"
     if path.is_dir():
         return f"got {path}, which is a folder"
     if not path.parent.is_dir():

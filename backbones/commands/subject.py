@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.models import PretrainedCfg
 from torch import Tensor
 
@@ -56,6 +56,8 @@ def load_subject(args: argparse.Namespace) -> Subject:
     Raises:
         ValueError: there is no such model or config, or the checkpoint does not fit.
     """
+    if args.checkpoint and Path(args.checkpoint).is_dir():
+        args.checkpoint = _best_of_run(args.checkpoint)
     if args.model.endswith(".py"):
         return _from_config(args)
     if not timm.is_model(args.model):
@@ -96,8 +98,20 @@ def _from_config(args: argparse.Namespace) -> Subject:
     return Subject(title, model.network, cfg["mean"], cfg["std"], tuple(size))
 
 
+def _best_of_run(folder: str) -> str:
+    """The best checkpoint if ``folder`` is a run's work directory, else the folder itself, which may hold weights."""
+    if not any(Path(folder).glob("*.pth")) and not Path(folder, "best_checkpoint").exists():
+        return folder
+    from backbones.mm.engine.report import find_best
+
+    return str(find_best(folder))
+
+
 def load_image(path: str, size: tuple[int, int] | None) -> Image.Image:
-    """The image in RGB, resized to (height, width) where given.
+    """The image in RGB; of another shape than ``size``, (height, width), its centre, as large as fits.
+
+    Nothing is squashed: the image is resized until it covers ``size``, and what is beyond is cut off. Its ``info`` then
+    says what is left, under "title".
 
     Raises:
         ValueError: no such file, or no image.
@@ -106,4 +120,14 @@ def load_image(path: str, size: tuple[int, int] | None) -> Image.Image:
         image = read_image(path)
     except UNREADABLE as error:
         raise ValueError(f"image {path} cannot be read: {error}") from error
-    return image if size is None else image.resize(size[::-1], Image.Resampling.BICUBIC)
+    title = "image"
+    if size is not None:
+        width, height = image.size
+        scale = max(size[0] / height, size[1] / width)
+        shown = round(100 * size[0] / scale / height), round(100 * size[1] / scale / width)
+        image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
+        if min(shown) < 100:
+            side = "height" if shown[0] < shown[1] else "width"
+            title = f"image: central {min(shown)} % of its {side}"
+    image.info["title"] = title
+    return image

@@ -1,9 +1,9 @@
-"""Draw how a scan walks, what a model sees, and how much one place reaches another; to a PNG.
+"""Draw how a scan walks, what a model sees, and how much one place reaches another; to a PNG, PDF or SVG.
 
     ssm-backbones visualize orders hilbert --size 7 9
     ssm-backbones visualize orders msvmamba_tiny
     ssm-backbones visualize field vmamba_tiny_s1l8 --image cat.jpg
-    ssm-backbones visualize attention configs/digits/vim-tiny_digits.py --checkpoint FILE --image 7.png
+    ssm-backbones visualize attention configs/digits/vim-tiny_digits.py --checkpoint work_dirs/a --image 7.png
     ssm-backbones visualize features vim_tiny --pretrained --image cat.jpg
 
 orders     the traversals of a scan pattern, or of a model's scans, on a grid of --size cells
@@ -12,7 +12,9 @@ field      effective receptive field: the gradient of the centre of a feature ma
 attention  how much the other places reach one place in a scan, from its dt, A, B and C (arXiv:2403.01590)
 features   size and three principal components of the feature maps
 
-A model is a name of timm's, or a config for classification, detection or segmentation.
+A model is a name of timm's, or a config for classification, detection or segmentation. Photographs keep their shape: of
+one that is not shaped as --size, the model sees the centre. --checkpoint takes a file, or the work directory of a run,
+whose best checkpoint is meant.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ from PIL import Image
 from torch import Tensor
 
 from backbones.analysis.hidden_attention import RecordedScan, hidden_attention, recorded_scans
-from backbones.commands.orders import draw_orders
+from backbones.commands.orders import count_grids, draw_orders
 from backbones.commands.outputs import unwritable
 from backbones.commands.subject import Subject, load_image, load_subject
-from backbones.images import write_picture
+from backbones.images import PICTURE_SUFFIXES, write_picture
 from backbones.layers import Scan
 from backbones.patterns import PATTERNS
 
@@ -57,8 +59,9 @@ def picture_of_orders(args: argparse.Namespace) -> Figure:
     for pattern, ax in zip(patterns, figure.subplots(len(patterns), 1, squeeze=False)[:, 0], strict=True):
         draw_orders(pattern, height, width, ax)
         ax.set_title(f"{pattern.name} on {height} x {width} cells", fontsize=10)
-        columns = min(pattern.num_orders, 4)
-        sizes.append((columns * (width + 1), -(-pattern.num_orders // columns) * (height + 3)))
+        grids = count_grids(pattern, height, width)
+        columns = min(grids, 4)
+        sizes.append((columns * (width + 1), -(-grids // columns) * (height + 3)))
     figure.set_size_inches(0.36 * max(w for w, _ in sizes), 0.36 * sum(h for _, h in sizes))
     return figure
 
@@ -89,7 +92,9 @@ def picture_of_field(args: argparse.Namespace) -> Figure:
     figure = Figure(figsize=(4.8 * (1 + bool(pictures)), 4.1 * size[0] / size[1] + 0.6), layout="constrained")
     *left, ax = figure.subplots(1, 1 + bool(pictures), squeeze=False)[0]
     if left:
-        _show(left[0], pictures[0], "first image")
+        _show(
+            left[0], pictures[0], pictures[0].info["title"].replace("image", "first image" if pictures[1:] else "image")
+        )
     drawn = ax.imshow((field / field.max()).numpy(), norm=PowerNorm(0.25, vmin=0, vmax=1), cmap="magma")
     figure.colorbar(drawn, ax=ax, label="gradient, largest = 1", shrink=0.8)
     half, most = (_side(field, share) for share in (0.5, 0.95))
@@ -126,7 +131,7 @@ def picture_of_attention(args: argparse.Namespace) -> Figure:
         maps, titles = torch.cat([maps.sum(0, keepdim=True), maps]), ["all orders", *titles]
     figure = Figure(figsize=(2.6 * (len(maps) + 1), 2.6 * picture.height / picture.width + 0.6), layout="constrained")
     axes = figure.subplots(1, len(maps) + 1)
-    _show(axes[0], picture, "image")
+    _show(axes[0], picture, picture.info["title"])
     grey = picture.convert("L")
     for ax, values, title in zip(axes[1:], maps, titles, strict=True):
         _show(ax, grey, title)
@@ -163,7 +168,7 @@ def picture_of_features(args: argparse.Namespace) -> Figure:
     height = 4.8 * picture.height / picture.width + 0.6
     figure = Figure(figsize=(2.5 * (len(chosen) + 1), height), layout="constrained")
     axes = figure.subplots(2, len(chosen) + 1)
-    _show(axes[0, 0], picture, "image")
+    _show(axes[0, 0], picture, picture.info["title"])
     axes[1, 0].set_axis_off()
     for i, (norm_ax, color_ax) in zip(chosen, axes[:, 1:].T, strict=True):
         x = maps[i]
@@ -212,8 +217,10 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
         command.add_argument("model", metavar="MODEL", help=f"{what}a name of timm's, or a config")
         unit = "cells of the grid (default: 7 7)" if name == "orders" else "pixels (default: what the model is for)"
         command.add_argument("--size", nargs="+", type=int, metavar="N", help=f"side, or height and width, in {unit}")
-        command.add_argument("--out", type=Path, help="the PNG to write (default: <model>_<command>.png)")
-        command.add_argument("--checkpoint", metavar="FILE", help="weights; without them they are random")
+        command.add_argument("--out", type=Path, help="a PNG, PDF or SVG (default: <model>_<command>.png)")
+        command.add_argument(
+            "--checkpoint", metavar="FILE", help="weights, or the work directory of a run; without, they are random"
+        )
         command.add_argument("--pretrained", action="store_true", help="download the published weights")
         if name != "orders":
             several = "+" if name == "field" else 1
@@ -244,7 +251,7 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError(f"--size: got {args.size}, expected a side, or height and width, of at least 1")
     args.size = (args.size[0], args.size[-1]) if args.size else None
     args.out = args.out or Path(f"{Path(args.model).stem}_{args.command}.png")
-    if reason := unwritable(args.out, ".png"):
+    if reason := unwritable(args.out, *PICTURE_SUFFIXES):
         raise ValueError(f"--out: {reason}")
     return args
 

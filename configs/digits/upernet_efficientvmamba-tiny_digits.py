@@ -19,7 +19,11 @@ model = dict(
 
 data_root = "data/digits_ade"
 data_hint = "make it with: python tools/make_digits.py --task segmentation --out data/digits_ade"
-metainfo = dict(classes=("photograph", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9"))
+# Pictures leave the background clear.
+metainfo = dict(
+    classes=("photograph", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9"),
+    background=("photograph",),
+)
 
 train_pipeline = [
     dict(type="LoadImageFromFile"),

@@ -20,7 +20,7 @@ model = dict(
 
 data_root = "data/tissue"
 data_hint = "make it with: python tools/make_tissue.py --out data/tissue"
-metainfo = dict(classes=("ground", "epithelium"), palette=[[0, 0, 0], [255, 200, 0]])
+metainfo = dict(classes=("ground", "epithelium"), palette=[[0, 0, 0], [255, 200, 0]], background=("ground",))
 
 train_pipeline = [
     dict(type="LoadImageFromFile"),

@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from backbones import zoo
-from backbones.commands.orders import draw_orders
-from backbones.patterns import get_pattern
+from backbones.commands.orders import count_grids, draw_orders
 
 _CELLS = (6, 7)  # not square, and one side odd
 _HALVED = {"multi_scale": (3, 4)}  # what MSVMamba's strided convolution leaves
@@ -25,7 +24,7 @@ _CATALOGUE = ("snake", "diagonal", "spiral", "hilbert", "local_windows_2")
 def orders_picture(family: str) -> bytes:
     """PNG of a family's patterns, side by side."""
     names = [scan["pattern"] for scan in zoo.load_family(family)["scan"]]
-    widths = [get_pattern(name).num_orders * _grid(name)[1] / _CELLS[1] for name in names]
+    widths = [count_grids(name, *_grid(name)) * _grid(name)[1] / _CELLS[1] for name in names]
     figure = Figure(figsize=(2.3 * sum(widths), 2.5), dpi=110, layout="tight")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False, width_ratios=widths)[0], names, strict=True):
         _draw(name, axes)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 from timm.data import create_transform
 from torch import nn
 
 from backbones import images
+from backbones.mm.app.colors import ClassColors, stated_metainfo
 from backbones.mm.data.datasets import compare_classes
 from backbones.mm.engine.checkpoints import load_weights, read_checkpoint, select_state_dict
 from backbones.mm.errors import UserError
@@ -32,14 +33,19 @@ class Predictor:
     Attributes:
         task: "classification", "detection" or "segmentation".
         model: an ``ImageClassifier``, or a detector of mmdet or a segmentor of mmseg.
-        classes: names by label.
+        colors: names and colours by label.
         pipeline: from the path of an image to what the model's ``test_step`` takes, for one image.
     """
 
     task: str
     model: Any
-    classes: Sequence[str]
+    colors: ClassColors
     pipeline: Any
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names by label."""
+        return self.colors.names
 
     @torch.no_grad()
     def __call__(self, path: str | Path) -> Any:
@@ -77,7 +83,8 @@ def load_predictor(config: Config, checkpoint: str | Path) -> Predictor:
     while "dataset" in dataset:
         dataset = dataset.dataset
     meta = contents.get("meta") or {}
-    stated, trained = _classes(dataset), (meta.get("dataset_meta") or {}).get("classes")
+    metainfo = stated_metainfo(dataset)
+    stated, trained = metainfo.get("classes"), (meta.get("dataset_meta") or {}).get("classes")
     if stated and trained:
         compare_classes(stated, f"{config.filename}", trained, str(checkpoint))
     classes = trained or stated
@@ -93,7 +100,7 @@ def load_predictor(config: Config, checkpoint: str | Path) -> Predictor:
     classes = classes or [str(label) for label in range(count)]
     if len(classes) != count:
         raise UserError(f"{config.filename}: the data have {len(classes)} classes, the model {count}")
-    return Predictor(task, model, tuple(classes), pipeline)
+    return Predictor(task, model, ClassColors.of(tuple(classes), metainfo), pipeline)
 
 
 def task_of(config: Config) -> str:
@@ -132,12 +139,6 @@ def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
     except images.UNREADABLE as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         raise UserError(f"image {path} {reason}") from error
-
-
-def _classes(dataset: Config) -> Sequence[str] | None:
-    """Names that the config or the data set's class states; an image folder has those of its folders."""
-    stated = (dataset.get("metainfo") or {}).get("classes")
-    return stated or getattr(DATASETS.get(dataset.type), "METAINFO", {}).get("classes")
 
 
 class _ClassifierPipeline:

@@ -17,7 +17,11 @@ class ISICDataset(BaseSegDataset):
     Its pipelines read masks with `LoadMask`. See mmseg's ``BaseSegDataset`` for the arguments.
     """
 
-    METAINFO: ClassVar[dict[str, Any]] = {"classes": ("skin", "lesion"), "palette": [[0, 0, 0], [255, 255, 255]]}
+    METAINFO: ClassVar[dict[str, Any]] = {
+        "classes": ("skin", "lesion"),
+        "palette": [[0, 0, 0], [255, 255, 255]],
+        "background": ("skin",),
+    }
 
     def __init__(self, img_suffix: str = ".jpg", seg_map_suffix: str = "_segmentation.png", **kwargs: Any) -> None:
         super().__init__(img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)

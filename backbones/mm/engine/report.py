@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,18 @@ from mmengine.dist import get_world_size, is_main_process, master_only
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from rich.console import Console
 
+from backbones.images import PICTURE_SUFFIXES
+from backbones.mm.app.colors import ClassColors, stated_metainfo
 from backbones.mm.app.pictures import draw_predictions, save
 from backbones.mm.engine.checkpoints import write_text
 from backbones.mm.engine.hooks import VALIDATED
 from backbones.mm.errors import UserError
 
 _CONFUSION = "confusion_matrix.csv"
-_PICTURE = "training.png"
-_PREDICTIONS = "predictions.png"
+_BY = ("iteration", "epoch")
 _PREDICTIONS_SHOWN = 12
 _BEST = "best_checkpoint"
 _TIMES = ("val/time", "val/data_time")
@@ -39,12 +40,28 @@ class ReportHook(Hook):
     These are ``best_checkpoint``, the name of the best checkpoint, its ``confusion_matrix.csv`` and, when
     training ends, ``training.png``. A test leaves its confusion matrix in its log folder and, of a detector or
     segmentor, ``predictions.png`` in the work directory.
+
+    Args:
+        picture: name of the picture of training; ``"training.pdf"`` and ``".svg"`` are drawn for print.
+        predictions: name of the picture of a test.
+        by: ``"iteration"`` or ``"epoch"``, over which the curves are drawn.
+
+    Raises:
+        UserError: a name with another end, or another ``by``.
     """
 
     # After CheckpointHook (90), which decides what is best, before ResumeHook (100).
     priority = 95
 
-    def __init__(self) -> None:
+    def __init__(
+        self, picture: str = "training.png", predictions: str = "predictions.png", by: str = "iteration"
+    ) -> None:
+        for key, name in (("picture", picture), ("predictions", predictions)):
+            if Path(name).suffix not in PICTURE_SUFFIXES:
+                raise UserError(f"{key}: got {name!r}, expected a name that ends in {', '.join(PICTURE_SUFFIXES)}")
+        if by not in _BY:
+            raise UserError(f"by: got {by!r}, expected 'iteration' or 'epoch'")
+        self.picture, self.predictions, self.by = picture, predictions, by
         # The stream of this moment: during a run, Runner hides what others print.
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.samples: list[Any] = []
@@ -81,9 +98,8 @@ class ReportHook(Hook):
             return
         save_confusion(runner.test_loop.evaluator, Path(runner.log_dir, _CONFUSION))
         if self.samples:
-            picture = Path(runner.work_dir, _PREDICTIONS)
-            classes = runner.test_dataloader.dataset.metainfo["classes"]
-            self._draw(picture, lambda: draw_predictions(picture, self.samples, classes))
+            picture = Path(runner.work_dir, self.predictions)
+            self._draw(picture, lambda: draw_predictions(picture, self.samples, _colors(runner)))
 
     @master_only
     def after_train(self, runner: Runner) -> None:
@@ -94,10 +110,13 @@ class ReportHook(Hook):
         if self.best is not None:
             console.print(f"best        {hub.get_info('best_score'):.4g}")
             console.print(f"checkpoint  {self.best}")
-        picture, title = folder / _PICTURE, runner.experiment_name.rsplit("_", 2)[0]
+        picture, title = folder / self.picture, runner.experiment_name.rsplit("_", 2)[0]
+        epoch = _iterations_per_epoch(runner) if self.by == "epoch" else None
         self._draw(
             picture,
-            lambda: draw_report(picture, title, curves, read_confusion(folder / _CONFUSION), _key_metric(runner)),
+            lambda: draw_report(
+                picture, title, curves, read_confusion(folder / _CONFUSION), _key_metric(runner), epoch
+            ),
         )
         console.print(f"log         {runner.log_dir}")
 
@@ -117,6 +136,20 @@ def _key_metric(runner: Runner) -> str | None:
     """The metric that tells what is best, if ``CheckpointHook`` is asked for one by name."""
     keys = (hook.key_indicators for hook in runner.hooks if isinstance(hook, CheckpointHook) and hook.save_best)
     return next((f"val/{key[0]}" for key in keys if key[0] != "auto"), None)
+
+
+def _colors(runner: Runner) -> ClassColors:
+    settings = runner.cfg.get("test_dataloader")
+    metainfo = stated_metainfo(settings["dataset"]) if isinstance(settings, Mapping) else None
+    return ClassColors.of(runner.test_dataloader.dataset.metainfo["classes"], metainfo)
+
+
+def _iterations_per_epoch(runner: Runner) -> float:
+    """Of a run that counts iterations, those that see as many images as there are."""
+    loader = runner.train_dataloader
+    if isinstance(runner.train_loop, EpochBasedTrainLoop):
+        return len(loader)
+    return len(loader.dataset) / (loader.batch_sampler.batch_size * get_world_size())
 
 
 def find_best(work_dir: str | Path) -> Path:
@@ -163,6 +196,7 @@ def draw_report(
     curves: dict[str, np.ndarray],
     confusion: tuple[list[str], np.ndarray] | None,
     metric: str | None = None,
+    epoch: float | None = None,
 ) -> None:
     """Draw loss, validation metric and learning rate over the iterations, beside the confusion matrix.
 
@@ -170,14 +204,16 @@ def draw_report(
         curves: histories by mmengine's names: ``train/loss``, ``train/lr``, ``val/...``, and the iterations of
             the validations.
         metric: which ``val/...`` is drawn; by default the first.
+        epoch: iterations in an epoch, to draw over epochs instead.
     """
+    length = epoch or 1
     figure = Figure(figsize=(12 if confusion else 7, 6.2), layout="constrained")
     figure.suptitle(title, fontsize=13, fontweight="bold")
     grid = figure.add_gridspec(
         3, 2 if confusion else 1, height_ratios=(4, 4, 2), width_ratios=(1, 1.1)[: 2 if confusion else 1]
     )
     loss, score, rate = (figure.add_subplot(grid[row, 0]) for row in range(3))
-    _draw_loss(loss, curves.get("train/loss", np.empty(0)))
+    _draw_loss(loss, curves.get("train/loss", np.empty(0)), length)
     name = metric if metric in curves else None
     name = name or next((name for name in curves if name.startswith("val/") and name not in _TIMES), None)
     if name is not None and len(curves[name]) != len(curves[VALIDATED]):
@@ -185,9 +221,10 @@ def draw_report(
         shown = f"{len(curves[name])} of {len(curves[VALIDATED])} validations have a value"
         score.text(0.5, 0.5, f"{name}: {shown}", ha="center", va="center", transform=score.transAxes)
     elif name is not None:
-        _draw_score(score, name.removeprefix("val/"), curves[VALIDATED], curves[name])
-    rate.plot(curves.get("train/lr", np.empty(0)), color="0.35", linewidth=1.5)
-    rate.set(ylabel="learning rate", xlabel="iteration")
+        _draw_score(score, name.removeprefix("val/"), curves[VALIDATED] / length, curves[name])
+    rates = curves.get("train/lr", np.empty(0))
+    rate.plot((np.arange(len(rates)) + 1) / length, rates, color="0.35", linewidth=1.5)
+    rate.set(ylabel="learning rate", xlabel="iteration" if epoch is None else "epoch")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axes in (loss, score, rate):
         axes.sharex(rate)
@@ -201,22 +238,23 @@ def draw_report(
     save(figure, path, dpi=130)
 
 
-def _draw_loss(axes: Axes, loss: np.ndarray) -> None:
+def _draw_loss(axes: Axes, loss: np.ndarray, length: float) -> None:
     window = max(1, len(loss) // 40)
-    axes.plot(loss, color="tab:blue", alpha=0.25, linewidth=0.8)
+    done = np.arange(len(loss)) + 1  # iterations after each step
+    axes.plot(done / length, loss, color="tab:blue", alpha=0.25, linewidth=0.8)
     if len(loss) >= window:
         smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
-        axes.plot(np.arange(len(smooth)) + (window - 1) / 2, smooth, color="tab:blue", linewidth=1.8)
+        axes.plot((done[: len(smooth)] + (window - 1) / 2) / length, smooth, color="tab:blue", linewidth=1.8)
     axes.set(ylabel="training loss", ylim=(0, None))
 
 
-def _draw_score(axes: Axes, name: str, iterations: np.ndarray, values: np.ndarray) -> None:
+def _draw_score(axes: Axes, name: str, x: np.ndarray, values: np.ndarray) -> None:
     best = int(values.argmax())
-    axes.plot(iterations, values, color="tab:green", linewidth=1.8, marker="o", markersize=3.5)
-    axes.plot(iterations[best], values[best], color="tab:green", marker="o", markersize=8, markerfacecolor="white")
+    axes.plot(x, values, color="tab:green", linewidth=1.8, marker="o", markersize=3.5)
+    axes.plot(x[best], values[best], color="tab:green", marker="o", markersize=8, markerfacecolor="white")
     axes.annotate(
         f"{values[best]:.4g}",
-        (iterations[best], values[best]),
+        (x[best], values[best]),
         (0, -16),
         textcoords="offset points",
         ha="center",
