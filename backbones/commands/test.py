@@ -1,6 +1,7 @@
 """Evaluate a checkpoint on the test data of a config.
 
     ssm-backbones test configs/digits/vim-tiny_digits.py work_dirs/vim-tiny_digits
+    ssm-backbones test CONFIG CHECKPOINT --tta
 
 CHECKPOINT may be the work directory of a training run: then its best checkpoint is meant. A detector or segmentor
 leaves predictions.png in --work-dir, predictions beside the ground truth of some images.
@@ -17,6 +18,7 @@ from mmengine.dist import is_main_process
 
 from backbones.mm.app.cli import add_common_arguments, load_config, run_tool
 from backbones.mm.app.console import brief, print_average_precisions
+from backbones.mm.app.tta import use_tta
 from backbones.mm.engine.report import find_best
 from backbones.mm.engine.runner import Runner
 
@@ -28,6 +30,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     parser.add_argument("config", help="a file under configs/")
     parser.add_argument("checkpoint", help="a checkpoint, or the work directory of a training run")
+    parser.add_argument(
+        "--tta",
+        action="store_true",
+        help="test-time augmentation: merge predictions for several sizes of each image, mirrored if training mirrors",
+    )
     add_common_arguments(parser)
     return run_tool(parser.prog, run, parser.parse_args(argv))
 
@@ -38,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = Path(args.checkpoint)
     config.load_from = str(find_best(checkpoint) if checkpoint.is_dir() else checkpoint)
     config.resume = False
+    views = f"{use_tta(config)} of each, " if args.tta else ""
     runner = Runner.from_cfg(config)
     start = time.perf_counter()
     metrics = runner.test()
@@ -45,4 +53,4 @@ def run(args: argparse.Namespace) -> None:
     if is_main_process():
         print_average_precisions(metrics)
         images = len(runner.test_dataloader.dataset)
-        print(f"{brief(metrics)}  ({images} images, {seconds:.1f} s, {config.load_from})")
+        print(f"{brief(metrics)}  ({images} images, {views}{seconds:.1f} s, {config.load_from})")

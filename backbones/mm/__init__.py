@@ -9,8 +9,9 @@ They also get ``PlainMambaAdapter``, the necks ``SimpleFeaturePyramid`` and ``Fi
 timm's losses, ``WeightedCrossEntropy``, the data sets ``ImageFolder`` and ``ArrayFolder`` with ``collate_images``,
 ``keep_worker_seed`` and ``RepeatedAugmentationSampler``, ``ClassificationMetric``, ``TimmOptimWrapperConstructor``,
 ``BFloat16OptimWrapper``, the hooks ``ResumeHook``, ``FiniteLossHook``, ``ProgressHook``, ``ReportHook``,
-``ReconstructionHook``, ``CudaGraphsHook`` and ``SelfDistillationHook``, and the ``"atomic"`` storage backend;
-mmengine's ``get_model_complexity_info`` counts the library's operators, too. Configs say
+``ReconstructionHook``, ``CudaGraphsHook`` and ``SelfDistillationHook``, ``ClassifierTTA``, ``DetectorTTA`` and
+``SegmentorTTA`` for ``test --tta``, and the ``"atomic"`` storage backend; mmengine's ``get_model_complexity_info``
+counts the library's operators, too. Configs say
 ``custom_imports=dict(imports=["backbones.mm"])``.
 
 For U-Nets they get ``BinaryDiceLoss``, ``BatchDiceLoss`` and ``VolumeMetric``; what needs mmseg itself, ``UNetHead``
@@ -42,6 +43,7 @@ from backbones.mm.models.distillation import HardDistillation, SelfDistillation,
 from backbones.mm.models.losses import WeightedCrossEntropy
 from backbones.mm.models.masked import MaskedImageModelling
 from backbones.mm.models.necks import FinerFPN, SimpleFeaturePyramid
+from backbones.mm.models.tta import ClassifierTTA, DetectorTTA, SegmentorTTA
 from backbones.mm.models.vit_adapter import PlainMambaAdapter
 
 __all__ = [
@@ -51,8 +53,10 @@ __all__ = [
     "BatchDiceLoss",
     "BinaryDiceLoss",
     "ClassificationMetric",
+    "ClassifierTTA",
     "CudaGraphsHook",
     "DenseBackbone",
+    "DetectorTTA",
     "FinerFPN",
     "FiniteLossHook",
     "HardDistillation",
@@ -68,6 +72,7 @@ __all__ = [
     "ReportHook",
     "ResumeHook",
     "Runner",
+    "SegmentorTTA",
     "SelfDistillation",
     "SelfDistillationHook",
     "SimpleFeaturePyramid",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 from PIL import Image
 from timm.data import create_transform
 from torch import nn
@@ -141,6 +141,14 @@ def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
         raise UserError(f"image {path} {reason}") from error
 
 
+def loads_annotations(step: Any) -> bool:
+    """Whether a step of a pipeline reads annotations, under whatever name."""
+    with TRANSFORMS.switch_scope_and_registry(None) as registry:  # of the default scope
+        kind = registry.get(step["type"])
+    # All such steps of mmcv, mmdet and mmseg derive from that of mmcv.
+    return any(base.__name__ == "LoadAnnotations" for base in getattr(kind, "__mro__", ()))
+
+
 class _ClassifierPipeline:
     def __init__(self, dataset: Config) -> None:
         self.transform = create_transform(**dataset.transform)
@@ -154,7 +162,7 @@ class _DensePipeline:
     """The steps of the test data, but for those that need annotations."""
 
     def __init__(self, dataset: Config) -> None:
-        self.steps = Compose([step for step in dataset.pipeline if not step["type"].endswith("Annotations")])
+        self.steps = Compose([step for step in dataset.pipeline if not loads_annotations(step)])
 
     def __call__(self, path: str | Path) -> dict[str, Any]:
         data = self.steps({"img_path": str(path), "img_id": 0})

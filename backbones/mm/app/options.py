@@ -16,7 +16,8 @@ from backbones.suggest import did_you_mean
 
 # Settings that mmengine or this library reads and a config need not have, beside the arguments of a Runner.
 _TOP = {"auto_scale_lr", "find_unused_parameters", "model_wrapper_cfg", "custom_imports", "custom_hooks"} | {
-    *("load_ignore", "check_annotations", "data_hint", "verbose", "num_classes", "metainfo")
+    *("compile", "tta_model", "tta_pipeline"),
+    *("load_ignore", "check_annotations", "data_hint", "verbose", "num_classes", "metainfo"),
 }
 # What builders take out of the settings of a type before they call it.
 _OF_BUILDERS = {"type", "_scope_", "_delete_", "constructor", "paramwise_cfg", "init_cfg", "convert_to_iter_based"}

@@ -17,7 +17,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.dist import get_rank, get_world_size
 from mmengine.logging import print_log
 from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
-from timm.data import create_transform
+from timm.data import DEFAULT_CROP_PCT, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
@@ -44,9 +44,12 @@ class ImageFolder(BaseDataset):
         subset: "train" or "val" of a folder that is not divided itself: of each class, in the order of names, images at
             even distances are held out for "val". None takes all.
         val_share: share that is held out.
+        views: for test-time augmentation, ``dict(scale=, flip=)`` of each view of an image: how much larger it is shown
+            than by ``transform``, and None, "horizontal" or "vertical".
 
     It follows mmengine's protocol, so that ``ClassBalancedDataset``, ``RepeatDataset`` and ``ConcatDataset`` wrap it.
-    Items are ``dict(inputs=(channels, height, width) float tensor, targets=int)``, None for a skipped image.
+    Items are ``dict(inputs=(channels, height, width) float tensor, targets=int)``, None for a skipped image; with
+    ``views``, both are lists of one for each.
 
     Raises:
         UserError: a folder that is missing or has other classes than expected; an unreadable image.
@@ -63,6 +66,7 @@ class ImageFolder(BaseDataset):
         per_class: int | None = None,
         subset: str | None = None,
         val_share: float = 0.2,
+        views: Sequence[dict[str, Any]] | None = None,
     ) -> None:
         if subset not in (None, "train", "val"):
             raise UserError(f"subset: got {subset!r}, expected 'train' or 'val', or None for all images")
@@ -81,6 +85,7 @@ class ImageFolder(BaseDataset):
         if num_classes is not None and len(classes) != num_classes:
             raise UserError(f"image folder {folder} has {len(classes)} classes, expected num_classes={num_classes}")
         self.transform = self.make_transform(transform)
+        self.views = None if views is None else [self._view(transform, **view) for view in views]
         self.skip_unreadable = skip_unreadable
         self.image_mode, self.per_class = image_mode, per_class
         self.subset, self.val_share = subset, val_share
@@ -130,7 +135,7 @@ class ImageFolder(BaseDataset):
         """The label of image ``idx``, in a list."""
         return [self.get_data_info(idx)["gt_label"]]
 
-    def __getitem__(self, idx: int) -> dict[str, Tensor | int] | None:
+    def __getitem__(self, idx: int) -> dict[str, Any] | None:
         info = self.get_data_info(idx)
         path, target = info["img_path"], info["gt_label"]
         try:
@@ -141,7 +146,23 @@ class ImageFolder(BaseDataset):
                 raise UserError(f"{message}; skip_unreadable=True leaves such images out") from error
             print_log(f"{message}; left out", logger="current", level=logging.WARNING)
             return None
-        return {"inputs": self.transform(image), "targets": target}
+        if self.views is None:
+            return {"inputs": self.transform(image), "targets": target}
+        inputs = [transform(image).flip(axes) for transform, axes in self.views]
+        return {"inputs": inputs, "targets": [target] * len(inputs)}
+
+    @classmethod
+    def _view(
+        cls, transform: dict[str, Any], scale: float = 1.0, flip: str | None = None
+    ) -> tuple[Callable[[Any], Tensor], tuple[int, ...]]:
+        """The transform of one view, and the axes along which it is mirrored."""
+        crop = transform.get("crop_pct") or DEFAULT_CROP_PCT
+        if transform.get("is_training") or not scale >= crop - 1e-6:
+            raise UserError(f"views: got scale={scale}, expected at least the transform's crop_pct, of a test")
+        axes = {None: (), "horizontal": (-1,), "vertical": (-2,)}
+        if flip not in axes:
+            raise UserError(f"views: got flip={flip!r}, expected None, 'horizontal' or 'vertical'")
+        return cls.make_transform({**transform, "crop_pct": min(crop / scale, 1.0)}), axes[flip]
 
 
 @DATASETS.register_module()

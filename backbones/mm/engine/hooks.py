@@ -8,6 +8,7 @@ import random
 import sys
 import time
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -147,7 +148,8 @@ class LabelRangeHook(Hook):
     @staticmethod
     def _check(dataset: Any, data_batch: Any) -> None:
         samples = data_batch.get("data_samples", ()) if isinstance(data_batch, dict) else ()
-        for sample in samples:
+        # With test-time augmentation they are lists, one for each view.
+        for sample in chain.from_iterable(x if isinstance(x, list | tuple) else [x] for x in samples):
             if "gt_sem_seg" not in sample:
                 continue
             classes = dataset.metainfo["classes"]
