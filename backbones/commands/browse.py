@@ -91,12 +91,15 @@ def _show(ax: Axes, x: Tensor) -> None:
 
 
 def _before_normalisation(x: Tensor, dataset: Any) -> Tensor:
-    """What timm's transform normalised, in 0..1 again."""
+    """What a transform normalised, in 0..1 again; arrays in units of their own are stretched to it."""
     while "dataset" in dataset:
         dataset = dataset.dataset
     defaults = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     mean, std = (torch.tensor(dataset.transform.get(key, value)) for key, value in defaults.items())
-    return x * std[:, None, None] + mean[:, None, None]
+    x = x * std[:, None, None] + mean[:, None, None]
+    if x.amin() >= -0.01 and x.amax() <= 1.01:
+        return x
+    return (x - x.amin()) / (x.amax() - x.amin()).clamp(min=1e-9)
 
 
 def _short(name: str) -> str:
