@@ -45,7 +45,7 @@ class Row(NamedTuple):
     weights: str | None
 
 
-HEADER = ("family", "model", "params", "GFLOPs", "top-1", "box AP", "mask AP", "mIoU", "weights")
+HEADER = ("family", "model", "params", "GFLOPs", "top-1", "box", "mask", "mIoU", "weights")
 TASKS = {"imagenet": "top1", "coco": "box_ap", "ade20k": "miou"}  # a task's figure that models are sorted by
 
 
