@@ -27,9 +27,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "config", nargs="?", help="a file, or the name of a config that comes with the package"
-    )
+    parser.add_argument("config", nargs="?", help="a file, or the name of a config that comes with the package")
     own = parser.add_argument_group("own images", "instead of a config, which is then written")
     own.add_argument(
         "--data", metavar="FOLDER", help="train/ and val/ with a folder for each class, or these folders alone"
