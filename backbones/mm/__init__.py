@@ -19,7 +19,7 @@ For U-Nets they get ``BinaryDiceLoss``, ``BatchDiceLoss`` and ``VolumeMetric``; 
 among it, stands in :mod:`backbones.mm.segmentation`.
 """
 
-import backbones.mm.engine.complexity  # (teaches mmengine's counters)
+import backbones.mm.engine.complexity  # teaches mmengine's counters
 import backbones.mm.engine.external  # noqa: F401  (lets mmengine find the package's configs)
 from backbones.mm.data.datasets import (
     ArrayFolder,
