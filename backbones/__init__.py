@@ -5,8 +5,9 @@ Importing this package registers its models in timm: ``timm.create_model("vim_ti
 
 from backbones.base import reduce_tokens
 from backbones.graphs import cuda_graphs
+from backbones.layers import unprunable
 from backbones.models import FAMILIES
 from backbones.segmentation import mhs_vm, msvm_unet, unet, vm_unet
 
 __version__ = "0.1.0"
-__all__ = ["FAMILIES", "cuda_graphs", "mhs_vm", "msvm_unet", "reduce_tokens", "unet", "vm_unet"]
+__all__ = ["FAMILIES", "cuda_graphs", "mhs_vm", "msvm_unet", "reduce_tokens", "unet", "unprunable", "vm_unet"]

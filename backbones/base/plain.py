@@ -153,6 +153,11 @@ class PlainBackbone(Backbone):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
+    @property
+    def prunable(self) -> tuple[str, ...] | None:
+        """See :func:`backbones.unprunable`; the rotary tables are as wide as the stream."""
+        return None if self.rope is None else ()
+
     @classmethod
     def dense_norm_rules(cls, blocks: Sequence[int]) -> tuple[KeyRule, ...]:
         """Names of the output norms in the authors' dense models that return ``blocks``: counted by output."""

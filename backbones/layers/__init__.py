@@ -13,6 +13,7 @@ from backbones.layers.norm import LayerNorm
 from backbones.layers.patch_embed import PatchEmbed, StemPatchEmbed
 from backbones.layers.patch_expand import BilinearExpand, LargeKernelPatchExpand, PatchExpand
 from backbones.layers.positional_block import PositionalBlock
+from backbones.layers.pruning import unprunable
 from backbones.layers.resolution import (
     ConvDownsample,
     ConvStem,
@@ -72,4 +73,5 @@ __all__ = [
     "no_weight_decay",
     "scan_grid",
     "set_backend",
+    "unprunable",
 ]

@@ -1,6 +1,6 @@
 """The mixer of GroupMamba: groups of channels, each scanned along one order of its own."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,8 @@ class GroupMambaLayer(Opaque, nn.Module):
     Raises:
         ValueError: ``dim`` does not divide into the groups, or is less than 16; in ``forward``, another shape.
     """
+
+    prunable: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from backbones.layers.linear import linear_parts
 from backbones.layers.norm import RMSNorm
 from backbones.layers.scan import Scan
 from backbones.layers.selective_ssm import SelectiveSSM
-from backbones.layers.shapes import check_tokens, checked_grid, inner_width
+from backbones.layers.shapes import check_tokens, checked_grid, inner_width, input_width
 from backbones.layers.tracing import Opaque
 from backbones.ops import Visits, depthwise_conv, silu_gate
 from backbones.patterns import BIDIRECTIONAL, ScanPattern
@@ -45,6 +45,7 @@ class MambaMixer(Opaque, nn.Module):
             each cell once.
     """
 
+    prunable: ClassVar[tuple[str, ...]] = ("out_proj",)
     no_decay: ClassVar[tuple[str, ...]] = ("conv_bias",)  # 2-D, as it is stacked over orders
 
     def __init__(
@@ -89,7 +90,7 @@ class MambaMixer(Opaque, nn.Module):
             per_order: also return the gated output of each order before they are merged, (b, l, k, d_inner).
             gaps: with ``per_order``, see :meth:`backbones.layers.SelectiveSSM.per_order_over_gaps`.
         """
-        check_tokens(x, self.dim)
+        check_tokens(x, input_width(self.in_proj, self.dim))
         grid = checked_grid(grid, x.shape[1])
         if self.merge is None and not per_order:
             y, z = self._scanned(x, grid, "sum")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from backbones.layers.linear import linear_parts
 from backbones.layers.norm import RMSNorm
 from backbones.layers.scan import OnBackend, Scan
-from backbones.layers.shapes import check_tokens, checked_grid, inner_width
+from backbones.layers.shapes import check_tokens, checked_grid, inner_width, input_width
 from backbones.ops import depthwise_conv, selective_scan, silu_gate, ssd
 from backbones.patterns import FORWARD, ScanPattern
 from backbones.patterns.known import known_tables
@@ -37,6 +37,7 @@ class Mamba2Mixer(OnBackend, nn.Module):
             another shape, a grid of another number of cells, or an order that does not visit each cell once.
     """
 
+    prunable: ClassVar[tuple[str, ...]] = ("out_proj",)
     no_decay: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias", "conv_bias")
 
     def __init__(
@@ -69,7 +70,7 @@ class Mamba2Mixer(OnBackend, nn.Module):
             x: patches in raster order and, behind them, at most one class token.
             grid: rows and columns of the patches; None takes the tokens as one row.
         """
-        check_tokens(x, self.dim)
+        check_tokens(x, input_width(self.in_proj, self.dim))
         grid = checked_grid(grid, x.shape[1])
         mixed = self.d_inner + 2 * self.d_state
         x = torch.cat([x.mean(1, keepdim=True), x], dim=1)

@@ -4,7 +4,7 @@ agreement."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,8 @@ class MultiHeadScan(Opaque, TakesOfficialLayout):
         ValueError: there is no pattern, there are more than channels, one is unknown, or one has a single order; in
             ``forward``, another shape.
     """
+
+    prunable: ClassVar[tuple[str, ...]] = ()
 
     key_rules = (  # of the authors' heads C, X, S and Z
         # Two names of one tensor each: what is loaded last is what the authors' model computes with.

@@ -1,7 +1,7 @@
 """The mixer of MSVMamba: one scan of the whole map, and one that walks a map of half its resolution."""
 
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from backbones.layers.norm import LayerNorm
 from backbones.layers.resolution import channels_first, channels_last
 from backbones.layers.scan import Scan
 from backbones.layers.selective_ssm import SelectiveSSM
-from backbones.layers.shapes import bottleneck_width, check_map, inner_width
+from backbones.layers.shapes import bottleneck_width, check_map, inner_width, input_width
 from backbones.layers.ss2d import DepthwiseConv2d, scan_grid
 from backbones.layers.tracing import Opaque
 from backbones.ops import silu_gate
@@ -60,6 +60,8 @@ class MultiScaleSS2D(Opaque, nn.Module):
             orders; fewer than 8 inner channels; in ``forward``, another shape.
     """
 
+    prunable: ClassVar[tuple[str, ...]] = ("out_proj",)
+
     def __init__(
         self,
         dim: int,
@@ -90,7 +92,7 @@ class MultiScaleSS2D(Opaque, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
-        check_map(x, self.dim)
+        check_map(x, input_width(self.in_proj, self.dim))
         x, z = self.in_proj(x).chunk(2, dim=-1) if self.gated else (self.in_proj(x), None)
         full, low = self.conv_full(x), self.conv_low(x)
         full = self.ssm_full(full.flatten(1, 2), local_window=self.scan.window(full.shape[1] * full.shape[2]))

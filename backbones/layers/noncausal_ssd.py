@@ -1,14 +1,14 @@
 """The mixer of VSSD: state-space duality without a direction, for all cells share one state."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.layers.norm import LayerNorm
-from backbones.layers.shapes import check_map, inner_width
+from backbones.layers.shapes import check_map, inner_width, input_width
 from backbones.layers.ss2d import DepthwiseConv2d
 from backbones.layers.tracing import Opaque
 from backbones.ops import ssd_noncausal
@@ -31,6 +31,7 @@ class NonCausalSSD(Opaque, nn.Module):
         ValueError: ``num_heads`` does not divide the inner width; in ``forward``, another shape.
     """
 
+    prunable: ClassVar[tuple[str, ...]] = ("out_proj",)
     no_decay = ("A_log",)
 
     def __init__(
@@ -69,7 +70,7 @@ class NonCausalSSD(Opaque, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
-        check_map(x, self.dim)
+        check_map(x, input_width(self.in_proj, self.dim))
         height, width = x.shape[1:3]
         z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_inner + 2 * self.d_state, self.num_heads], dim=-1)
         # A sum over all tokens overflows float16 on large maps: float32 up to the norm.

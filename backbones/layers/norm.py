@@ -66,6 +66,6 @@ class RMSNorm(OnBackend, nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
-        check_width(x, self.normalized_shape[0])
+        check_width(x, self.weight.shape[0])  # pruners know no RMSNorm, and leave its normalized_shape
         dtype = _autocast_dtype(x) if self.autocast_out else None
         return rms_norm(x, self.weight, self.eps, dtype=dtype, backend=self.backend)

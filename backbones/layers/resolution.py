@@ -1,6 +1,7 @@
 """Stems and downsampling: where the resolution of a channels-last map changes."""
 
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,8 @@ class ConvStem(nn.Module):
 
 class PatchMerging(Opaque, nn.Module):
     """Four neighbours side by side, a norm, a linear layer (Swin, section 3.1); odd sides are padded with zeros."""
+
+    prunable: ClassVar[tuple[str, ...]] = ("reduction",)
 
     def __init__(
         self,

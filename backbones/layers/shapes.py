@@ -1,6 +1,6 @@
 """Checks of what a layer is given; they name the argument, what came and what was expected."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_map(x: Tensor, dim: int) -> None:
@@ -19,6 +19,11 @@ def check_tokens(x: Tensor, dim: int) -> None:
     if x.dim() != 3 or x.shape[-1:] != (dim,):
         hint = "; OnMap wraps a layer for (b, h, w, c)" if x.dim() == 4 else ""
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (b, l, {dim}){hint}")
+
+
+def input_width(linear: nn.Module, dim: int) -> int:
+    """Channels that a linear layer reads; ``dim``, as it was made, where what stands in its place does not tell."""
+    return getattr(linear, "in_features", dim)
 
 
 def check_width(x: Tensor, dim: int) -> None:

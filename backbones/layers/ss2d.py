@@ -1,5 +1,7 @@
 """The 2-D selective scan block of VMamba and its relatives, channels-last."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from backbones.layers.constructor import Constructor
 from backbones.layers.norm import LayerNorm
 from backbones.layers.scan import OnBackend, Scan
 from backbones.layers.selective_ssm import SelectiveSSM
-from backbones.layers.shapes import check_map, inner_width
+from backbones.layers.shapes import check_map, inner_width, input_width
 from backbones.layers.tracing import Opaque
 from backbones.ops import depthwise_conv, silu_gate
 from backbones.ops.dispatch import has_kernel
@@ -118,6 +120,8 @@ class SS2D(Opaque, nn.Module):
             ``forward``, another shape.
     """
 
+    prunable: ClassVar[tuple[str, ...]] = ("out_proj",)
+
     def __init__(
         self,
         dim: int,
@@ -153,7 +157,7 @@ class SS2D(Opaque, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
-        check_map(x, self.dim)
+        check_map(x, input_width(self.in_proj, self.dim))
         x, z = self.in_proj(x).chunk(2, dim=-1) if self.gated else (self.in_proj(x), None)
         y = self.out_norm(self._scanned(self.conv2d(x)))
         backend = self.conv2d.backend if self.ssm is None else self.ssm.backend

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from backbones.layers.norm import LayerNorm
 from backbones.layers.resolution import channels_first, channels_last
 from backbones.layers.scan import Scan
 from backbones.layers.selective_ssm import SelectiveSSM
-from backbones.layers.shapes import check_map, inner_width
+from backbones.layers.shapes import check_map, inner_width, input_width
 from backbones.layers.ss2d import DepthwiseConv2d, scan_grid
 from backbones.layers.tracing import Opaque
 from backbones.ops import silu_gate
@@ -100,6 +100,8 @@ class StructureAwareSSM(Opaque, nn.Module):
         ValueError: the pattern has several orders; in ``forward``, another shape.
     """
 
+    prunable: ClassVar[tuple[str, ...]] = ("out_proj",)
+
     def __init__(
         self,
         dim: int,
@@ -120,7 +122,7 @@ class StructureAwareSSM(Opaque, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
-        check_map(x, self.dim)
+        check_map(x, input_width(self.in_proj, self.dim))
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = self.conv2d(x)
         states = self.fusion(scan_grid(self.ssm, x, self.scan))

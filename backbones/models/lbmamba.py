@@ -60,6 +60,8 @@ class LatentAttentionPool(OnBackend, nn.Module):
         num_heads: heads, which divide ``dim``.
     """
 
+    prunable: ClassVar[tuple[str, ...]] = ()
+
     def __init__(
         self,
         dim: int,

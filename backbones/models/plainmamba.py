@@ -107,6 +107,8 @@ class PlainMambaMixer(Opaque, nn.Module):
         expand: inner width over ``dim``.
     """
 
+    prunable: ClassVar[tuple[str, ...]] = ("out_proj",)
+
     def __init__(
         self, dim: int, scan: Scan, d_state: int = 16, expand: int = 2, device: Any = None, dtype: Any = None
     ) -> None:

@@ -39,6 +39,8 @@ class SoftmaxAttention(OnBackend, nn.Module):
         num_heads: heads of width dim / num_heads.
     """
 
+    prunable: ClassVar[tuple[str, ...]] = ("proj",)
+
     def __init__(
         self,
         dim: int,

@@ -1,4 +1,4 @@
-"""Operators: selective scan, state-space duality, the depthwise convolution in front of them, gates and norms.
+"""The selective scan and state-space duality, and the depthwise convolution that stands before them.
 
 >>> import torch
 >>> from backbones.ops import selective_scan
@@ -33,5 +33,5 @@ __all__ = [
 
 
 def backends() -> dict[str, str | None]:
-    """Names of all backends, each with the reason why it does not run here, or None if it does."""
+    """Every backend's name, with None where it runs here and the reason where it does not."""
     return {name: dispatch.unavailable_reason(name) for name in dispatch.BACKENDS}
