@@ -51,6 +51,8 @@ def run(commands: str, folder: Path) -> None:
     # The environment that runs the tests is the one that make would make.
     make = f"make --no-print-directory VENV={sys.prefix} -o {sys.prefix}/.installed -o {sys.prefix}/.openmmlab "
     script = re.sub(r"^make ", make, commands, flags=re.MULTILINE)
+    # This copy of the code, whichever the environment has installed; tests/test_installed.py runs the command itself.
+    script = re.sub(r"\bssm-backbones(?= )", f"{sys.executable} -m ssm_backbones", script)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euc", script], cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True
