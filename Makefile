@@ -14,12 +14,6 @@ INSTALLED  := $(VENV)/.installed
 OPENMMLAB  := $(VENV)/.openmmlab
 PYTEST     := OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest $(PYTEST_ARGS)
 
-DEMO_CONFIG := configs/digits/vim-tiny_digits.py
-DEMO_DIR    := work_dirs/vim-tiny_digits
-DET_DEMO    := mask-rcnn_vmamba-tiny-s1l8_fpn_digits
-SEG_DEMO    := upernet_efficientvmamba-tiny_digits
-UNET_DEMO   := unet_vmamba-tiny-s1l8_tissue
-
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-det demo-seg demo-unet test test-all test-clients lint format type bench docs wheel clean
@@ -30,26 +24,16 @@ help: ## list the targets
 install: $(INSTALLED) ## make .venv with the pinned requirements and this library in editable mode
 
 demo: $(INSTALLED) ## train Vim on scanned digits (or go on where it stopped) and test the best checkpoint
-	$(PY) tools/make_digits.py --out data/digits
-	$(PY) tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO_DIR) --resume
-	$(PY) tools/test.py $(DEMO_CONFIG) $(DEMO_DIR)
-	@printf 'checkpoint  %s\npicture     %s\n' \
-	    "$(DEMO_DIR)/$$(cat $(DEMO_DIR)/best_checkpoint)" "$(DEMO_DIR)/training.png"
+	$(PY) -m ssm_backbones demo
 
 demo-det: $(INSTALLED) $(OPENMMLAB) ## train VMamba with Mask R-CNN on digits in photographs, test it, draw what it finds
-	$(PY) tools/make_digits.py --task detection --out data/digits_coco
-	$(PY) tools/train.py configs/digits/$(DET_DEMO).py --work-dir work_dirs/$(DET_DEMO) --resume auto
-	$(PY) tools/test.py configs/digits/$(DET_DEMO).py work_dirs/$(DET_DEMO) --work-dir work_dirs/$(DET_DEMO)
+	$(PY) -m ssm_backbones demo detection
 
 demo-seg: $(INSTALLED) $(OPENMMLAB) ## train EfficientVMamba with UPerNet on digits in photographs, test it, draw what it finds
-	$(PY) tools/make_digits.py --task segmentation --out data/digits_ade
-	$(PY) tools/train.py configs/digits/$(SEG_DEMO).py --work-dir work_dirs/$(SEG_DEMO) --resume auto
-	$(PY) tools/test.py configs/digits/$(SEG_DEMO).py work_dirs/$(SEG_DEMO) --work-dir work_dirs/$(SEG_DEMO)
+	$(PY) -m ssm_backbones demo segmentation
 
 demo-unet: $(INSTALLED) $(OPENMMLAB) ## train a U-Net on VMamba to find epithelium in tissue, test it, draw what it finds
-	$(PY) tools/make_tissue.py --out data/tissue
-	$(PY) tools/train.py configs/medical/$(UNET_DEMO).py --work-dir work_dirs/$(UNET_DEMO) --resume auto
-	$(PY) tools/test.py configs/medical/$(UNET_DEMO).py work_dirs/$(UNET_DEMO) --work-dir work_dirs/$(UNET_DEMO)
+	$(PY) -m ssm_backbones demo unet
 
 test: $(INSTALLED) $(OPENMMLAB) ## run the tests that are not marked slow
 	$(PYTEST)

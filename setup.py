@@ -8,6 +8,7 @@ For development: python setup.py build_ext --inplace
 """
 
 import re
+import shutil
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +17,16 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import BaseError, CCompilerError
 
 ROOT = Path(__file__).parent
+URL = None  # of the repository; with it the index gets project URLs, and the README absolute links
 CSRC = "backbones/ops/csrc"
 DISPATCH = [f"{CSRC}/{name}.cpp" for name in ("dispatch", "depthwise", "pointwise")]
 # Compiled for every instruction set:
 KERNELS = [f"{CSRC}/{name}_kernels.cpp" for name in ("scan", "depthwise", "pointwise")]
+KERNEL = "backbones.ops._scan_cpu"
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")  # as backbones/ops/native.py expects it
 
 # Never -ffast-math: exp2 relies on the rounding that IEEE prescribes.
@@ -50,6 +54,8 @@ class BuildKernel(build_ext):
         try:
             super().run()
         except (BaseError, CCompilerError, OSError) as error:
+            if not self.inplace:  # what an earlier build has left there
+                Path(self.get_ext_fullpath(KERNEL)).unlink(missing_ok=True)
             self.extensions = []
             self.warn(
                 f"the C++ kernel was not built ({error}). ssm-backbones works without it, on slower Python operators; "
@@ -94,11 +100,31 @@ class BuildKernel(build_ext):
             return True
 
 
-class PlatformWheel(bdist_wheel):
-    """A wheel for this platform and any Python 3."""
+class BuildPackage(build_py):
+    """Adds configs, their index and the scripts that run them, where OpenMMLab's tools look for them.
+
+    In a clone, backbones/.mim holds links to them.
+    """
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            mim = Path(self.build_lib, "backbones", ".mim")
+            shutil.rmtree(mim, ignore_errors=True)
+            shutil.copytree(ROOT / "configs", mim / "configs", ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copy2(ROOT / "model-index.yml", mim)
+            (mim / "tools").mkdir()
+            for script in ("train.py", "test.py"):  # which `mim train` and `mim test` call
+                shutil.copy2(ROOT / "tools" / script, mim / "tools")
+
+
+class Wheel(bdist_wheel):
+    """A wheel for any Python 3, and for this platform if the kernel is in it."""
 
     def get_tag(self) -> tuple:
-        return ("py3", "none", super().get_tag()[2])
+        kernel = Path(self.get_finalized_command("build_ext").get_ext_fullpath(KERNEL))
+        self.root_is_pure = not kernel.exists()
+        return ("py3", "none", "any" if self.root_is_pure else super().get_tag()[2])
 
 
 def version() -> str:
@@ -106,13 +132,24 @@ def version() -> str:
     return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
 
 
-readme = ROOT / "README.md"
+def long_description() -> str:
+    """The README without the links that lead nowhere on an index page: relative ones, unless :data:`URL` is known."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    relative = r"(?!https?:|mailto:|#)([^)\s]+)"
+    if URL is None:
+        text = re.sub(rf"!\[[^\]]*\]\({relative}\)", "", text)
+        return re.sub(rf"\[([^\]]+)\]\({relative}\)", r"\1", text)
+    text = re.sub(rf"(!\[[^\]]*\])\({relative}\)", rf"\1({URL}/raw/main/\2)", text)
+    return re.sub(rf"(\[[^\]]+\])\({relative}\)", rf"\1({URL}/blob/main/\2)", text)
+
+
 setup(
     name="ssm-backbones",
     version=version(),
     description="Visual state-space backbones (Vim, VMamba and kin) for timm and OpenMMLab, on any device",
-    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description=long_description(),
     long_description_content_type="text/markdown",
+    project_urls={"Source": URL, "Changelog": f"{URL}/blob/main/CHANGELOG.md"} if URL else {},
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE.md"],
     python_requires=">=3.10",
@@ -129,6 +166,7 @@ setup(
         "pillow",
         "packaging",
         "pyyaml",
+        "rich",
         "safetensors",
     ],
     extras_require={
@@ -140,7 +178,6 @@ setup(
             "opencv-python-headless",
             "contourpy",
             "matplotlib",
-            "rich",
             "scikit-image",
             "scikit-learn",
             "scipy",
@@ -159,8 +196,8 @@ setup(
             "types-PyYAML",
         ],
     },
-    ext_modules=[Extension("backbones.ops._scan_cpu", [*DISPATCH, *KERNELS])],
-    cmdclass={"build_ext": BuildKernel, "bdist_wheel": PlatformWheel},
+    ext_modules=[Extension(KERNEL, [*DISPATCH, *KERNELS])],
+    cmdclass={"build_ext": BuildKernel, "build_py": BuildPackage, "bdist_wheel": Wheel},
     zip_safe=False,
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -30,6 +30,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "models": Command("backbones.commands.models", "list the models: cost, accuracy, weights"),
+    "demo": Command("backbones.commands.demo", "make scanned digits, train on them and test: a first run", True),
     "train": Command("backbones.commands.train", "train a classifier, detector or segmentor from a config", True),
     "test": Command("backbones.commands.test", "evaluate a checkpoint on the test data of a config", True),
     "inference": Command("backbones.commands.inference", "show what a trained model finds in images", True),
@@ -48,7 +50,7 @@ COMMANDS = {
 # Packages that not every installation has, by the extra that brings them.
 EXTRAS = {
     "mm": (
-        *("contourpy", "cv2", "matplotlib", "mmcv", "mmdet", "mmengine", "mmseg", "pycocotools", "rich", "scipy"),
+        *("contourpy", "cv2", "matplotlib", "mmcv", "mmdet", "mmengine", "mmseg", "pycocotools", "scipy"),
         *("skimage", "sklearn", "tensorboard"),
     ),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),

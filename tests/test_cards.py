@@ -240,7 +240,7 @@ def test_the_summary_compares_models_of_one_run_and_says_in_which_mode() -> None
 def test_reported_and_measured_share_no_column(text: str) -> None:
     header = next(line for line in text.splitlines() if line.startswith("| model | measured"))
     columns = [cell.strip() for cell in header.strip("|").split("|")]
-    assert columns[1:4] == ["measured M", "measured G", "of it scans"]
+    assert columns[1:4] == ["measured M", "measured G", "of which scans"]
     assert all(name.startswith("reported") or name in ("source", "weights") for name in columns[4:])
 
 

@@ -122,6 +122,27 @@ def test_formats(
     assert (tmp_path / "again.svg").read_bytes() == first
 
 
+def test_a_work_directory_stands_for_config_and_checkpoint(
+    checkpoint: Callable[[str], Path],
+    images: list[Path],
+    tool: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    read_config("classification").dump(run / "vim-tiny_digits.py")
+    (run / "epoch_1.pth").symlink_to(checkpoint("classification"))
+    (run / "best_checkpoint").write_text("epoch_1.pth\n")
+    tool(images[0], "--config", CONFIGS["classification"], "--checkpoint", checkpoint("classification"))
+    expected = capsys.readouterr().out
+    tool(images[0], "--checkpoint", run)
+    assert capsys.readouterr().out == expected
+    with pytest.raises(SystemExit, match="2"):
+        tool(images[0], "--checkpoint", run / "epoch_1.pth")
+    assert "--config is missing" in capsys.readouterr().err
+
+
 def test_names_of_classes_come_with_the_checkpoint(
     checkpoint: Callable[[str], Path], images: list[Path], tmp_path: Path
 ) -> None:

@@ -120,6 +120,9 @@ def test_killed_run_resumes_to_the_same_weights(
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 1
         assert re.match(rf"top1 {best:.4g}  top5 [\d.]+  \(10 images, ", lines[0])
+    tool("test", "whole")  # the run's own config, too
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"top1 {best:.4g}  top5 ") and str(Path("whole", Path(checkpoint).name)) in printed
 
 
 def test_mixed_precision_on_a_cpu(tool: Callable[..., None], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,6 +145,8 @@ def test_second_start_in_the_same_folder_is_refused(
     "name, arguments, words",
     [
         ("train", ["plane.py"], ["plane.py does not exist", "did you mean plain.py"]),
+        ("test", ["plain.py"], ["CHECKPOINT is missing"]),
+        ("test", ["data"], ["folder data holds no config of a run"]),
         ("test", ["plane.py", "x.pth"], ["plane.py does not exist", "did you mean plain.py"]),
         ("train", ["plain.py", "--resume", "absent.pth"], ["no weight file at absent.pth"]),
         ("train", ["plain.py", "--amp", "float16"], ["--amp float16 needs a GPU"]),

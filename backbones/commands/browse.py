@@ -1,6 +1,6 @@
 """Look at what a config feeds to its model: images behind the pipeline, with their boxes, masks or labels.
 
-    ssm-backbones browse configs/digits/mask-rcnn_vmamba-tiny-s1l8_fpn_digits.py --count 8
+    ssm-backbones browse mask-rcnn_vmamba-tiny-s1l8_fpn_digits --count 8
 
 Writes one PNG, PDF or SVG. Photographs keep their shape, and the background of a segmentation stays clear.
 What mixes whole batches (mixup, cutmix) comes later, in the model, and is not shown.
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="a file under configs/")
+    parser.add_argument("config", help="a file, or the name of a config that comes with the package")
     parser.add_argument("--loader", choices=("train", "val", "test"), default="train", help="default: %(default)s")
     parser.add_argument("--count", type=int, default=12, help="number of images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice and of the augmentations")

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from backbones.commands.progress import progress_line
 from backbones.conversion import Converted, convert, identify, load_call, model_names
 from backbones.models import family_names
 from backbones.suggest import did_you_mean
@@ -80,20 +81,28 @@ def run(
     if target is not None:  # tells before the work whether it can be written
         for path in (target, checksum_of(target)):
             reserve(path).unlink()
-    content = files.load(source)
-    try:
-        name = model or identify(files.select(content, source))
-        published: Any = timm.create_model(name, device="meta").weight_keys
-        keys = AVERAGED if ema else published
-        key = files.weight_key(content, keys)
-        if ema and key is None:
-            raise CheckpointError(f"holds no averaged weights: none of {', '.join(AVERAGED)}")
-        weights = files.select(content, source, keys)
-        converted = convert(weights, name, (img_size[0], img_size[1]) if img_size else None)
-        if check:
-            try_loading(converted)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from error
+    with progress_line() as show:
+        show(f"reading {source.name}")
+        content = files.load(source)
+        try:
+            show(f"recognising the model of {source.name}")
+            name = model or identify(files.select(content, source))
+            published: Any = timm.create_model(name, device="meta").weight_keys
+            keys = AVERAGED if ema else published
+            key = files.weight_key(content, keys)
+            if ema and key is None:
+                raise CheckpointError(f"holds no averaged weights: none of {', '.join(AVERAGED)}")
+            weights = files.select(content, source, keys)
+            show(f"converting to {name}")
+            converted = convert(weights, name, (img_size[0], img_size[1]) if img_size else None)
+            if check:
+                show(f"loading into {name}")
+                try_loading(converted)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from error
+        if target is not None:
+            show(f"writing {target.name}")
+            digest = write(target, converted, source)
 
     print(f"{source}: {name}" + (f", weights under {key!r}" if key else ""))
     others = sorted(str(entry) for entry in content if entry != key) if key else []
@@ -105,7 +114,6 @@ def run(
     if check:
         print(f"checked: {name} takes all {len(converted.weights)} tensors, and all of them are finite")
     if target is not None:
-        digest = write(target, converted, source)
         print(f"{target}: {len(converted.weights)} tensors, sha256 {digest}")
         print(f"load it with {load_call(converted, str(target))}")
 

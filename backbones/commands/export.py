@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from backbones import ops
 from backbones.commands.outputs import unwritable
+from backbones.commands.progress import progress_line
 from backbones.export import export_onnx, export_program
 from backbones.models import family_names
 from backbones.suggest import did_you_mean
@@ -121,14 +122,18 @@ def _write(
     """Exports beside ``path``, compares the outputs for one image and for three, and only then takes the name."""
     partial = path.with_name(f".partial-{path.name}")
     try:
-        export(model, image, partial)
-        run, worst = load(partial), 0.0
-        for batch in (image[:1], image):
-            with torch.no_grad():
-                expected = model(batch)
-            expected = [expected] if isinstance(expected, Tensor) else expected
-            for found, wanted in zip(run(batch), expected, strict=True):
-                worst = max(worst, ((found - wanted).abs().max() / wanted.abs().max()).item())
+        with progress_line() as show:
+            show(f"exporting {path.name}")
+            export(model, image, partial)
+            show(f"loading {path.name}")
+            run, worst = load(partial), 0.0
+            for batch in (image[:1], image):
+                show(f"comparing {path.name} with PyTorch, batch {len(batch)}")
+                with torch.no_grad():
+                    expected = model(batch)
+                expected = [expected] if isinstance(expected, Tensor) else expected
+                for found, wanted in zip(run(batch), expected, strict=True):
+                    worst = max(worst, ((found - wanted).abs().max() / wanted.abs().max()).item())
         if not worst <= TOLERANCE:
             raise ExportError(
                 f"{path.name}: not written, its outputs differ from PyTorch's by {worst:.1e} of the largest"

@@ -2,7 +2,7 @@
 
     ssm-backbones flops vmamba_tiny_s1l8 swin_tiny_patch4_window7_224
     ssm-backbones flops vim_tiny --size 512 384
-    ssm-backbones flops configs/coco/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py
+    ssm-backbones flops mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco
 
 Operations are counted as the papers count them: a multiply-add is one, a scan 9 for each step, channel and state.
 Nothing is computed, so large images cost no memory.
@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from backbones.analysis.flops import Cost, ModelCost, count
+from backbones.configs import is_config
 
 COLUMNS = ("", "parameters (M)", "GFLOPs", "of them scans", "activations (M)")
 
@@ -59,7 +60,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "names", nargs="+", metavar="NAME", help="a model of timm's registry, ours among them, or a config"
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help="a model of timm's registry, ours among them, or a config (a file or a name)",
     )
     parser.add_argument(
         "--size",
@@ -73,7 +77,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         if args.size and len(args.size) > 2:
             raise ValueError(f"--size: got {len(args.size)} numbers, expected a side, or height and width")
         size = None if args.size is None else (args.size[0], args.size[-1])
-        counts = {name: _count_config(name, size) if name.endswith(".py") else count(name, size) for name in args.names}
+        counts = {name: _count_config(name, size) if is_config(name) else count(name, size) for name in args.names}
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

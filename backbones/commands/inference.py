@@ -1,10 +1,11 @@
 """Show what a trained model finds in images, from its config and checkpoint.
 
-    ssm-backbones inference 7.png --config configs/digits/vim-tiny_digits.py --checkpoint work_dirs/vim-tiny_digits
+    ssm-backbones inference 7.png --checkpoint work_dirs/vim-tiny_digits
+    ssm-backbones inference 7.png --config vim-tiny_digits --checkpoint vim-tiny.pth
 
 Prints one line per image and writes OUT/<image>.png: the most likely classes, boxes and masks, or the label map.
 For one image, OUT may also be the name of a picture, such as figure.pdf; --format pdf writes many.
-CHECKPOINT may be the work directory of a training run: then its best checkpoint is meant.
+The work directory of a training run stands for its config and its best checkpoint.
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--config", required=True, help="a file under configs/")
+    parser.add_argument(
+        "--config",
+        help="a file, or the name of a config that comes with the package (default: that of the work directory)",
+    )
     parser.add_argument("--checkpoint", required=True, help="a checkpoint, or the work directory of a training run")
     parser.add_argument(
         "--out", type=Path, default=Path("predictions"), help="folder, or a PNG, PDF or SVG (default: %(default)s)"
@@ -88,6 +92,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Show every image."""
+    if args.config is None and not Path(args.checkpoint).is_dir():
+        raise UserError(f"--config is missing; only the work directory of a run goes without it, got {args.checkpoint}")
+    args.config = args.config or args.checkpoint
     single = args.out.suffix in PICTURE_SUFFIXES and not args.out.is_dir()
     if single and len(args.images) > 1:
         raise UserError(

@@ -16,6 +16,7 @@ from timm.models import PretrainedCfg
 from torch import Tensor
 
 import backbones  # noqa: F401  (registers the models in timm)
+from backbones.configs import is_config
 from backbones.images import UNREADABLE, read_image
 from backbones.patterns import PATTERNS
 from backbones.suggest import did_you_mean
@@ -58,7 +59,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
     """
     if args.checkpoint and Path(args.checkpoint).is_dir():
         args.checkpoint = _best_of_run(args.checkpoint)
-    if args.model.endswith(".py"):
+    if is_config(args.model):
         return _from_config(args)
     if not timm.is_model(args.model):
         raise ValueError(f"unknown model {args.model!r}{did_you_mean(args.model, [*timm.list_models(), *PATTERNS])}")

@@ -1,10 +1,11 @@
 """Evaluate a checkpoint on the test data of a config.
 
-    ssm-backbones test configs/digits/vim-tiny_digits.py work_dirs/vim-tiny_digits
-    ssm-backbones test CONFIG CHECKPOINT --tta
+    ssm-backbones test work_dirs/vim-tiny_digits
+    ssm-backbones test vim-tiny_digits work_dirs/vim-tiny_digits/epoch_3.pth
+    ssm-backbones test work_dirs/vim-tiny_digits --tta
 
-CHECKPOINT may be the work directory of a training run: then its best checkpoint is meant. A detector or segmentor
-leaves predictions.png in --work-dir, predictions beside the ground truth of some images.
+The work directory of a run stands for its config and its best checkpoint. A detector or segmentor leaves
+predictions.png in --work-dir, predictions beside the ground truth of some images.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from backbones.mm.app.console import brief, print_average_precisions
 from backbones.mm.app.tta import use_tta
 from backbones.mm.engine.report import find_best
 from backbones.mm.engine.runner import Runner
+from backbones.mm.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -28,8 +30,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="a file under configs/")
-    parser.add_argument("checkpoint", help="a checkpoint, or the work directory of a training run")
+    parser.add_argument(
+        "config", help="a file, the name of a config that comes with the package, or the work directory of a run"
+    )
+    parser.add_argument(
+        "checkpoint", nargs="?", help="a checkpoint, or the work directory of a run (default: where the config is one)"
+    )
     parser.add_argument(
         "--tta",
         action="store_true",
@@ -41,8 +47,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate what the command line asks for."""
+    if args.checkpoint is None and not Path(args.config).is_dir():
+        raise UserError(f"CHECKPOINT is missing; only the work directory of a run goes without it, got {args.config}")
     config = load_config(args, ("test_dataloader",))
-    checkpoint = Path(args.checkpoint)
+    checkpoint = Path(args.checkpoint or args.config)
     config.load_from = str(find_best(checkpoint) if checkpoint.is_dir() else checkpoint)
     config.resume = False
     views = f"{use_tta(config)} of each, " if args.tta else ""

@@ -1,8 +1,8 @@
 """Train what a config describes; the task follows from the config.
 
-ssm-backbones train configs/digits/vim-tiny_digits.py
+ssm-backbones train vim-tiny_digits
 ssm-backbones train --data FOLDER --model vmamba_tiny_s1l8
-ssm-backbones train configs/digits/mask-rcnn_vmamba-tiny-s1l8_fpn_digits.py --resume auto
+ssm-backbones train mask-rcnn_vmamba-tiny-s1l8_fpn_digits --resume auto
 torchrun --nproc_per_node=2 -m ssm_backbones train CONFIG --launcher pytorch
 srun --ntasks-per-node=8 --gres=gpu:8 ssm-backbones train CONFIG --launcher slurm
 """
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", nargs="?", help="a file under configs/")
+    parser.add_argument("config", nargs="?", help="a file, or the name of a config that comes with the package")
     own = parser.add_argument_group("own images", "instead of a config, which is then written")
     own.add_argument(
         "--data", metavar="FOLDER", help="train/ and val/ with a folder for each class, or these folders alone"

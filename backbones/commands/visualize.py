@@ -3,7 +3,7 @@
     ssm-backbones visualize orders hilbert --size 7 9
     ssm-backbones visualize orders msvmamba_tiny
     ssm-backbones visualize field vmamba_tiny_s1l8 --image cat.jpg
-    ssm-backbones visualize attention configs/digits/vim-tiny_digits.py --checkpoint work_dirs/a --image 7.png
+    ssm-backbones visualize attention vim-tiny_digits --checkpoint work_dirs/a --image 7.png
     ssm-backbones visualize features vim_tiny --pretrained --image cat.jpg
 
 orders     the traversals of a scan pattern, or of a model's scans, on a grid of --size cells

@@ -12,13 +12,15 @@ timm's losses, ``WeightedCrossEntropy``, the data sets ``ImageFolder`` and ``Arr
 ``ReconstructionHook``, ``CudaGraphsHook`` and ``SelfDistillationHook``, ``ClassifierTTA``, ``DetectorTTA`` and
 ``SegmentorTTA`` for ``test --tta``, and the ``"atomic"`` storage backend; mmengine's ``get_model_complexity_info``
 counts the library's operators, too. Configs say
-``custom_imports=dict(imports=["backbones.mm"])``.
+``custom_imports=dict(imports=["backbones.mm"])``. After the import mmengine finds the package's own configs:
+``_base_ = "backbones::imagenet/vim-tiny_8xb128_in1k.py"``, and ``mmengine.hub.get_config`` with the same name.
 
 For U-Nets they get ``BinaryDiceLoss``, ``BatchDiceLoss`` and ``VolumeMetric``; what needs mmseg itself, ``UNetHead``
 among it, stands in :mod:`backbones.mm.segmentation`.
 """
 
-import backbones.mm.engine.complexity  # noqa: F401  (teaches mmengine's counters)
+import backbones.mm.engine.complexity  # teaches mmengine's counters
+import backbones.mm.engine.external  # noqa: F401  (lets mmengine find the package's configs)
 from backbones.mm.data.datasets import (
     ArrayFolder,
     ImageFolder,

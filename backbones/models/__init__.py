@@ -33,12 +33,12 @@ FAMILIES: tuple[type[Backbone], ...] = (
     VSSD,
     Adventurer,
 )
-# Families that timm registers itself: here they have facts, a card and an OpenMMLab backbone.
+# Families that timm registers itself. This library adds their facts, card and OpenMMLab backbone.
 GUESTS: tuple[type[Backbone], ...] = (EfficientViM,)
 
 __all__ = ["FAMILIES", "GUESTS", "family_names"]
 
 
 def family_names(guests: bool = False) -> tuple[str, ...]:
-    """Names of the families' modules, zoo pages and cards, in their order; on request those of ``GUESTS``, too."""
+    """The families' names, in order: those of their modules, zoo files and cards. ``guests`` adds ``GUESTS``."""
     return tuple(family.__module__.rpartition(".")[2] for family in (*FAMILIES, *(GUESTS if guests else ())))

@@ -1,4 +1,4 @@
-"""The selective scan and state-space duality, and the depthwise convolution that stands before them.
+"""Operators: selective scan, state-space duality, the depthwise convolution in front of them, gates and norms.
 
 >>> import torch
 >>> from backbones.ops import selective_scan
@@ -33,5 +33,5 @@ __all__ = [
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend's name, with None where it runs here and the reason where it does not."""
+    """Names of all backends, each with the reason why it does not run here, or None if it does."""
     return {name: dispatch.unavailable_reason(name) for name in dispatch.BACKENDS}

@@ -1,13 +1,13 @@
 """Scan patterns: in which order a state-space layer visits the cells of a grid.
 
 An *order* is one traversal: the raster index ``i * width + j`` of the cell visited at each step. A
-*pattern* is a set of K orders of equal length. An order may skip cells, repeat them, or hold -1 for a
+*pattern* is a set of K orders of equal length. An order may skip or repeat cells. The index -1 marks a
 *padded slot*: a step outside the grid, which reads zeros but still decays the state.
 
-An order is written as a function of the grid, the ``(H, W)`` tensor of raster indices, that returns the
-``(T,)`` cells in turn. So the same function on a transposed or flipped grid is another order: see
-`transposed`, `mirrored`, `turned` and `reversed_order`. `concatenated` joins several into one long order;
-`stacked`, `filled_up` and `both_ways` make the ``(K, T)`` table of a pattern::
+An order is defined by a function: from the grid, the ``(H, W)`` tensor of raster indices, it returns the
+``(T,)`` cells in the order of their visits. The same function on a transposed or flipped grid gives another
+order; see `transposed`, `mirrored`, `turned` and `reversed_order`. `concatenated` joins several orders into
+one long order. `stacked`, `filled_up` and `both_ways` make the ``(K, T)`` table of a pattern::
 
     zigzag_and_back = ScanPattern("zigzag_and_back", 2, both_ways(diagonal))
 """

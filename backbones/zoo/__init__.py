@@ -158,6 +158,11 @@ def default_cfgs(name: str) -> dict[str, Any]:
     return cfgs | {alias: cfgs[model] for alias, model in family.get("aliases", {}).items()}
 
 
+def dense_result(rows: list[dict[str, Any]], method: str) -> dict[str, Any] | None:
+    """The first result that authors report for COCO or ADE20K with this method and its usual schedule."""
+    return next((x for x in rows if x["method"] == method and x["schedule"] in ("1x", "160k", "not stated")), None)
+
+
 def _cfg(family: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     source = family["input"]
     weights = facts.get("weights", {})

@@ -30,6 +30,7 @@ def card(family: str) -> str:
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
     )
     file = f"backbones/models/{family}.py"
+    size = facts["input"]["size"]
     text = environment.get_template("card.md.j2").render(
         module=family,
         family={"implementation": _IMPLEMENTATION.format(file=file), **facts},
@@ -37,6 +38,7 @@ def card(family: str) -> str:
         **_configs(facts["family"], example, entries[example].get("weights", {})),
         weights_sentence=_weights_sentence(entries),
         released=any("weights" in x for x in entries.values()),
+        other_sizes=[(name, x["size"]) for name, x in entries.items() if x.get("size", size) != size],
         variants=_variants(entries),
         aliases=aliases(family),
         logs=[
@@ -131,7 +133,7 @@ def _variants(entries: dict[str, Facts]) -> str:
                 weights_link(facts),
             ]
         )
-    header = ["model", "measured M", "measured G", "of it scans", "reported M", "reported G"]
+    header = ["model", "measured M", "measured G", "of which scans", "reported M", "reported G"]
     header += ["reported top-1, %", "reported top-5, %", "source", "weights"]
     return _without_empty(header, rows)
 
@@ -182,7 +184,7 @@ def _certificate(family: str, entries: dict[str, Facts]) -> str:
     for name in entries:
         other = twin(family, name)
         if not measured[name]["parity"] and other:
-            lines.append(f"- `{name}`: no recording of this size; same code as `{other}`, which has one.")
+            lines.append(f"- `{name}`: no recording of this size. It runs the same code as `{other}`, which has one.")
     return "\n".join(lines).strip()
 
 

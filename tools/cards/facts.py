@@ -70,10 +70,8 @@ def weights_link(facts: Facts) -> str:
 
 def dense_result(rows: list[Facts], method: str, *fields: str) -> str | None:
     """The first result of a method, as "47.3 / 42.7"."""
-    for row in rows:
-        if row["method"] == method and row["schedule"] in ("1x", "160k", "not stated"):
-            return " / ".join(f"{row[field]:.1f}" for field in fields if field in row)
-    return None
+    row = zoo.dense_result(rows, method)
+    return None if row is None else " / ".join(f"{row[field]:.1f}" for field in fields if field in row)
 
 
 def model_table() -> str:

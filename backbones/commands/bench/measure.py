@@ -100,9 +100,10 @@ def peak_memory(shape: str, dtype: str, backend: str, backward: bool) -> float:
 
 def conditions(args: argparse.Namespace) -> dict[str, object]:
     """Conditions that a reader needs to judge the figures."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT, check=False
-    ).stdout.strip()
+    commit = ""
+    if (ROOT / ".git").exists():  # an installed package may stand within a repository of something else
+        describe = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
     arguments = {key: value for key, value in vars(args).items() if key not in ("run", "csv")}
     return {
         **({"gpu": torch.cuda.get_device_name()} if getattr(args, "device", "cpu") == "cuda" else {}),

@@ -12,12 +12,12 @@ from typing import Any
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
 
+from backbones import configs
 from backbones.mm.app.console import hidden_prints
 from backbones.mm.app.options import check_options, spread_classes
 from backbones.mm.data.annotations import check_annotations
 from backbones.mm.data.datasets import check_class_folders
 from backbones.mm.errors import UserError
-from backbones.suggest import did_you_mean
 from backbones.weights import CheckpointError
 
 # What a config may need beyond mmengine.
@@ -42,6 +42,8 @@ def load_config(args: Namespace, loaders: Sequence[str] = ()) -> Config:
     """Read ``args.config``, apply the common arguments, and check packages and data.
 
     Args:
+        args: its ``config`` is a file, the name of a config that comes with the package, or the work directory of a
+            run, which holds the run's config.
         loaders: data loaders that are going to be used, such as "test_dataloader"; their annotations are checked
             unless the config says ``check_annotations=False``.
 
@@ -49,10 +51,10 @@ def load_config(args: Namespace, loaders: Sequence[str] = ()) -> Config:
         UserError: no such config, an option or numbers of classes that cannot be meant, a package that is missing, a
             data folder that does not exist, or annotations that do not match.
     """
-    path = Path(args.config)
-    if not path.is_file():
-        known = sorted(other.name for other in path.parent.glob("*.py"))
-        raise UserError(f"config {path} does not exist{did_you_mean(path.name, known)}")
+    try:
+        path = configs.find(args.config)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     try:
         config = Config.fromfile(path)
     except ImportError as error:
@@ -64,7 +66,8 @@ def load_config(args: Namespace, loaders: Sequence[str] = ()) -> Config:
     config.merge_from_dict(options)
     spread_classes(config, options)
     config.launcher = args.launcher
-    config.work_dir = args.work_dir or config.get("work_dir") or str(Path("work_dirs", path.stem))
+    run = args.config if Path(args.config).is_dir() else None
+    config.work_dir = args.work_dir or run or config.get("work_dir") or str(Path("work_dirs", path.stem))
     _import_packages(config)
     for root in sorted({root for name in loaders for root in _data_roots(config.get(name))}):
         if not Path(root).is_dir():

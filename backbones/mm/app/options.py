@@ -189,5 +189,5 @@ def _literals(file: str | None) -> set[int]:
         if isinstance(node.value, ast.Constant) and isinstance(node.value.value, int)
     }
     for base in Config._get_base_files(file):
-        found |= _literals(str(Path(file).parent / base))
+        found |= _literals(Config._get_cfg_path(base, file)[0])
     return found
