@@ -1,4 +1,4 @@
-"""Mixers and blocks, for the models of this library and for other networks, and what families share beside them."""
+"""Mixers and blocks for this library's models and for other networks, and other parts that families share."""
 
 from backbones.layers.adapters import ChannelsFirst, OnMap, OnTokens
 from backbones.layers.bi_attn import BiAttn
