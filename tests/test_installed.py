@@ -34,7 +34,7 @@ def pip(*arguments: object, cwd: Path, **environment: str) -> str:
     options = ["--no-deps", "--no-index"]
     done = run([sys.executable, "-m", "pip", arguments[0], *options, *arguments[1:]], cwd, **environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
