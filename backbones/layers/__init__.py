@@ -12,6 +12,7 @@ from backbones.layers.noncausal_ssd import NonCausalSSD
 from backbones.layers.norm import LayerNorm
 from backbones.layers.patch_embed import PatchEmbed, StemPatchEmbed
 from backbones.layers.patch_expand import BilinearExpand, LargeKernelPatchExpand, PatchExpand
+from backbones.layers.path_ssm import PathSSM
 from backbones.layers.positional_block import PositionalBlock
 from backbones.layers.pruning import unprunable
 from backbones.layers.resolution import (
@@ -57,6 +58,7 @@ __all__ = [
     "PatchExpand",
     "PatchMerging",
     "PatchStem",
+    "PathSSM",
     "PositionalBlock",
     "ResidualConvStem",
     "RotaryEmbedding",
