@@ -19,6 +19,7 @@ from backbones.layers.mamba import token_norm
 from backbones.layers.norm import RMSNorm
 from backbones.layers.patch_embed import PatchEmbed
 from backbones.layers.rotary import RotaryEmbedding, resampled, rotate
+from backbones.patterns.subset import tokens_at
 from backbones.weights import CheckpointError, KeyRule, Weights
 from backbones.weights.files import GRID
 
@@ -31,7 +32,8 @@ class PlainBackbone(Backbone):
 
     Args:
         block: constructor called as ``block(embed_dim, norm_layer=, drop_path=rate, device=, dtype=)``, of blocks
-            called as ``block(tokens, grid)``; of a sequence, layers use them in turn.
+            called as ``block(tokens, grid)``, and as ``block(tokens, grid, subset)`` where patches are missing, see
+            :class:`backbones.layers.MambaBlock`; of a sequence, layers use them in turn.
         img_size: height and width in pixels that the position embedding is made for.
         patch_embed: constructor called as ``patch_embed(patch_size, stride, in_chans, embed_dim, dynamic_img_pad,
             device=, dtype=)``, with the attributes of :class:`backbones.layers.PatchEmbed`.
@@ -317,11 +319,41 @@ class PlainBackbone(Backbone):
                 taken.append((patches, prefix) if return_prefix_tokens and prefix is not None else patches)
         return taken if intermediates_only else (self.norm(x if reduced is None else reduced.end(x)), taken)
 
-    def _reduced_pass(self, grid: tuple[int, int], tables: tuple[Tensor, Tensor] | None) -> ReducedPass | None:
-        if self.token_reduction is None:
+    def forward_visible(self, x: Tensor, cells: Tensor) -> Tensor:
+        """The normalised tokens of some patches, (b, m, embed_dim), where no block sees the others.
+
+        As in masked autoencoders (arXiv:2111.06377). Positions are those of the whole grid.
+
+        Args:
+            x: (b, in_chans, height, width).
+            cells: (b, m) the raster indices of these patches in each image, in ascending order.
+
+        Raises:
+            ValueError: the model reduces tokens by itself, or the shape of ``cells`` does not go with x.
+        """
+        if self.token_reduction is not None:
+            raise ValueError(
+                "token_reduction: got a model with it, expected None where patches are missing at the start"
+            )
+        if cells.dim() != 2 or cells.shape[0] != x.shape[0] or cells.shape[1] == 0:
+            raise ValueError(f"cells: got shape {tuple(cells.shape)}, expected ({x.shape[0]}, m) with m >= 1")
+        x, grid, tables = self._embed(x)
+        patches, token = self._split_class_token(x)
+        x = tokens_at(patches, cells)
+        x = x if token is None else self._insert_class_token(x, token)
+        reduced = self._reduced_pass(grid, tables, cells)
+        for i in range(len(self.blocks)):
+            x, _ = self._through(i, x, grid, tables, reduced)
+        return self._split_class_token(self.norm(x))[0]
+
+    def _reduced_pass(
+        self, grid: tuple[int, int], tables: tuple[Tensor, Tensor] | None, cells: Tensor | None = None
+    ) -> ReducedPass | None:
+        if self.token_reduction is None and cells is None:
             return None
         class_index = None if self.cls_token is None else self._class_token_index
-        return ReducedPass(self.token_reduction, grid, tables, class_index, self.grad_checkpointing)
+        reduction = self.token_reduction or TokenReduction({})
+        return ReducedPass(reduction, grid, tables, class_index, self.grad_checkpointing, cells)
 
     def _through(
         self,

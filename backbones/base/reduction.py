@@ -3,9 +3,9 @@
 Exploring Token Pruning in Vision State Space Models (ToP-ViM), arXiv:2409.18962; Faster Vision Mamba is Rebuilt in
 Minutes via Merged Token Re-training (R-MeeTo), arXiv:2412.12496.
 
-The tokens that are left stay in the order of the sequence, so the orders of a sequence walk them as they are, and no
-image needs orders of its own. That asks for mixers without a map: the causal convolution of Vim and LBVim runs along
-the tokens that are left.
+The tokens that are left stay in the order of the sequence, so orders of a sequence, as Vim's, walk them as they are.
+Orders of a grid, as PlainMamba's, skip what is missing: each image then has orders of its own, see
+:class:`backbones.patterns.subset.Subset`. Masked autoencoders use the same: masked patches are missing from the start.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.base.contract import run_block
+from backbones.layers.mamba import MambaMixer
 from backbones.layers.rotary import rotate
+from backbones.patterns.subset import Subset, tokens_at
 
 _MODES = ("prune", "merge")
 _SCORES = ("out", "norm")
@@ -77,8 +79,10 @@ def reduce_tokens(
     weighted by how many tokens stand behind each.
 
     Args:
-        model: Vim, LBVim, or a module that holds one, as timm's ``features_only=True`` or a dense backbone. Its orders
-            must be those of a sequence, its own or "forward", "reverse" and "bidirectional".
+        model: Vim, LBVim, LocalVim, PlainMamba, Adventurer, or a module that holds one, as timm's
+            ``features_only=True`` or a dense backbone. Orders of a grid skip the tokens that are gone, in LocalVim also
+            the slots that pad the grid to whole windows; PlainMamba's convolutions read zeros there and cost what they
+            did.
         schedule: what happens in front of which block, counted from 0: the share of patches to keep (prune), or the
             number of tokens to merge away (merge), at most half. One number holds for ToP-ViM's blocks 5, 10 and 15, or
             R-MeeTo's 2, 4, 6, ...; None is ToP-ViM's 0.8, or R-MeeTo's 5. The number of pruned tokens is rounded as in
@@ -86,16 +90,18 @@ def reduce_tokens(
             of block 22, whatever was asked for; with 5 a step and 197 tokens that is
             ``{**dict.fromkeys(range(2, 22, 2), 5), 22: 71}``.
         mode: "prune" or "merge".
-        score: of a token to be pruned. "out" sums the channels of the last order's gated output in the mixer in front,
-            as ToP-ViM's released code does; "norm" is the length of what the block in front adds.
+        score: of a token to be pruned. "out" sums the channels of the gated output in the mixer in front: along a
+            sequence that of the last order, as ToP-ViM's released code does for Vim, on a grid that of all orders;
+            "norm" is the length of what the mixer in front adds.
         mirrored: do as ToP-ViM's released code, which reads the scores from the last token to the first, and lets the
             class token compete in every image of a batch but the first, where it may be kept twice.
         align: "decay" lets the state decay over dropped tokens, as if they had no features; None does not, as in
-            ToP-ViM's released code. The alignment of the paper was not released and cannot be checked.
+            ToP-ViM's released code. The alignment of the paper was not released and cannot be checked. Vim and LBVim
+            can do it, without a local window.
 
     Raises:
-        ValueError: the model holds no plain backbone, or more than one; its mixers walk a grid; the schedule names a
-            block or an amount that is out of range; an option is unknown or does not go with another.
+        ValueError: the model holds no plain backbone, or more than one; the schedule names a block or an amount that
+            is out of range; an option is unknown or does not go with another or with the model.
     """
     found = [module for module in model.modules() if hasattr(module, "token_reduction")]
     if len(found) != 1:
@@ -112,18 +118,21 @@ def reduce_tokens(
         raise ValueError("score, mirrored, align: got one with mode='merge', expected none, they are for pruning")
     if mirrored and align:
         raise ValueError("align: got 'decay' with mirrored=True, expected None: the released code aligns nothing")
-    for block in backbone.blocks:
-        _check_mixer(block.mixer, align)
+    if align:
+        for block in backbone.blocks:
+            _check_alignment(block.mixer)
     backbone.token_reduction = TokenReduction(_checked_schedule(schedule, mode, depth), mode, score, mirrored, align)
     return model
 
 
-def _check_mixer(mixer: nn.Module, align: str | None) -> None:
-    scan: Any = getattr(mixer, "scan", None)
-    if getattr(mixer, "directions", None) is None:
-        walks = "a grid" if scan is None else repr(scan.pattern.name)
-        raise ValueError(f"model: {type(mixer).__name__} walks {walks}, expected the orders of a sequence, as in Vim")
-    if align and (callable(scan.local_window) or scan.local_window > 1):
+def _check_alignment(mixer: nn.Module) -> None:
+    if not isinstance(mixer, MambaMixer) or mixer.directions is None:
+        scan: Any = mixer.scan
+        raise ValueError(
+            f"align: got 'decay' for {type(mixer).__name__} with {scan.pattern.name!r} orders, expected a model with "
+            "Vim's mixer and orders of a sequence"
+        )
+    if callable(mixer.scan.local_window) or mixer.scan.local_window > 1:
         raise ValueError("align: got 'decay' with a local window, expected a scan without one")
 
 
@@ -158,6 +167,7 @@ class ReducedPass:
         tables: rotary tables (l, c) of all tokens, or None.
         class_index: gives a class token's place among that many patches; None where there is no class token.
         checkpointed: compute blocks again in backward.
+        cells: (b, m) the raster index of each patch that is there at the start, in ascending order; None: all are.
     """
 
     def __init__(
@@ -167,12 +177,18 @@ class ReducedPass:
         tables: tuple[Tensor, Tensor] | None,
         class_index: Callable[[int], int] | None,
         checkpointed: bool,
+        cells: Tensor | None = None,
     ) -> None:
         self._reduction, self._grid, self._tables, self._checkpointed = reduction, grid, tables, checkpointed
         self._patches = grid[0] * grid[1]
         self._place_of = class_index
-        self._class = None if class_index is None else class_index(self._patches)
+        self._class = None if class_index is None else class_index(self._patches if cells is None else cells.shape[1])
         self._cells: Tensor | None = None  # (b, l) the cell of each token, -1 for a class token; None: all are there
+        self._subset: Subset | None = None  # the same, for orders of a grid
+        if cells is not None:
+            self._lose(
+                cells if self._class is None else inserted(cells, torch.full_like(cells[:, :1], -1), self._class)
+            )
         self._owner: Tensor | None = None  # (b, patches) of each cell, the patch that it was merged into
         self._size: Tensor | None = None  # (b, patches left, 1) how many tokens were merged into each
         self._evidence: Tensor | None = None  # of the block in front: scores (b, l), or what it adds (b, l, c)
@@ -187,35 +203,43 @@ class ReducedPass:
             x = self._reduced(x, amount)
         if self._tables is not None:
             x = rotate(x, *self._tables_here())
-        grid = self._grid if self._cells is None else (1, x.shape[1])
+        # A sequence of fewer patches is a grid of one row.
+        grid = self._grid if self._cells is None else (1, x.shape[1] - (self._class is not None))
         gaps, observed = self._gaps(block), i + 1 in self._reduction.schedule
         if gaps is None and not observed and not branch:
-            x = run_block(block, x, grid, checkpointed=self._checkpointed)
+            x = run_block(block, x, grid, self._subset, checkpointed=self._checkpointed)
             return x, x
         run = partial(self._run, block)
         x, added, self._evidence = run_block(
-            block, x, grid, gaps, observed, checkpointed=self._checkpointed, function=run
+            block, x, grid, self._subset, gaps, observed, checkpointed=self._checkpointed, function=run
         )
         return x, added if branch else x
 
     def _run(
-        self, block: Any, x: Tensor, grid: _Grid, gaps: Tensor | None, observed: bool
+        self, block: Any, x: Tensor, grid: _Grid, subset: Subset | None, gaps: Tensor | None, observed: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         pruning = self._reduction.mode == "prune"
         per_order = observed and pruning and self._reduction.score == "out"
         gated = None
-        if per_order or gaps is not None:
-            branch, gated = block.mixer(block.norm(x), grid, per_order=True, gaps=gaps)
+        if gaps is not None:
+            branch, gated = block.mixer(block.norm(x), grid, per_order=True, gaps=gaps, subset=subset)
+        elif per_order:
+            branch, gated = block.mixer(block.norm(x), grid, per_order=True, subset=subset)
         else:
-            branch = block.branch(x, grid)
+            branch = block.branch(x, grid, subset)
         evidence = None
         if observed:
             evidence = branch.detach()
             if gated is not None and per_order:
-                evidence = gated.detach()[:, :, -1].sum(-1)
+                along_sequence = getattr(block.mixer, "directions", None) is not None
+                evidence = gated.detach()[:, :, -1 if along_sequence else 0 :].sum((2, 3))
             elif pruning:
                 evidence = evidence.norm(dim=-1)
-        return block.join(x, branch, grid), branch, evidence
+        return block.join(x, branch, grid, subset), branch, evidence
+
+    def _lose(self, cells: Tensor) -> None:
+        self._cells = cells
+        self._subset = Subset(self._grid, without(cells, self._class), self._class)
 
     def _reduced(self, x: Tensor, amount: float) -> Tensor:
         patches = x.shape[1] - (self._class is not None)
@@ -225,7 +249,7 @@ class ReducedPass:
             return x
         cells = self._cells_here(x)
         index, x = (self._pruned if self._reduction.mode == "prune" else self._merged)(x, kept)
-        self._cells = cells.gather(1, index)
+        self._lose(cells.gather(1, index))
         return x
 
     def _pruned(self, x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -241,7 +265,7 @@ class ReducedPass:
         if self._class is not None and self._place_of is not None:
             old, self._class = self._class, self._place_of(kept)
             index = inserted(index, torch.full_like(index[:, :1], old), self._class)
-        return index, _taken(x, index)
+        return index, tokens_at(x, index)
 
     def _merged(self, x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
         assert self._evidence is not None
@@ -256,15 +280,15 @@ class ReducedPass:
 
         size = torch.ones_like(patches[..., :1]) if self._size is None else self._size
         sums = patches * size
-        sums = sums.scatter_add(1, _wide(target, sums), _taken(sums, source))
-        size = size.scatter_add(1, target.unsqueeze(-1), _taken(size, source))
+        sums = sums.scatter_add(1, _wide(target, sums), tokens_at(sums, source))
+        size = size.scatter_add(1, target.unsqueeze(-1), tokens_at(size, source))
         gone = torch.zeros_like(patches[..., 0], dtype=torch.int32).scatter(1, source, 1)
         index = gone.argsort(dim=1, stable=True)[:, :kept]
         rank = (1 - gone).cumsum(1) - 1  # of those that stay
         moved_to = rank.scatter(1, source, rank.gather(1, target))
         self._owner = moved_to if self._owner is None else moved_to.gather(1, self._owner)
-        self._size = _taken(size, index)
-        merged = _taken(sums / size, index)
+        self._size = tokens_at(size, index)
+        merged = tokens_at(sums / size, index)
         if place is None:
             return index, merged
         index = index + (index >= place)
@@ -291,7 +315,7 @@ class ReducedPass:
         owner = self._owner
         if owner is None:
             owner = self._nearest(without(self._cells, self._class))
-        return _taken(patches, owner)
+        return tokens_at(patches, owner)
 
     def _nearest(self, cells: Tensor) -> Tensor:
         """Of each cell, which of the tokens at ``cells`` (b, l) is nearest, the first of several: (b, cells)."""
@@ -305,10 +329,10 @@ class ReducedPass:
     def _cells_here(self, x: Tensor) -> Tensor:
         if self._cells is not None:
             return self._cells
-        cells = torch.arange(self._patches, device=x.device).expand(x.shape[0], -1)
-        if self._class is None:
-            return cells
-        return inserted(cells, torch.full_like(cells[:, :1], -1), self._class)
+        return self._with_class_token(torch.arange(self._patches, device=x.device).expand(x.shape[0], -1))
+
+    def _with_class_token(self, cells: Tensor) -> Tensor:
+        return cells if self._class is None else inserted(cells, torch.full_like(cells[:, :1], -1), self._class)
 
     def _tables_here(self) -> tuple[Tensor, Tensor]:
         assert self._tables is not None
@@ -336,11 +360,6 @@ class ReducedPass:
 
 def _wide(index: Tensor, like: Tensor) -> Tensor:
     return index.unsqueeze(-1).expand(-1, -1, like.shape[-1])
-
-
-def _taken(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens (b, m, c) of x (b, l, c) by the indices (b, m) of each image."""
-    return x.gather(1, _wide(index, x))
 
 
 def inserted(x: Tensor, token: Tensor, place: int) -> Tensor:

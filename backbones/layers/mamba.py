@@ -16,7 +16,8 @@ from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.layers.shapes import check_tokens, checked_grid, inner_width, input_width
 from backbones.layers.tracing import Opaque
 from backbones.ops import Visits, depthwise_conv, silu_gate
-from backbones.patterns import BIDIRECTIONAL, ScanPattern
+from backbones.patterns import BIDIRECTIONAL, FORWARD, ScanPattern
+from backbones.patterns.subset import Subset, in_step_order, in_token_order
 from backbones.patterns.tokens import token_tables
 
 token_norm = partial(RMSNorm, autocast_out=True)
@@ -81,6 +82,7 @@ class MambaMixer(Opaque, nn.Module):
         grid: tuple[int, int] | None = None,
         per_order: bool = False,
         gaps: Tensor | None = None,
+        subset: Subset | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """(b, l, dim) to (b, l, dim).
 
@@ -89,13 +91,15 @@ class MambaMixer(Opaque, nn.Module):
             grid: rows and columns of the patches; None takes the tokens as one row.
             per_order: also return the gated output of each order before they are merged, (b, l, k, d_inner).
             gaps: with ``per_order``, see :meth:`backbones.layers.SelectiveSSM.per_order_over_gaps`.
+            subset: the tokens that x has, where some of the grid's are missing; orders of a grid go by it.
         """
         check_tokens(x, input_width(self.in_proj, self.dim))
         grid = checked_grid(grid, x.shape[1])
-        if self.merge is None and not per_order:
+        along = subset is not None and self.directions is None
+        if self.merge is None and not per_order and not along:
             y, z = self._scanned(x, grid, "sum")
             return self.out_proj(silu_gate(y, z, 1 / self.scan.pattern.num_orders, backend=self.ssm.backend))
-        y, z = self._scanned(x, grid, "per_order", gaps)
+        y, z = self._along(x, subset) if along and subset else self._scanned(x, grid, "per_order", gaps)
         gated = y * F.silu(z).unsqueeze(2)
         merged = self.out_proj(gated.mean(2) if self.merge is None else self.merge(gated))
         return (merged, gated) if per_order else merged
@@ -120,6 +124,21 @@ class MambaMixer(Opaque, nn.Module):
             return self.ssm.per_order_over_gaps(u, gaps, orders, visits), z
         return self.ssm(u, orders, out, window, visits)[:, :tokens], z
 
+    def _along(self, x: Tensor, subset: Subset) -> tuple[Tensor, Tensor]:
+        """As `_scanned`, order by order, along the ways of the tokens that are left, which differ from image to image.
+
+        Tokens are put in the order of their steps, so that operators run from the first to the last.
+        """
+        k = self.scan.pattern.num_orders
+        x, z = linear_parts(self.in_proj, x, [self.d_inner] * 2)
+        orders, steps = subset.orders(self.scan.pattern)
+        u, tokens = in_step_order(x, orders).flatten(2), x.shape[1]
+        _, *taps = token_tables(FORWARD, 1, tokens, tokens, self.d_conv, device=x.device)
+        weight, bias = self.conv_weight.flatten(0, 1).unsqueeze(0), self.conv_bias.flatten().unsqueeze(0)
+        u = depthwise_conv(u, weight, bias, *taps, silu=True, backend=self.ssm.backend)
+        y = self.ssm(u.squeeze(2).unflatten(-1, (k, -1)), out="per_order", local_window=self.scan.window(tokens))
+        return in_token_order(y, steps), z
+
 
 def _visits(pattern: ScanPattern, grid: tuple[int, int]) -> Visits | None:
     """Facts for the scan: with class token and padded slots, every order visits every step's token once."""
@@ -141,7 +160,7 @@ class MambaBlock(nn.Module):
         norm_layer: constructor of the norm.
         drop_path: rate of stochastic depth.
         after: constructor called as ``after(dim, device=, dtype=)``, of a layer on the stream behind the block that is
-            called as ``after(tokens, grid)``.
+            called as ``after(tokens, grid)``, with ``subset=`` where tokens are missing.
     """
 
     def __init__(
@@ -161,15 +180,24 @@ class MambaBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.after = None if after is None else after(dim, **dd)
 
-    def branch(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    def branch(self, x: Tensor, grid: tuple[int, int] | None, subset: Subset | None = None) -> Tensor:
         """The residual branch of the block, before stochastic depth."""
-        return self.mixer(self.norm(x), grid)
+        x = self.norm(x)
+        return self.mixer(x, grid) if subset is None else self.mixer(x, grid, subset=subset)
 
-    def join(self, x: Tensor, branch: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    def join(self, x: Tensor, branch: Tensor, grid: tuple[int, int] | None, subset: Subset | None = None) -> Tensor:
         """The block's output, from its input and what it adds to it."""
         x = x + self.drop_path(branch)
-        return x if self.after is None else self.after(x, grid)
+        if self.after is None:
+            return x
+        return self.after(x, grid) if subset is None else self.after(x, grid, subset=subset)
 
-    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """(b, l, dim) to (b, l, dim); ``grid`` is as the mixer takes it."""
-        return self.join(x, self.branch(x, grid), grid)
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None, subset: Subset | None = None) -> Tensor:
+        """(b, l, dim) to (b, l, dim).
+
+        Args:
+            x: tokens of the grid.
+            grid: as the mixer takes it.
+            subset: the tokens that x has, where some of the grid's are missing.
+        """
+        return self.join(x, self.branch(x, grid, subset), grid, subset)

@@ -13,6 +13,7 @@ from backbones.layers.shapes import check_tokens, checked_grid, inner_width, inp
 from backbones.ops import depthwise_conv, selective_scan, silu_gate, ssd
 from backbones.patterns import FORWARD, ScanPattern
 from backbones.patterns.known import known_tables
+from backbones.patterns.subset import Subset, tokens_at
 from backbones.patterns.taps import causal_taps
 
 _FORWARD = Scan(FORWARD)
@@ -63,30 +64,54 @@ class Mamba2Mixer(OnBackend, nn.Module):
         self.norm = RMSNorm(self.d_inner, autocast_out=True, **dd)
         self.out_proj = nn.Linear(self.d_inner, dim, bias=False, **dd)
 
-    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    @property
+    def directions(self) -> tuple[int, ...] | None:
+        """See :attr:`backbones.layers.MambaMixer.directions`."""
+        return self.scan.pattern.sequence
+
+    def forward(
+        self,
+        x: Tensor,
+        grid: tuple[int, int] | None = None,
+        per_order: bool = False,
+        subset: Subset | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """(b, l, dim) to (b, l, dim).
 
         Args:
             x: patches in raster order and, behind them, at most one class token.
             grid: rows and columns of the patches; None takes the tokens as one row.
+            per_order: also return the gated output, (b, l, 1, d_inner).
+            subset: the tokens that x has, where some of the grid's are missing.
         """
         check_tokens(x, input_width(self.in_proj, self.dim))
         grid = checked_grid(grid, x.shape[1])
+        if subset is None or self.directions is not None:
+            y, gated = self._mixed(x, grid, self.scan.pattern)
+        else:  # an order of the grid: tokens change places, and walk as a sequence
+            patches, ends = subset.cells.shape[1], torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+            ways = Subset(subset.grid, subset.cells).orders(self.scan.pattern)
+            way, back = (torch.cat([order[:, 0], ends[:, patches:]], dim=1) for order in ways)
+            y, gated = (tokens_at(part, back) for part in self._mixed(tokens_at(x, way), (1, patches), FORWARD))
+        return (y, gated.unsqueeze(2)) if per_order else y
+
+    def _mixed(self, x: Tensor, grid: tuple[int, int], pattern: ScanPattern) -> tuple[Tensor, Tensor]:
+        """The result, and the gated output in front of the norm."""
         mixed = self.d_inner + 2 * self.d_state
         x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
         z, u, dt = linear_parts(self.in_proj, x, [self.d_inner, mixed, self.num_heads])
-        orders, *taps = _tables(self.scan.pattern, *grid, x.shape[1], self.d_conv, device=x.device)
+        orders, *taps = _tables(pattern, *grid, x.shape[1], self.d_conv, device=x.device)
         u = depthwise_conv(u, self.conv_weight, self.conv_bias, *taps, silu=True, backend=self.backend).squeeze(2)
         u, B, C = u.split([self.d_inner, self.d_state, self.d_state], dim=-1)
-        y = self._scanned(u, dt, B.unsqueeze(2), C.unsqueeze(2), orders)
+        y = self._scanned(u, dt, B.unsqueeze(2), C.unsqueeze(2), None if pattern == FORWARD else orders)
         y = silu_gate(y[:, 1:], z[:, 1:], backend=self.backend)
-        return self.out_proj(self.norm(y.to(self.norm.weight.dtype)))  # in float32 under autocast
+        return self.out_proj(self.norm(y.to(self.norm.weight.dtype))), y  # in float32 under autocast
 
-    def _scanned(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, orders: Tensor) -> Tensor:
+    def _scanned(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, orders: Tensor | None) -> Tensor:
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         window = self.scan.window(u.shape[1])
         if window < 2:
-            order = None if self.scan.pattern == FORWARD else orders[0]
+            order = None if orders is None else orders[0]
             backend = "naive" if self.backend == "naive" else None
             heads = u.unflatten(-1, (self.num_heads, -1))
             return ssd(heads, dt, A, B, C, self.D, orders=order, dt_bias=self.dt_bias, backend=backend).flatten(2)

@@ -15,6 +15,7 @@ from backbones.layers.tracing import Opaque
 from backbones.ops import depthwise_conv, silu_gate
 from backbones.ops.dispatch import has_kernel
 from backbones.patterns import CROSS
+from backbones.patterns.subset import Subset
 from backbones.patterns.taps import window_outputs, window_taps
 
 _CROSS = Scan(CROSS)
@@ -60,6 +61,15 @@ class DepthwiseConv2d(OnBackend, nn.Conv2d):
         weight, bias = self.weight.flatten(1).unsqueeze(0), None if self.bias is None else self.bias.unsqueeze(0)
         y = depthwise_conv(x.flatten(1, 2), weight, bias, taps, inverse_taps, silu=self.silu, backend=self.backend)
         return y.squeeze(2).unflatten(1, [window_outputs(side, size, stride) for side in (height, width)])
+
+    def along(self, x: Tensor, grid: tuple[int, int], subset: Subset | None = None) -> Tensor:
+        """The convolution, at stride 1, of the map that the tokens x (b, l, c) are of, at those tokens.
+
+        Of a ``subset`` of the grid's tokens, it reads zeros where one is missing.
+        """
+        if subset is None:
+            return self(x.unflatten(1, grid)).flatten(1, 2)
+        return subset.taken(self(subset.placed(x)))
 
 
 def scan_grid(ssm: SelectiveSSM, x: Tensor, scan: Scan, out: str = "sum") -> Tensor:

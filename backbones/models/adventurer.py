@@ -28,6 +28,7 @@ from backbones.layers.mamba import token_norm
 from backbones.layers.scan import OnBackend
 from backbones.ops import silu_gate
 from backbones.patterns import FORWARD, backwards
+from backbones.patterns.subset import Subset
 from backbones.weights import ONE_ORDER, KeyRule, Layout
 from backbones.zoo import default_cfgs as zoo_cfgs
 
@@ -61,9 +62,9 @@ class AdventurerBlock(MambaBlock):
         self.norm2 = norm_layer(dim, device=device, dtype=dtype)
         self.mlp = SwiGLU(dim, int(2.5 * dim), device=device, dtype=dtype)
 
-    def join(self, x: Tensor, branch: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    def join(self, x: Tensor, branch: Tensor, grid: tuple[int, int] | None, subset: Subset | None = None) -> Tensor:
         """The block's output, from its input and what the mixer adds to it."""
-        x = super().join(x, branch, grid)
+        x = super().join(x, branch, grid, subset)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

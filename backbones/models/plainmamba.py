@@ -35,6 +35,7 @@ from backbones.layers.linear import linear_parts
 from backbones.layers.tracing import Opaque
 from backbones.ops import silu_gate
 from backbones.patterns import SNAKE
+from backbones.patterns.subset import Subset
 from backbones.weights import ONE_ORDER, KeyRule, Layout
 from backbones.zoo import default_cfgs as zoo_cfgs
 
@@ -67,11 +68,22 @@ class PlainMambaMixer(Opaque, nn.Module):
         self.ssm = PathSSM(d_inner, d_state, -(-dim // 16), scan.pattern.num_orders, scan.backend, **dd)
         self.out_proj = nn.Linear(d_inner, dim, **dd)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(b, l, dim) to (b, l, dim), tokens in raster order."""
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], per_order: bool = False, subset: Subset | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(b, l, dim) to (b, l, dim), tokens in raster order.
+
+        Args:
+            x: the tokens.
+            grid: rows and columns of the map.
+            per_order: also return the gated output of all paths together, (b, l, 1, d_inner).
+            subset: the tokens that x has, where some of the grid's are missing; the convolution reads zeros there.
+        """
         x, z = linear_parts(self.in_proj, x, [self.ssm.d_inner] * 2)
-        u = self.conv2d(x.unflatten(1, grid)).flatten(1, 2)
-        return self.out_proj(silu_gate(self.ssm(u, grid, self.scan), z, backend=self.ssm.backend))
+        u = self.conv2d.along(x, grid, subset)
+        gated = silu_gate(self.ssm(u, grid, self.scan, subset), z, backend=self.ssm.backend)
+        y = self.out_proj(gated)
+        return (y, gated.unsqueeze(2)) if per_order else y
 
 
 class StreamConv(Opaque, nn.Module):
@@ -83,9 +95,9 @@ class StreamConv(Opaque, nn.Module):
         # Over rows of tokens: of maps, PyTorch's gradient is wrong for one memory layout in eval mode at batch 1.
         self.norm = nn.BatchNorm1d(dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int], subset: Subset | None = None) -> Tensor:
         """(b, l, dim) to (b, l, dim)."""
-        y = self.conv(x.unflatten(1, grid)).flatten(0, 2)
+        y = self.conv.along(x, grid, subset).flatten(0, 1)
         return F.gelu(self.norm(y)).unflatten(0, x.shape[:2])
 
 

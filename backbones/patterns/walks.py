@@ -6,6 +6,7 @@ from torch import Tensor
 
 from backbones.patterns.known import known_tables
 from backbones.patterns.pattern import ScanPattern
+from backbones.patterns.subset import Subset
 
 START, RIGHT, LEFT, UP, DOWN = range(5)
 
@@ -24,8 +25,20 @@ def walks(pattern: ScanPattern, height: int, width: int, device: torch.device) -
 def _walks(pattern: ScanPattern, height: int, width: int, *, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     orders = pattern.orders(height, width, device)
     steps = orders.argsort(1)
-    rows, columns = (F.pad(x[:, 1:] - x[:, :-1], (1, 0)) for x in (orders // width, orders % width))
+    codes = _codes(orders, width).gather(1, steps)
+    return orders, steps.t().flatten(), codes.t().flatten()
+
+
+def subset_codes(subset: Subset, orders: Tensor) -> Tensor:
+    """The direction of the move to each step, (b, k, l), from the token visited before it among those that are left."""
+    b, k, length = orders.shape
+    cells = subset.cells.unsqueeze(1).expand(b, k, -1).gather(2, orders)
+    return _codes(cells.reshape(b * k, length), subset.grid[1]).view(b, k, length)
+
+
+def _codes(cells: Tensor, width: int) -> Tensor:
+    """The direction of the move to each of the cells (k, t) that walks visit."""
+    rows, columns = (F.pad(x[:, 1:] - x[:, :-1], (1, 0)) for x in (cells // width, cells % width))
     vertical, horizontal = torch.where(rows < 0, UP, DOWN), torch.where(columns < 0, LEFT, RIGHT)
     codes = torch.where(rows != 0, vertical, horizontal)
-    codes = torch.where(torch.arange(codes.shape[1], device=device) == 0, START, codes).gather(1, steps)
-    return orders, steps.t().flatten(), codes.t().flatten()
+    return torch.where(torch.arange(codes.shape[1], device=cells.device) == 0, START, codes)
