@@ -126,6 +126,43 @@ def test_every_family_sees_the_visible_cells_alone(family: str) -> None:
 
 
 @pytest.mark.parametrize("fill", ["token", "toki"])
+@pytest.mark.parametrize("family", [family for family, network in NETWORKS.items() if "patch_size" in network])
+def test_a_plain_network_gets_the_visible_patches_alone(family: str, fill: str, monkeypatch: Any) -> None:
+    model = masked(NETWORKS[family], ratio=0.75, visible_only=True, fill=fill).eval()
+    x, mask = torch.randn(2, 3, 32, 32), model.draw_mask(torch.empty(2, 3, 32, 32), torch.Generator().manual_seed(0))
+    hidden = mask.repeat_interleave(8, 1).repeat_interleave(8, 2).unsqueeze(1)
+    widths = []
+    mixer = model.network.blocks[0].mixer
+    mixer.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+    with torch.no_grad():
+        rebuilt = model.rebuild(x, mask)
+        assert rebuilt.shape == x.shape
+        assert torch.equal(model.rebuild(torch.where(hidden, torch.randn_like(x), x), mask), rebuilt)
+        assert not torch.equal(model.rebuild(torch.where(hidden, x, torch.randn_like(x)), mask), rebuilt)
+    assert set(widths) == {4 + model.network.num_prefix_tokens}
+    losses = model.train()(x, mode="loss")
+    losses["loss"].backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
+
+
+def test_patches_are_painted_where_they_are() -> None:
+    model = masked(visible_only=True, decoder={"dim": 8, "depth": 1, "num_heads": 2}).eval()
+    assert len(model.pretraining.blocks) == 1 and model.pretraining.blocks[0].attn.num_heads == 2
+    pretraining = model.pretraining
+    pretraining.blocks, pretraining.norm = torch.nn.Sequential(), torch.nn.Identity()
+    mask = torch.ones(1, 2, 3, dtype=torch.bool)
+    mask[0, 1, 1] = mask[0, 0, 2] = False
+    cells = torch.tensor([[2, 4]])
+    tokens = torch.randn(1, 2, 8)
+    seen = pretraining.decode(tokens, cells, mask)
+    changed = pretraining.decode(tokens + torch.tensor([[[1.0], [0.0]]]), cells, mask)
+    moved = (seen != changed).any(1)[0]
+    assert moved.tolist() == [[False, False, True], [False, False, False]]
+    masked_cells = seen[0, :, mask[0]]
+    assert not torch.equal(masked_cells[:, 0], masked_cells[:, 1])  # each has a position
+
+
+@pytest.mark.parametrize("fill", ["token", "toki"])
 @pytest.mark.parametrize("network", [PLAIN, NETWORKS["lbvim_528"], DEEP], ids=["vim", "lbvim_528", "vmamba"])
 def test_loss_and_gradients(network: dict, fill: str) -> None:
     model = masked(network, fill=fill).train()
@@ -173,6 +210,16 @@ def test_what_is_painted_gets_its_contrast_back() -> None:
         ({"fill": "mean"}, ["fill", "'mean'", "toki"]),
         ({"network": {"name": "resnet18"}}, ["network", "resnet18"]),
         ({"network": {"name": "vim_tny"}}, ["vim_tny", "vim_tiny"]),
+        ({"network": DEEP, "visible_only": True}, ["visible_only", "vmamba_tiny_s1l8", "plain"]),
+        (
+            {"network": {**PLAIN, "token_reduction": {"schedule": {1: 0.5}}}, "visible_only": True},
+            ["visible_only", "token_reduction"],
+        ),
+        ({"decoder": {"depth": 1}}, ["decoder", "visible_only=True"]),
+        ({"visible_only": True, "decoder": {"width": 8}}, ["decoder", "'width'", "dim, depth, num_heads"]),
+        ({"visible_only": True, "decoder": {"dim": 6}}, ["decoder", "dim=6", "multiple of 4"]),
+        ({"visible_only": True, "decoder": {"num_heads": 3}}, ["decoder", "num_heads=3", "16"]),
+        ({"visible_only": True, "decoder": {"depth": 0}}, ["decoder", "depth=0", "at least 1"]),
     ],
 )
 def test_mistakes_get_one_clear_line(kwargs: dict, words: list[str]) -> None:
@@ -182,16 +229,18 @@ def test_mistakes_get_one_clear_line(kwargs: dict, words: list[str]) -> None:
 
 
 def test_overlapping_patches_are_refused() -> None:
-    model = masked({**PLAIN, "stride": 4})
-    with pytest.raises(ValueError, match="7 x 7 cells of 32 x 32 pixels, expected 8 x 8"):
-        model(torch.randn(1, 3, 32, 32), mode="loss")
+    for visible_only in (False, True):
+        model = masked({**PLAIN, "stride": 4}, visible_only=visible_only)
+        with pytest.raises(ValueError, match="7 x 7 cells of 32 x 32 pixels, expected 8 x 8"):
+            model(torch.randn(1, 3, 32, 32), mode="loss")
 
 
-@pytest.fixture(params=["vim", "groupmamba"])
+@pytest.fixture(params=["vim", "vim visible", "groupmamba"])
 def written(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[dict[str, Any], MaskedImageModelling, Path]:
     """A network, its pre-trained model, and the checkpoint that mmengine would write."""
-    network = NETWORKS[request.param]
-    model = masked(network, fill="toki")
+    family, visible_only = request.param.split()[0], request.param.endswith("visible")
+    network = NETWORKS[family]
+    model = masked(network, fill="toki", visible_only=visible_only)
     path = tmp_path / "epoch_1.pth"
     torch.save({"meta": {}, "state_dict": model.state_dict()}, path)
     return network, model, path
@@ -251,16 +300,17 @@ def test_pre_training_goes_on_from_weights(written: tuple) -> None:
 
 CONFIG = """
 _base_ = ["{base}"]
-model = dict(fill="{fill}", network=dict(_delete_=True, name="vim_tiny", img_size=16, patch_size=4, depth=2,
+model = dict({own}, network=dict(_delete_=True, name="vim_tiny", img_size=16, patch_size=4, depth=2,
     embed_dim=16))
 train_cfg = dict(max_epochs=2)
 train_dataloader = dict(batch_size=10, dataset=dict(data_root="{data}", transform=dict(input_size=16)))
 """
+WAYS = {"token": 'fill="token"', "toki": 'fill="toki"', "visible": "visible_only=True, decoder=dict(depth=1)"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten classes with two images each, and a config for each fill."""
+    """Ten classes with two images each, and a config for each way to fill in what is masked."""
     path = tmp_path_factory.mktemp("masked")
     rng = np.random.default_rng(0)
     for label in range(10):
@@ -269,8 +319,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = (rng.integers(0, 30, (16, 16)) + 22 * label).astype(np.uint8)
             Image.fromarray(pixels).save(path / "data" / "train" / str(label) / f"{i}.png")
     base = ROOT / "configs" / "pretraining" / "simmim_vim-tiny_digits.py"
-    for fill in ("token", "toki"):
-        (path / f"fill_{fill}.py").write_text(CONFIG.format(base=base, data=path / "data", fill=fill))
+    for way, own in WAYS.items():
+        (path / f"fill_{way}.py").write_text(CONFIG.format(base=base, data=path / "data", own=own))
     return path
 
 
@@ -283,7 +333,7 @@ def train(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return call
 
 
-@pytest.mark.parametrize("fill", ["token", pytest.param("toki", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fill", [x if x == "token" else pytest.param(x, marks=pytest.mark.slow) for x in WAYS])
 def test_the_tool_trains_and_resumes(fill: str, train: Callable[..., None], folder: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one thread on both sides: equality is exact
@@ -302,16 +352,19 @@ def test_the_tool_trains_and_resumes(fill: str, train: Callable[..., None], fold
 
 
 @pytest.mark.slow
-def test_two_processes_train(folder: Path) -> None:
+@pytest.mark.parametrize("fill", ["token", "visible"])
+def test_two_processes_train(fill: str, folder: Path) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29731",
-        ROOT / "tools" / "train.py", "fill_token.py", "--launcher", "pytorch", "--work-dir", "two",
+        ROOT / "tools" / "train.py", f"fill_{fill}.py", "--launcher", "pytorch", "--work-dir", f"two_{fill}",
         "--cfg-options", "train_cfg.max_epochs=1", "train_dataloader.batch_size=5",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (folder / "two" / "epoch_1.pth").is_file() and (folder / "two" / "reconstructions.png").is_file()
+    assert (folder / f"two_{fill}" / "epoch_1.pth").is_file() and (
+        folder / f"two_{fill}" / "reconstructions.png"
+    ).is_file()
 
 
 def test_fewer_tokens_go_together_with_masks() -> None:
