@@ -1,5 +1,6 @@
 """The options of timm's contract: what each changes, beside models that are built without it."""
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.layers import PatchEmbed, StemPatchEmbed
+from backbones.layers.linear import patch_products
 from tests.small_models import SMALLEST, blocks_of, create_small, images, is_plain
 
 PLAIN = [x for x in SMALLEST if is_plain(x)]
@@ -305,3 +307,23 @@ def test_the_map_of_a_stem_is_padded_at_the_bottom_and_right() -> None:
     assert y.shape == (1, 3, 4, 5)
     stem = F.pad(embed.stem(x), (0, 32 - 25, 0, 24 - 17))
     torch.testing.assert_close(y.permute(0, 3, 1, 2), embed.patches.proj(stem))
+
+
+@pytest.mark.parametrize("size", [(32, 48), (33, 50)])
+def test_patches_of_a_stem_are_one_product(size: tuple[int, int]) -> None:
+    embed = StemPatchEmbed(16, 16, 3, 5, width=4).double().eval()
+    products, convolved = embed.patches.proj, copy.deepcopy(embed)
+    convolved.patches.proj.register_forward_hook(lambda module, args, output: None)  # which has to see its call
+    x = [images(2, 3, *size).double().requires_grad_() for _ in range(2)]
+    stem = images(2, 4, 16, 24).double().contiguous(memory_format=torch.channels_last)
+    assert patch_products(products, stem) is not None
+    assert patch_products(products, stem.contiguous()) is None
+    assert patch_products(convolved.patches.proj, stem) is None
+    assert patch_products(nn.Conv2d(4, 5, 8, 4).double(), stem) is None
+    found, expected = embed(x[0]), convolved(x[1])
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward(), expected.square().sum().backward()
+    torch.testing.assert_close(x[0].grad, x[1].grad)
+    for ours, theirs in zip(embed.parameters(), convolved.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.layers.linear import patch_products
 from backbones.layers.tracing import Opaque
 
 
@@ -48,11 +49,14 @@ class PatchEmbed(Opaque, nn.Module):
             rows, columns = self.grid_size(height, width)
             bottom = (rows - 1) * self.stride + self.patch_size - height
             right = (columns - 1) * self.stride + self.patch_size - width
-            x = F.pad(x, (0, max(right, 0), 0, max(bottom, 0)))
-        return self.proj(x).flatten(2).transpose(1, 2)
+            known = isinstance(right, int) and isinstance(bottom, int)  # not while sizes are traced
+            if not known or right > 0 or bottom > 0:  # `pad` copies where it adds nothing, too
+                x = F.pad(x, (0, max(right, 0), 0, max(bottom, 0)))
+        tokens = patch_products(self.proj, x)
+        return self.proj(x).flatten(2).transpose(1, 2) if tokens is None else tokens
 
 
-class StemPatchEmbed(nn.Module):
+class StemPatchEmbed(Opaque, nn.Module):
     """A 7 x 7 convolution of stride 2, 3 x 3 convolutions, each with batch norm and ReLU, and patches of the result.
 
     Args:
@@ -86,7 +90,7 @@ class StemPatchEmbed(nn.Module):
         for i in range(1 + num_convs):
             size, chans = (3, width) if i else (7, in_chans)
             conv = nn.Conv2d(chans, width, size, 1 if i else 2, size // 2, bias=False, **dd)
-            layers += [conv, nn.BatchNorm2d(width, **dd), nn.ReLU()]
+            layers += [conv, nn.BatchNorm2d(width, **dd), nn.ReLU(inplace=True)]
         self.stem = nn.Sequential(*layers)
         self.patches = PatchEmbed(patch_size // 2, stride // 2, width, embed_dim, pad, **dd)
 
@@ -96,4 +100,6 @@ class StemPatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_chans, height, width) to (b, rows * columns, embed_dim)."""
+        # On a CPU, so that the patches of the stem's map are one product.
+        x = x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
         return self.patches(self.stem(x))
