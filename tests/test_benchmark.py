@@ -1,5 +1,6 @@
 """The benchmark: what it refuses, what it computes from its times, and the file that it writes."""
 
+import argparse
 import csv
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from rich.progress import Progress
 
 from backbones.commands import benchmark
-from backbones.commands.bench import measure, models, operator
+from backbones.commands.bench import measure, models, operator, tokens
 from backbones.commands.bench.shapes import SHAPES, Shape
 from backbones.ops import native
 
@@ -69,6 +70,19 @@ def test_a_wrong_model_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.timm, "create_model", create)
     with pytest.raises(measure.ParityError, match="vim_tiny: not timed"):
         models.check_model("vim_tiny", torch.nn.Softmax(-1), torch.randn(2, 3), {})
+
+
+def test_fewer_tokens_are_timed_beside_all_of_them() -> None:
+    args = argparse.Namespace(names=["vim_tiny"], sizes=[64], batch=1, rounds=1)
+    rows = tokens.bench_tokens(args, Progress(disable=True))
+    assert rows[0] | {"ms per image": 0} == {
+        "model": "vim_tiny", "size": 64, "mode": "none", "tokens": 17, "operations": 1, "time": 1, "ms per image": 0
+    }  # fmt: skip
+    assert len({row["mode"] for row in rows}) == len(rows)
+    assert [row["tokens"] for row in rows[1:5]] == [11, 9, 7, 5] and rows[4]["operations"] < rows[1]["operations"] < 1
+    args.names = ["vmamba_tiny_s1l8"]
+    with pytest.raises(measure.ParityError, match="vmamba_tiny_s1l8: not timed, it is not a plain model"):
+        tokens.bench_tokens(args, Progress(disable=True))
 
 
 def test_what_is_not_timed_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -121,7 +121,7 @@ def test_tokens_of_a_grid_are_pruned_by_the_outputs_of_all_orders(name: str) -> 
     x = model._embed(image)[0]
     for i, block in enumerate(model.blocks[:3]):
         x, _ = reduced.through(i, block, x, False)
-    assert reduced._subset is not None and reduced._subset.cells[0].tolist() == expected
+    assert reduced.subset is not None and reduced.subset.cells[0].tolist() == expected
 
 
 @torch.no_grad()

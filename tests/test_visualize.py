@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from backbones.analysis.hidden_attention import RecordedScan, hidden_attention, recorded_scans
+from backbones.analysis.tokens import LeftTokens, left_tokens
+from backbones.base import reduce_tokens
 from backbones.commands import visualize
 from backbones.commands.orders import count_grids
 from backbones.commands.subject import Subject, load_image
@@ -178,6 +180,8 @@ def image(tmp_path: Path) -> Path:
         ["attention", "lbvim_tiny", "--image", "IMAGE", "--size", "48", "--layer", "blocks.3"],
         ["features", "spatialmamba_tiny", "--image", "IMAGE", "--size", "64", "96"],
         ["features", "resnet18", "--image", "IMAGE", "--size", "64"],
+        ["tokens", "vim_tiny", "--image", "IMAGE", "--size", "96"],
+        ["tokens", "plainmamba_l1", "--image", "IMAGE", "--size", "96", "--merge", "2"],
     ],
 )
 def test_pictures(arguments: list[str], image: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,7 +253,33 @@ def test_photographs_keep_their_shape(
     np.testing.assert_allclose(np.asarray(found, float), np.asarray(expected, float), atol=2)
 
 
-@pytest.mark.parametrize("command", ["field", "attention", "features"])
+def test_dropped_patches_fade_and_merged_ones_share_their_colour() -> None:
+    picture = Image.fromarray(np.arange(6, dtype=np.uint8).repeat(4).reshape(2, 12).repeat(2, 0) * 20)  # 2 x 3 patches
+    cells, owner = torch.tensor([[1, 3]]), torch.tensor([[0, 0, 0, 1, 1, 0]])
+    step = LeftTokens(2, (2, 3), cells, owner)
+    pruned, merged = (np.asarray(visualize._of_left_tokens(picture, step, x))[:, ::4, 0] for x in (False, True))
+    colours = np.arange(6) * 20.0
+    faded = (255 - (255 - colours) * 0.15).astype(np.uint8)
+    assert pruned[[0, 2]].flatten().tolist() == [faded[0], 20, faded[2], 60, faded[4], faded[5]]
+    assert merged[[0, 2]].flatten().tolist() == [40, 40, 40, 70, 70, 40]  # the means of 0, 20, 40, 100 and of 60, 80
+
+
+@pytest.mark.parametrize("kwargs", [{"schedule": {1: 0.5, 3: 0.5}}, {"schedule": {1: 4, 3: 2}, "mode": "merge"}])
+def test_left_tokens_are_those_of_the_model(kwargs: dict) -> None:
+    model = timm.create_model("plainmamba_l1", img_size=64, depth=4, embed_dim=16).eval()
+    with pytest.raises(ValueError, match="PlainMamba that keeps all tokens"):
+        left_tokens(model, torch.randn(2, 3, 64, 64))
+    reduce_tokens(model, **kwargs)
+    steps = left_tokens(model, images := torch.randn(2, 3, 64, 64))
+    assert [step.block for step in steps] == [1, 3]
+    assert model.forward_features(images).shape[1] == steps[1].cells.shape[1]
+    for step, count in zip(steps, [8, 4] if "mode" not in kwargs else [12, 10], strict=True):
+        assert step.grid == (4, 4) and step.cells.shape == (2, count)
+        own = step.owner.gather(1, step.cells)
+        assert torch.equal(own, torch.arange(count).expand(2, -1))  # a patch that is left stands for itself
+
+
+@pytest.mark.parametrize("command", ["field", "attention", "features", "tokens"])
 @pytest.mark.parametrize(
     "config",
     [
@@ -261,6 +291,8 @@ def test_photographs_keep_their_shape(
 def test_configs(config: str, command: str, image: Path) -> None:
     pytest.importorskip("mmengine")
     if not config.startswith("digits/vim"):
+        if command == "tokens":
+            pytest.skip("not a plain model")
         pytest.importorskip("mmdet" if "mask-rcnn" in config else "mmseg")
     out = image.with_name("picture.png")
     assert visualize.main([command, str(ROOT / "configs" / config), "--image", str(image), "--out", str(out)]) == 0
@@ -284,6 +316,9 @@ def test_configs(config: str, command: str, image: Path) -> None:
         (["features", "vim_tiny", "--image", "absent.png"], ["absent.png"]),
         (["features", "vim_tiny", "--image", "BAD"], ["bad.txt", "cannot be read"]),
         (["attention", "resnet18", "--image", "IMAGE", "--size", "32"], ["resnet18 has no scan"]),
+        (["tokens", "vmamba_tiny_s1l8", "--image", "IMAGE"], ["VMamba holds 0 plain backbones"]),
+        (["tokens", "vim_tiny", "--image", "IMAGE", "--size", "32", "--keep", "2"], ["schedule", "2", "(0, 1]"]),
+        (["tokens", "vim_tiny", "--image", "IMAGE", "--size", "32", "--keep", "1"], ["--keep", "nothing is removed"]),
         (
             ["attention", "vim_tiny", "--image", "IMAGE", "--size", "32", "--layer", "block.3"],
             ["--layer", "'block.3'", "blocks.3"],

@@ -103,10 +103,7 @@ def reduce_tokens(
         ValueError: the model holds no plain backbone, or more than one; the schedule names a block or an amount that
             is out of range; an option is unknown or does not go with another or with the model.
     """
-    found = [module for module in model.modules() if hasattr(module, "token_reduction")]
-    if len(found) != 1:
-        raise ValueError(f"model: {type(model).__name__} holds {len(found)} plain backbones, expected one")
-    backbone: Any = found[0]
+    backbone = plain_backbone(model)
     depth = len(backbone.feature_info)
     if mode not in _MODES:
         raise ValueError(f"mode: got {mode!r}, expected one of {_MODES}")
@@ -123,6 +120,18 @@ def reduce_tokens(
             _check_alignment(block.mixer)
     backbone.token_reduction = TokenReduction(_checked_schedule(schedule, mode, depth), mode, score, mirrored, align)
     return model
+
+
+def plain_backbone(model: nn.Module) -> Any:
+    """The one plain backbone that ``model`` is or holds.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = [module for module in model.modules() if hasattr(module, "token_reduction")]
+    if len(found) != 1:
+        raise ValueError(f"model: {type(model).__name__} holds {len(found)} plain backbones, expected one")
+    return found[0]
 
 
 def _check_alignment(mixer: nn.Module) -> None:
@@ -168,6 +177,9 @@ class ReducedPass:
         class_index: gives a class token's place among that many patches; None where there is no class token.
         checkpointed: compute blocks again in backward.
         cells: (b, m) the raster index of each patch that is there at the start, in ascending order; None: all are.
+
+    Attributes:
+        subset: the patches that are left here, None where all are.
     """
 
     def __init__(
@@ -184,7 +196,7 @@ class ReducedPass:
         self._place_of = class_index
         self._class = None if class_index is None else class_index(self._patches if cells is None else cells.shape[1])
         self._cells: Tensor | None = None  # (b, l) the cell of each token, -1 for a class token; None: all are there
-        self._subset: Subset | None = None  # the same, for orders of a grid
+        self.subset: Subset | None = None  # the same, for orders of a grid
         if cells is not None:
             self._lose(
                 cells if self._class is None else inserted(cells, torch.full_like(cells[:, :1], -1), self._class)
@@ -207,11 +219,11 @@ class ReducedPass:
         grid = self._grid if self._cells is None else (1, x.shape[1] - (self._class is not None))
         gaps, observed = self._gaps(block), i + 1 in self._reduction.schedule
         if gaps is None and not observed and not branch:
-            x = run_block(block, x, grid, self._subset, checkpointed=self._checkpointed)
+            x = run_block(block, x, grid, self.subset, checkpointed=self._checkpointed)
             return x, x
         run = partial(self._run, block)
         x, added, self._evidence = run_block(
-            block, x, grid, self._subset, gaps, observed, checkpointed=self._checkpointed, function=run
+            block, x, grid, self.subset, gaps, observed, checkpointed=self._checkpointed, function=run
         )
         return x, added if branch else x
 
@@ -239,7 +251,7 @@ class ReducedPass:
 
     def _lose(self, cells: Tensor) -> None:
         self._cells = cells
-        self._subset = Subset(self._grid, without(cells, self._class), self._class)
+        self.subset = Subset(self._grid, without(cells, self._class), self._class)
 
     def _reduced(self, x: Tensor, amount: float) -> Tensor:
         patches = x.shape[1] - (self._class is not None)
@@ -310,12 +322,12 @@ class ReducedPass:
 
     def on_grid(self, patches: Tensor) -> Tensor:
         """Patches of `split` as those of all cells (b, height * width, c)."""
-        if self._cells is None:
-            return patches
-        owner = self._owner
-        if owner is None:
-            owner = self._nearest(without(self._cells, self._class))
-        return tokens_at(patches, owner)
+        return patches if self.subset is None else tokens_at(patches, self.owner())
+
+    def owner(self) -> Tensor:
+        """Of each cell, which of the patches that are left it was merged into, or is nearest to it: (b, cells)."""
+        assert self.subset is not None
+        return self._nearest(self.subset.cells) if self._owner is None else self._owner
 
     def _nearest(self, cells: Tensor) -> Tensor:
         """Of each cell, which of the tokens at ``cells`` (b, l) is nearest, the first of several: (b, cells)."""

@@ -3,6 +3,7 @@
     ssm-backbones benchmark limits                    what this machine can do, and the floor of every shape
     ssm-backbones benchmark op                        every backend against a textbook loop and the floor
     ssm-backbones benchmark model vim_tiny            images per second beside timm's own models
+    ssm-backbones benchmark tokens vim_tiny           what fewer tokens save on a CPU (backbones.reduce_tokens)
     ssm-backbones benchmark gpu vim_tiny              launches, host time, throughput: eager mode and CUDA graphs
 
 Whatever fails parity is not timed. With --csv, the rows are also written to a file whose header states the
@@ -31,6 +32,7 @@ from backbones.commands.bench.measure import ParityError, conditions
 from backbones.commands.bench.models import COMPANIONS, KINDS, bench_model
 from backbones.commands.bench.operator import bench_limits, bench_op
 from backbones.commands.bench.shapes import SHAPES
+from backbones.commands.bench.tokens import bench_tokens
 from backbones.commands.outputs import unwritable, unwritable_folder
 from backbones.ops import native
 from backbones.suggest import did_you_mean
@@ -91,7 +93,7 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="limits|op|model|gpu")
+    commands = parser.add_subparsers(required=True, metavar="limits|op|model|tokens|gpu")
     limits = commands.add_parser("limits", help="measure this machine's limits")
     limits.set_defaults(run=bench_limits)
     op = commands.add_parser("op", help="time the operator's backends")
@@ -109,12 +111,19 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     model.add_argument("--batch", type=_positive, default=8)
     model.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     model.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    tokens = commands.add_parser("tokens", help="time plain models with fewer and fewer tokens, on a CPU")
+    tokens.set_defaults(run=bench_tokens)
+    tokens.add_argument("names", nargs="+")
+    tokens.add_argument("--sizes", nargs="+", type=_positive, default=[224, 512], help="sides of the images in pixels")
+    tokens.add_argument(
+        "--batch", type=_positive, default=8, help="images of 224 pixels; as many pixels at other sizes"
+    )
     gpu = commands.add_parser("gpu", help="count launches and time models on a GPU, in eager mode and with CUDA graphs")
     gpu.set_defaults(run=bench_gpu, device="cuda", dtype="bfloat16 autocast")
     gpu.add_argument("names", nargs="+", help="models of this library, and of timm for comparison")
     gpu.add_argument("--size", type=_positive, default=224, help="side of the images in pixels")
     gpu.add_argument("--batch", type=_positive, default=128, help="images per batch for throughput and memory")
-    for command in (limits, op, model, gpu):
+    for command in (limits, op, model, tokens, gpu):
         command.add_argument("--threads", type=_positive, default=1)
         command.add_argument("--rounds", type=_positive, default=7, help="timed repetitions of each contestant")
         command.add_argument("--csv", type=Path, help="also write the rows to this file")

@@ -5,12 +5,14 @@
     ssm-backbones visualize field vmamba_tiny_s1l8 --image cat.jpg
     ssm-backbones visualize attention vim-tiny_digits --checkpoint work_dirs/a --image 7.png
     ssm-backbones visualize features vim_tiny --pretrained --image cat.jpg
+    ssm-backbones visualize tokens vim_tiny --pretrained --image cat.jpg --keep 0.7
 
 orders     the traversals of a scan pattern, or of a model's scans, on a grid of --size cells
 field      effective receptive field: the gradient of the centre of a feature map with respect to the image, averaged
            over the images (Understanding the Effective Receptive Field, arXiv:1701.04128); noise if there are none
 attention  how much the other places reach one place in a scan, from its dt, A, B and C (arXiv:2403.01590)
 features   size and three principal components of the feature maps
+tokens     the patches that a plain model keeps where it drops or merges tokens (backbones.reduce_tokens)
 
 A model is a name of timm's, or a config for classification, detection or segmentation. Photographs keep their shape: of
 one that is not shaped as --size, the model sees the centre. --checkpoint takes a file, or the work directory of a run,
@@ -24,6 +26,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
@@ -32,6 +35,9 @@ from PIL import Image
 from torch import Tensor
 
 from backbones.analysis.hidden_attention import RecordedScan, hidden_attention, recorded_scans
+from backbones.analysis.tokens import LeftTokens, left_tokens
+from backbones.base import reduce_tokens
+from backbones.base.reduction import plain_backbone
 from backbones.commands.orders import count_grids, draw_orders
 from backbones.commands.outputs import unwritable
 from backbones.commands.subject import Subject, load_image, load_subject
@@ -183,6 +189,47 @@ def picture_of_features(args: argparse.Namespace) -> Figure:
     return figure
 
 
+def picture_of_tokens(args: argparse.Namespace) -> Figure:
+    """The patches that are left behind each reduction: dropped ones faded, merged ones in their mean colour."""
+    subject = load_subject(args)
+    picture = _only_image(args, subject)
+    if args.keep is not None or args.merge is not None or plain_backbone(subject.module).token_reduction is None:
+        merging = args.merge is not None
+        reduce_tokens(subject.module, args.merge if merging else args.keep, "merge" if merging else "prune")
+    reduction = plain_backbone(subject.module).token_reduction
+    steps = left_tokens(subject.module, subject.prepare(picture))
+    if not steps:
+        raise ValueError("--keep, --merge: nothing is removed, so there is nothing to draw")
+    chosen = sorted({round(i * (len(steps) - 1) / 2) for i in range(3)})
+    figure = Figure(figsize=(3.2 * (1 + len(chosen)), 3.2 * picture.height / picture.width + 0.7), layout="constrained")
+    axes = figure.subplots(1, 1 + len(chosen))
+    height, width = steps[0].grid
+    _show(axes[0], picture, f"all {height * width} patches")
+    for ax, i in zip(axes[1:], chosen, strict=True):
+        step = steps[i]
+        title = f"from block {step.block}: {step.cells.shape[1]} left"
+        _show(ax, _of_left_tokens(picture, step, reduction.mode == "merge"), title)
+    how = "merged as in R-MeeTo" if reduction.mode == "merge" else f"pruned by {reduction.score!r}, as in ToP-ViM"
+    figure.suptitle(f"{subject.title}\ntokens {how}", fontsize=10)
+    return figure
+
+
+def _of_left_tokens(picture: Image.Image, step: LeftTokens, merged: bool) -> Image.Image:
+    """The picture with dropped patches faded, or merged ones in the mean colour of all that are merged together."""
+    height, width = step.grid
+    rows, columns = (torch.arange(n) * cells // n for n, cells in ((picture.height, height), (picture.width, width)))
+    cell = rows[:, None] * width + columns  # of each pixel
+    pixels = torch.from_numpy(np.array(picture.convert("RGB"))).float()
+    if merged:
+        group = step.owner[0][cell].flatten()
+        count = torch.zeros(step.cells.shape[1]).index_add(0, group, torch.ones(len(group)))
+        colour = torch.zeros(len(count), 3).index_add(0, group, pixels.flatten(0, 1)) / count[:, None]
+        return Image.fromarray(colour[group].view_as(pixels).byte().numpy())
+    kept = torch.zeros(height * width, dtype=torch.bool).index_fill(0, step.cells[0], True)
+    faded = 255 - (255 - pixels) * 0.15
+    return Image.fromarray(torch.where(kept[cell].unsqueeze(-1), pixels, faded).byte().numpy())
+
+
 def _principal_components(x: Tensor) -> Tensor:
     """The first three components of a map (c, h, w) as colours (h, w, 3) in 0..1."""
     tokens = x.flatten(1).T
@@ -210,7 +257,7 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="orders|field|attention|features", dest="command")
+    commands = parser.add_subparsers(required=True, metavar="orders|field|attention|features|tokens", dest="command")
     for name, picture in PICTURES.items():
         command = commands.add_parser(name, help=picture.__doc__)
         what = "a pattern, " if name == "orders" else ""
@@ -225,6 +272,10 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
         if name != "orders":
             several = "+" if name == "field" else 1
             command.add_argument("--image", nargs=several, default=[], required=name != "field", metavar="FILE")
+        if name == "tokens":
+            how = command.add_mutually_exclusive_group()
+            how.add_argument("--keep", type=float, metavar="SHARE", help="prune: the share to keep (default: 0.8)")
+            how.add_argument("--merge", type=int, metavar="N", help="merge: how many tokens per step")
         if name == "field":
             command.add_argument("--stage", type=int, default=-1, help="which feature map (default: the last)")
         if name == "attention":
@@ -277,4 +328,5 @@ PICTURES: dict[str, Callable[[argparse.Namespace], Figure]] = {
     "field": picture_of_field,
     "attention": picture_of_attention,
     "features": picture_of_features,
+    "tokens": picture_of_tokens,
 }
