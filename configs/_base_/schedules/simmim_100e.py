@@ -1,4 +1,5 @@
-# SimMIM's schedule (arXiv:2111.09886, section 4.1): 100 epochs at a total batch of 2,048, of which 10 warm up.
+# The schedule of SimMIM (arXiv:2111.09886) in the configuration of OpenMMLab for Swin-B: 100 epochs, 10 of them to warm
+# up, at a total batch of 2,048.
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=100)
 
 optim_wrapper = dict(
@@ -8,7 +9,7 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-3, by_epoch=True, end=10, convert_to_iter_based=True),
-    dict(type="CosineAnnealingLR", by_epoch=True, begin=10, end=100, eta_min=1e-5, convert_to_iter_based=True),
+    dict(type="LinearLR", start_factor=5e-3, by_epoch=True, end=10, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", by_epoch=True, begin=10, end=100, eta_min=4e-5, convert_to_iter_based=True),
 ]
 auto_scale_lr = dict(base_batch_size=2048)
