@@ -192,3 +192,13 @@ def test_a_copy_and_a_state_dict_are_the_models_own() -> None:
     with torch.no_grad():
         copied.head.bias.add_(1)
     torch.testing.assert_close(copied(image), graphed(image) + 1)
+
+
+def test_histories_of_a_checkpoint_on_a_gpu_are_read() -> None:
+    pytest.importorskip("mmengine")
+    from mmengine.logging import HistoryBuffer
+
+    from backbones.mm.engine.checkpoints import to_history, to_plain
+
+    plain = {key: x.cuda() for key, x in to_plain(HistoryBuffer([1.0, 2.0], [1, 1])).items()}  # as `--resume` loads it
+    assert to_history(plain).data[0].tolist() == [1, 2]

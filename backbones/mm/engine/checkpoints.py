@@ -230,5 +230,5 @@ def to_plain(value: Any) -> Any:
 def to_history(value: Any) -> Any:
     """Undo :func:`to_plain` for one of mmengine's histories."""
     if isinstance(value, dict) and value.keys() == {"history", "count"}:
-        return HistoryBuffer(value["history"].numpy(), value["count"].numpy())
+        return HistoryBuffer(value["history"].cpu().numpy(), value["count"].cpu().numpy())
     return value
