@@ -9,7 +9,8 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from backbones.layers import MambaMixer, PathSSM, Scan
+from backbones.layers import MambaMixer, Scan
+from backbones.layers.path_ssm import PathSSM
 from backbones.ops import selective_scan
 from backbones.patterns import BIDIRECTIONAL, HILBERT, MULTI_SCALE, SNAKE, directions
 from backbones.patterns.subset import Subset, in_step_order, in_token_order

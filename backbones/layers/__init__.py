@@ -12,7 +12,6 @@ from backbones.layers.noncausal_ssd import NonCausalSSD
 from backbones.layers.norm import LayerNorm
 from backbones.layers.patch_embed import PatchEmbed, StemPatchEmbed
 from backbones.layers.patch_expand import BilinearExpand, LargeKernelPatchExpand, PatchExpand
-from backbones.layers.path_ssm import PathSSM
 from backbones.layers.positional_block import PositionalBlock
 from backbones.layers.pruning import unprunable
 from backbones.layers.resolution import (
@@ -58,7 +57,6 @@ __all__ = [
     "PatchExpand",
     "PatchMerging",
     "PatchStem",
-    "PathSSM",
     "PositionalBlock",
     "ResidualConvStem",
     "RotaryEmbedding",

@@ -12,7 +12,7 @@ the input weights B.
 The released weights need two quirks of the original, which the paper does not have:
 
 - ``raster-order parameters``: only the inputs u and the outputs follow a path. Step t of every path takes delta, B
-  and C of the t-th token in raster order, whatever token the path visits then. See :class:`backbones.layers.PathSSM`.
+  and C of the t-th token in raster order, whatever token the path visits then. See :class:`PathSSM`.
 - ``doubled step-size bias``: the original adds the bias of dt_proj twice. Here ``ssm.dt_proj_bias`` holds the double,
   and the key rule of ``dt_proj.bias`` doubles and halves it.
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,9 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from backbones.base import PlainBackbone, build_model
-from backbones.layers import DepthwiseConv2d, LayerNorm, MambaBlock, PathSSM, Scan, StemPatchEmbed, branch_norm
+from backbones.layers import DepthwiseConv2d, LayerNorm, MambaBlock, Scan, StemPatchEmbed, branch_norm
 from backbones.layers.linear import linear_parts
+from backbones.layers.path_ssm import PathSSM
 from backbones.layers.tracing import Opaque
 from backbones.ops import silu_gate
 from backbones.patterns import SNAKE
