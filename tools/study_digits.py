@@ -35,7 +35,7 @@ KEEP = (1.0, 0.8, 0.6)
 
 def tokens(args: argparse.Namespace, pool: Executor) -> list[Row]:
     """Trains whole models, and goes on with fewer tokens from each, at a tenth of the learning rate."""
-    config = "digits/vim-tiny-patch4_digits.py"
+    config = "digits/vim-narrow_digits.py"
     weights, tuned = {}, {}
     for seed in args.seeds:
         weights[seed] = Path(args.work_dir, f"whole_{seed}")
