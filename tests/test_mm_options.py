@@ -180,3 +180,16 @@ def test_arguments_of_a_new_type_are_its_own() -> None:
     assert config.model.loss == {"type": "WeightedCrossEntropy", "smoothing": 0.1, "class_weights": "balanced"}
     with pytest.raises(UserError, match=r"model\.loss has no 'class_weight'; did you mean class_weights"):
         load(VIM, model__loss__type="WeightedCrossEntropy", model__loss__class_weight="balanced")
+
+
+def test_names_of_classes_reach_data_sets_that_state_none(tmp_path: Path) -> None:
+    config = tmp_path / "own.py"
+    classes = ("cat", "dog")
+    config.write_text(f'_base_ = "{CASCADE}"\nnum_classes = 2\nmetainfo = dict(classes={classes})\n')
+    loaded = load(config)
+    for part in ("train", "val", "test"):
+        dataset = loaded[f"{part}_dataloader"].dataset
+        while "dataset" in dataset:
+            dataset = dataset.dataset
+        assert dataset.metainfo.classes == classes
+    assert {head.num_classes for head in loaded.model.roi_head.bbox_head} == {2}

@@ -36,6 +36,7 @@ def texts() -> dict[Path, str]:
             "speed": _summary(),
         },
         "docs/models.md": {"all-models": facts.full_model_table("../")},
+        "docs/dense.md": {"channels": facts.channel_table()},
         "docs/benchmarks.md": _speed(),
     }
     return files | {ROOT / page: _with_blocks(ROOT / page, content) for page, content in blocks.items()}

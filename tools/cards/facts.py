@@ -103,6 +103,21 @@ def full_model_table(prefix: str) -> str:
     return table(header, rows)
 
 
+def channel_table() -> str:
+    """The maps of every architecture as a dense backbone: their strides and widths, models of equal ones in a row."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for family, module in zip((*FAMILIES, *GUESTS), families(), strict=True):
+        for name, _ in models(module):
+            info = family.create(name, device="meta").feature_info
+            plain = issubclass(family, PlainBackbone)
+            widths, strides = ([x[key] for x in (info[-1:] if plain else info)] for key in ("num_chs", "reduction"))
+            given = str(widths[0]) if plain else str(widths)
+            key = (f"`{family.__name__}`", ", ".join(map(str, strides)), f"`{given}`")
+            rows.setdefault(key, []).append(f"`{name}`")
+    cells = [[kind, ", ".join(names), strides, widths] for (kind, strides, widths), names in rows.items()]
+    return table(["type", "arch", "strides", "in_channels"], cells)
+
+
 def _architectures(prefix: str) -> Iterator[tuple[str | None, str, Facts]]:
     """Every architecture: a link to its card where its family begins, its name, and its facts."""
     for family in families():

@@ -150,9 +150,12 @@ def spread_classes(config: Config, options: Mapping[str, Any] | None = None) -> 
 
 
 def _spread_names(config: Config, options: Mapping[str, Any]) -> None:
-    """Give ``metainfo`` of a config to data sets that all state another: that of the config's base."""
+    """Give ``metainfo`` of a config to data sets that state none, or all another: that of the config's base."""
     stated = [place for path, place in _places(config._cfg_dict, "metainfo") if path]
     names = config.get("metainfo", {}).get("classes")
+    if names and not stated:
+        for place in _data_sets(config):
+            place["metainfo"] = config.metainfo
     if not names or not stated or any(place["metainfo"] != stated[0]["metainfo"] for place in stated):
         return
     before = stated[0]["metainfo"].get("classes", ())
@@ -160,6 +163,20 @@ def _spread_names(config: Config, options: Mapping[str, Any]) -> None:
         config.num_classes = len(names)
     for place in stated:
         place["metainfo"] = config.metainfo
+
+
+def _data_sets(config: Config) -> Iterator[dict[str, Any]]:
+    """Settings of the data sets of all loaders, without what wraps them."""
+    waiting: list[Any] = [config.get(f"{part}_dataloader") for part in ("train", "val", "test")]
+    while waiting:
+        settings = waiting.pop()
+        if not isinstance(settings, dict):
+            continue
+        inner = [settings[key] for key in ("dataset", "datasets") if key in settings]
+        if not inner and "type" in settings:
+            yield settings
+        for value in inner:
+            waiting += value if isinstance(value, list | tuple) else [value]
 
 
 def _values(places: Mapping[str, Any]) -> dict[str, Any]:
