@@ -87,10 +87,10 @@ $(VENV)/.requirements: $(wildcard requirements/*.txt)
 	$(PIP) install -r requirements/dev.txt
 	@touch $@
 
-# Where mmcv has no wheel it is compiled here, which takes some ten minutes. Its opencv-python wants display libraries:
-# the headless build, which owns the same files, goes back over it.
+# mmcv comes without compiled operators, for which torchvision's stand in, unless pip finds a wheel that has them. Its
+# opencv-python wants display libraries: the headless build, which owns the same files, goes back over it.
 $(OPENMMLAB): $(VENV)/.requirements
-	MMCV_WITH_OPS=1 $(PIP) install --no-build-isolation -r requirements/mm.txt
+	$(PIP) install -r requirements/mm.txt
 	$(PIP) install --no-deps --force-reinstall $$(grep '^opencv-python-headless==' requirements/train.txt)
 	@touch $@
 

@@ -182,6 +182,7 @@ setup(
             "scikit-learn",
             "scipy",
             "tensorboard",
+            "torchvision",
         ],
         "triton": ["triton"],
         "onnx": ["onnx", "onnxruntime", "onnxscript"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata as metadata
+import importlib.util
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,11 @@ from backbones.patterns import CROSS
 
 PIP = f"{sys.executable} -m pip install"
 TOLERANCE = 1e-5  # RMS error over RMS value in float32: some 50 roundings
-_OPENMMLAB = {  # distribution: what must import for it to be of use
+_OPENMMLAB = {  # distribution: what must import for it to be of use; backbones.mm stands in for mmcv's operators
     "mmengine": "mmengine.runner",
-    "mmcv": "mmcv.ops",
-    "mmdet": "mmdet.apis",
-    "mmseg": "mmseg.apis",
+    "mmcv": "backbones.mm, mmcv.ops",
+    "mmdet": "backbones.mm, mmdet.apis",
+    "mmseg": "backbones.mm, mmseg.apis",
 }
 
 
@@ -92,13 +94,22 @@ def check_openmmlab() -> Iterator[Finding]:
             yield Finding("absent", module, f'{PIP} "ssm-backbones[mm]"')
             continue
         name = distributions[module][0]
-        text = f"{module} {metadata.version(name)} ({name})"
+        text = f"{module} {metadata.version(name)} ({name}){_operators(module)}"
         if reason := together and _import_problem([needed]):
-            fix = f"{PIP} --force-reinstall --no-deps --no-build-isolation {name}"
-            yield Finding("problem", f"{text} does not import {needed}: {reason}", fix)
+            fix = f"{PIP} --force-reinstall --no-deps --no-cache-dir {name}"
+            yield Finding("problem", f"{text}: cannot import {needed}: {reason}", fix)
         else:
             yield Finding("ok", text)
         yield from _unmet(name)
+
+
+def _operators(module: str) -> str:
+    """Whose operators detection heads run on, for mmcv's line."""
+    if module != "mmcv":
+        return ""
+    folders = getattr(importlib.util.find_spec("mmcv"), "submodule_search_locations", None)
+    compiled = PathFinder.find_spec("mmcv._ext", folders) is not None
+    return ", with its compiled operators" if compiled else ", without compiled operators: torchvision's stand in"
 
 
 def _import_problem(modules: list[str]) -> str | None:

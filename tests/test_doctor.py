@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.machinery
 import importlib.metadata as metadata
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,6 +91,18 @@ def test_versions_that_a_package_does_not_accept(monkeypatch: pytest.MonkeyPatch
     assert found.status == "problem"
     assert "mmcv wants numpy<1" in found.text
     assert found.fix.endswith('"numpy<1"')
+
+
+@pytest.mark.parametrize("compiled, words", [(True, "with its compiled operators"), (False, "torchvision's stand in")])
+def test_whose_operators_heads_run_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiled: bool, words: str
+) -> None:
+    if compiled:
+        (tmp_path / f"_ext{importlib.machinery.EXTENSION_SUFFIXES[0]}").touch()
+    found = importlib.machinery.ModuleSpec("mmcv", None, is_package=True)
+    found.submodule_search_locations.append(str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    assert words in doctor._operators("mmcv")
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +115,25 @@ def test_trained_tested_and_drawn(
     assert "(4 images, " in last
     with Image.open(work_dir / "predictions.png") as picture:
         assert np.asarray(picture).std() > 1
+
+
+@pytest.mark.slow
+def test_trained_without_the_compiled_operators_of_mmcv(folder: Path) -> None:
+    script = f"""
+import runpy, sys
+from backbones.mm import mmcv_ext
+sys.meta_path.insert(0, mmcv_ext.Finder())  # before the finder of files
+runpy.run_path({str(ROOT / "tools" / "train.py")!r}, run_name="__main__")
+"""
+    work_dir = folder / "detection-torchvision"
+    command = [sys.executable, "-c", script, "detection.py", "--work-dir", str(work_dir)]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    assert re.search(METRIC["detection"], done.stdout)
+    (log,) = work_dir.glob("*/*.log")
+    assert "nms, roi_align and sigmoid_focal_loss come from torchvision" in log.read_text()
 
 
 @pytest.mark.slow

@@ -17,10 +17,13 @@ counts the library's operators, too. Configs say
 
 For U-Nets they get ``BinaryDiceLoss``, ``BatchDiceLoss`` and ``VolumeMetric``; what needs mmseg itself, ``UNetHead``
 among it, stands in :mod:`backbones.mm.segmentation`.
+
+Where mmcv was installed without its compiled operators, :mod:`backbones.mm.mmcv_ext` puts torchvision's in their place.
 """
 
 import backbones.mm.engine.complexity  # teaches mmengine's counters
 import backbones.mm.engine.external  # noqa: F401  (lets mmengine find the package's configs)
+from backbones.mm import mmcv_ext
 from backbones.mm.data.datasets import (
     ArrayFolder,
     ImageFolder,
@@ -47,6 +50,8 @@ from backbones.mm.models.masked import MaskedImageModelling
 from backbones.mm.models.necks import FinerFPN, SimpleFeaturePyramid
 from backbones.mm.models.tta import ClassifierTTA, DetectorTTA, SegmentorTTA
 from backbones.mm.models.vit_adapter import PlainMambaAdapter
+
+mmcv_ext.install()
 
 __all__ = [
     "ArrayFolder",

@@ -18,6 +18,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from torch import nn
 
+from backbones.mm import mmcv_ext
 from backbones.mm.app.console import hidden_prints
 from backbones.mm.data.datasets import compare_classes
 from backbones.mm.engine.checkpoints import (
@@ -105,7 +106,10 @@ class Runner(mmengine.runner.Runner):
 
     def build_model(self, model: nn.Module | dict[str, Any]) -> nn.Module:
         with hidden_prints(self.cfg.get("verbose", False)):
-            return super().build_model(model)
+            built = super().build_model(model)
+        if mmcv_ext.stands_in():
+            self.logger.info(mmcv_ext.SUMMARY)
+        return built
 
     @contextlib.contextmanager
     def _alone(self, verb: str) -> Iterator[None]:
