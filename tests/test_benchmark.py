@@ -152,3 +152,50 @@ def test_tables_of_models_fit_a_terminal(capsys: pytest.CaptureFixture[str], mon
     assert printed.count("swin_tiny_patch4_window7_224") == len(models.KINDS)
     for text in ("inference", "training", *others):
         assert text in printed, printed
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize(
+    "config, size",
+    [
+        ("coco/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py", (800, 1333)),
+        ("coco/cascade-mask-rcnn_vim-tiny_simple-fpn_100e_coco-lsj.py", (1024, 1024)),
+        ("coco/rtmdet_msvmamba-nano_300e_coco.py", (640, 640)),
+        ("ade20k/upernet_vmamba-tiny-s1l8_160k_ade20k-512x512.py", (512, 512)),
+    ],
+)
+def test_steps_have_the_size_of_the_config(config: str, size: tuple[int, int]) -> None:
+    dense = pytest.importorskip("backbones.commands.bench.dense", exc_type=ImportError)
+    loaded = dense.Config.fromfile(CONFIGS / config)
+    assert tuple(dense._size(loaded.train_dataloader.dataset)) == size
+
+
+@pytest.mark.parametrize(
+    "config", ["mask-rcnn_vmamba-tiny-s1l8_fpn_digits.py", "upernet_efficientvmamba-tiny_digits.py"]
+)
+def test_a_training_step_of_a_detector_or_segmentor(config: str) -> None:
+    pytest.importorskip("mmdet")
+    pytest.importorskip("mmseg")
+    options = ["--device", "cpu", "--size", "64", "64", "--batch", "2", "--rounds", "1"]
+    args = benchmark.parse_args(["dense", str(CONFIGS / "digits" / config), *options])
+    (row,) = args.run(args, Progress(disable=True))
+    assert row["images"] == "2 x 64 x 64"
+    assert row["images_s"] == pytest.approx(2e3 / row["step_ms"])
+
+
+def test_a_config_that_does_not_exist_is_named() -> None:
+    pytest.importorskip("mmengine")
+    args = benchmark.parse_args(["dense", "nothing.py", "--device", "cpu"])
+    with pytest.raises(measure.ParityError, match=r"no config nothing\.py"):
+        args.run(args, Progress(disable=True))
+
+
+@pytest.mark.slow
+def test_two_processes_against_one() -> None:
+    options = ["--device", "cpu", "--size", "32", "--batch", "1", "--rounds", "1"]
+    args = benchmark.parse_args(["scaling", "vim_tiny", *options])
+    (row,) = args.run(args, Progress(disable=True))
+    assert row["gpus"] == 2
+    assert row["speedup"] == pytest.approx(row["all_img_s"] / row["one_img_s"])

@@ -1,8 +1,9 @@
 """Training in several processes (gloo, on the CPU) against one process with the same total batch.
 
-Sums of gradients are rounded in another order, so weights agree within ``TOLERANCE`` and not exactly. Nothing here is
-random but the shuffle, which depends on the seed alone: augmentation and stochastic depth draw other numbers in each
-process. No network here has batch norms, whose statistics are each process's own.
+Where there are two GPUs, the processes take one each and talk through NCCL, with TF32 off. Sums of gradients are
+rounded in another order, so weights agree within ``TOLERANCE`` and not exactly. Nothing here is random but the shuffle,
+which depends on the seed alone: augmentation and stochastic depth draw other numbers in each process. No network here
+has batch norms, whose statistics are each process's own.
 """
 
 from __future__ import annotations
@@ -122,7 +123,10 @@ def start(
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "passive",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder), *sys.path]),
+        "NVIDIA_TF32_OVERRIDE": "0",
     }
+    if torch.cuda.device_count() < 2:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # two processes cannot share a GPU
     command = [*launcher, ROOT / "tools" / tool, *arguments]
     return subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=folder, env=environment, text=True,

@@ -77,6 +77,7 @@ def imported(path: Path) -> set[str]:
         "PIL": "pillow",
         "yaml": "pyyaml",
         "mmengine": "onedl-mmengine",
+        "mmdet": "onedl-mmdetection",
         "mmseg": "onedl-mmsegmentation",
         "skimage": "scikit-image",
         "sklearn": "scikit-learn",

@@ -5,6 +5,8 @@
     ssm-backbones benchmark model vim_tiny            images per second beside timm's own models
     ssm-backbones benchmark tokens vim_tiny           what fewer tokens save on a CPU (backbones.reduce_tokens)
     ssm-backbones benchmark gpu vim_tiny              launches, host time, throughput: eager mode and CUDA graphs
+    ssm-backbones benchmark dense configs/coco/*_1x_* a training step of detectors and segmentors: time, peak memory
+    ssm-backbones benchmark scaling vim_tiny          training on two GPUs (--gpus) against one
 
 Whatever fails parity is not timed. With --csv, the rows are also written to a file whose header states the
 conditions.
@@ -31,6 +33,7 @@ from backbones.commands.bench.gpu import bench_gpu
 from backbones.commands.bench.measure import ParityError, conditions
 from backbones.commands.bench.models import COMPANIONS, KINDS, bench_model
 from backbones.commands.bench.operator import bench_limits, bench_op
+from backbones.commands.bench.scaling import bench_scaling
 from backbones.commands.bench.shapes import SHAPES
 from backbones.commands.bench.tokens import bench_tokens
 from backbones.commands.outputs import unwritable, unwritable_folder
@@ -55,14 +58,17 @@ def show(rows: list[dict[str, object]], facts: dict[str, object]) -> None:
 
 
 def _tables(rows: list[dict[str, object]]) -> dict[str, list[dict[str, object]]]:
-    """Rows by title, without what it says: a table for each shape of the operator, and for inference and training of
-    models, narrow enough for a terminal.
+    """Rows by title, without what it says: a table for each shape of the operator or of the images, and for inference
+    and training of models, narrow enough for a terminal.
     """
     tables: dict[str, list[dict[str, object]]] = {}
     for row in rows:
         if "shape" in row:
             rest = {column: value for column, value in row.items() if column not in ("shape", "of")}
             tables.setdefault(f"{row['shape']}: {row['of']}", []).append(rest)
+        elif "images" in row:
+            rest = {column: value for column, value in row.items() if column != "images"}
+            tables.setdefault(f"{row['images']} pixels", []).append(rest)
         elif "mode" not in row:
             for kind in KINDS:
                 of_kind = {x.removeprefix(f"{kind} "): value for x, value in row.items() if x.startswith(f"{kind} ")}
@@ -93,7 +99,7 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="limits|op|model|tokens|gpu")
+    commands = parser.add_subparsers(required=True, metavar="limits|op|model|tokens|gpu|dense|scaling")
     limits = commands.add_parser("limits", help="measure this machine's limits")
     limits.set_defaults(run=bench_limits)
     op = commands.add_parser("op", help="time the operator's backends")
@@ -123,11 +129,30 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     gpu.add_argument("names", nargs="+", help="models of this library, and of timm for comparison")
     gpu.add_argument("--size", type=_positive, default=224, help="side of the images in pixels")
     gpu.add_argument("--batch", type=_positive, default=128, help="images per batch for throughput and memory")
-    for command in (limits, op, model, tokens, gpu):
+    dense = commands.add_parser("dense", help="time a training step of detectors and segmentors, as configs say")
+    dense.set_defaults(run=_bench_dense, dtype="bfloat16 autocast")
+    dense.add_argument("configs", nargs="+", help="files of configs/coco and configs/ade20k")
+    dense.add_argument("--size", nargs=2, type=_positive, metavar=("HEIGHT", "WIDTH"), help="default: the config's")
+    dense.add_argument("--batch", type=_positive, help="images per step (default: the config's, per GPU)")
+    dense.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    scaling = commands.add_parser("scaling", help="time data-parallel training on several GPUs against one of them")
+    scaling.set_defaults(run=bench_scaling, dtype="bfloat16 autocast")
+    scaling.add_argument("names", nargs="+", help="models of this library or of timm")
+    scaling.add_argument("--gpus", type=_positive, default=2)
+    scaling.add_argument("--size", type=_positive, default=224, help="side of the images in pixels")
+    scaling.add_argument("--batch", type=_positive, default=128, help="images per step and GPU")
+    scaling.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    for command in (limits, op, model, tokens, gpu, dense, scaling):
         command.add_argument("--threads", type=_positive, default=1)
         command.add_argument("--rounds", type=_positive, default=7, help="timed repetitions of each contestant")
         command.add_argument("--csv", type=Path, help="also write the rows to this file")
     return parser.parse_args(arguments)
+
+
+def _bench_dense(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
+    from backbones.commands.bench.dense import bench_dense  # only this one needs OpenMMLab
+
+    return bench_dense(args, progress)
 
 
 def _positive(text: str) -> int:

@@ -20,10 +20,15 @@ LOGITS = 1e-3  # relative RMS between backends, through all layers
 _SIZED = ("vim", "lbvim", "deit", "swin")
 
 
+def options_of(name: str, size: int) -> dict[str, Any]:
+    """Arguments of a registered model for images of ``size`` x ``size`` pixels."""
+    return {"img_size": size} if name.startswith(_SIZED) else {}
+
+
 def bench_model(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
     """Images a second, in inference and in a training step (forward and backward)."""
     names = list(dict.fromkeys([*args.names, *args.against]))
-    options = {name: {"img_size": args.size} if name.startswith(_SIZED) else {} for name in names}
+    options = {name: options_of(name, args.size) for name in names}
     models = {name: timm.create_model(name, **options[name]).to(args.device) for name in names}
     images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
     for name in args.names:

@@ -1,0 +1,117 @@
+"""Data-parallel training on several GPUs of one machine against one of them, in turns."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import timm
+import torch
+import torch.distributed as dist
+from rich.progress import Progress
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import backbones
+from backbones.commands.bench.measure import ROOT, ParityError
+from backbones.commands.bench.models import options_of
+
+MODES = ("eager", "graphs")
+WARM_UP = 5
+STEPS = 5  # in a round: the host runs ahead of the GPU as in training
+
+
+def bench_scaling(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
+    """A row for each model and mode."""
+    if args.device == "cuda" and torch.cuda.device_count() < args.gpus:
+        raise ParityError(f"scaling: PyTorch sees {torch.cuda.device_count()} GPUs, --gpus is {args.gpus}")
+    modes = MODES if args.device == "cuda" else MODES[:1]
+    jobs = [(name, mode) for name in args.names for mode in modes]
+    return [_row(name, mode, args) for name, mode in progress.track(jobs, description="models")]
+
+
+def _row(name: str, mode: str, args: argparse.Namespace) -> dict[str, object]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus}"]
+    given = [name, mode, args.device, args.batch, args.size, args.rounds]
+    command = [sys.executable, *launcher, "-m", "backbones.commands.bench.scaling", *map(str, given)]
+    environment = {"OMP_NUM_THREADS": str(args.threads)} | os.environ
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ParityError(f"scaling: {name}, {mode}: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
+    one, several = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "model": name,
+        "mode": mode,
+        "gpus": args.gpus,
+        "batch_per_gpu": args.batch,
+        "one_img_s": args.batch / one,
+        "all_img_s": args.gpus * args.batch / several,
+        "speedup": args.gpus * one / several,
+    }
+
+
+class Training:
+    """A model's training steps: forward and backward in bfloat16 autocast, averaged gradients, fused AdamW."""
+
+    def __init__(self, name: str, mode: str, device: torch.device, batch: int, size: int, averaged: bool) -> None:
+        torch.manual_seed(0)
+        self.model: nn.Module = timm.create_model(name, **options_of(name, size)).to(device).train()
+        if mode == "graphs":
+            backbones.cuda_graphs(self.model)
+        if averaged:
+            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+        self.images = torch.randn(batch, 3, size, size, device=device)
+        self.device = device
+
+    def run(self, steps: int) -> float:
+        """Seconds of a step, once everything before is done."""
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(steps):
+            with torch.autocast(self.device.type, torch.bfloat16):
+                outputs = self.model(self.images)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            torch.stack([x.float().square().mean() for x in outputs]).sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self._wait()
+        return (time.perf_counter() - start) / steps
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure(name: str, mode: str, device_type: str, batch: int, size: int, rounds: int) -> None:
+    """In each process of torchrun; the first prints the median seconds of a step, alone and of all together."""
+    rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    alone = Training(name, mode, device, batch, size, averaged=False) if rank == 0 else None
+    together = Training(name, mode, device, batch, size, averaged=True)
+    times: dict[str, list[float]] = {"alone": [], "together": []}
+    for steps in (WARM_UP, *[STEPS] * rounds):
+        if alone is not None:
+            times["alone"].append(alone.run(steps))
+        dist.barrier()  # the other GPUs rest meanwhile
+        times["together"].append(together.run(steps))
+        dist.barrier()
+    if rank == 0:
+        print(json.dumps([statistics.median(values[1:]) for values in times.values()]))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    model, mode, device_type, *numbers = sys.argv[1:]
+    batch, size, rounds = map(int, numbers)
+    measure(model, mode, device_type, batch, size, rounds)
