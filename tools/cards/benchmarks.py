@@ -148,6 +148,18 @@ def gpu_launches_table(results: Results) -> str:
     return table(["model", "mode", *columns.values()], rows)
 
 
+def gpu_dense_table(results: Results) -> str:
+    """A training step of detectors and segmentors, as their configs have it."""
+    columns = {
+        "step_ms": "training step [ms]",
+        "images_s": "training [images/s]",
+        "peak_mib": "memory in training [MiB]",
+    }
+    results.need("config", "images", *columns)
+    rows = [[f"`{row['config']}`", row["images"], *(row[name] for name in columns)] for row in results.rows]
+    return table(["config", "images", *columns.values()], rows)
+
+
 def long_sequence_table(results: Results) -> str:
     """Models on large images: times of a batch, and memory."""
     columns = ("inference_ms", "graph_inference_ms", "training_ms", "inference_peak_mib", "training_peak_mib")

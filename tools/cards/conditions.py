@@ -98,8 +98,9 @@ def command(file: Results) -> str:
     elif "against" in given:
         words = ["model", *ast.literal_eval(given.pop("names")), "--against", *ast.literal_eval(given.pop("against"))]
     else:
-        words = ["gpu", *ast.literal_eval(given.pop("names"))]
+        kind = "dense" if "configs" in given else "scaling" if "gpus" in given else "gpu"
+        words = [kind, *ast.literal_eval(given.pop("configs" if kind == "dense" else "names"))]
         del given["device"], given["dtype"]  # it has one of each
     for name, value in given.items():
-        words += {"True": [f"--{name}"], "False": []}.get(value, [f"--{name}", value])
+        words += {"True": [f"--{name}"], "False": [], "None": []}.get(value, [f"--{name}", value])
     return shlex.join(["ssm-backbones", "benchmark", *words])
