@@ -111,8 +111,9 @@ def accuracy_figure(drawn: Sequence[Curve]) -> Figure:
             axes.plot(*point, color=color, marker=marker, markersize=4, markerfacecolor="white", zorder=2)
         if label.leader is not None:
             axes.plot(*label.leader.T, color=color, linewidth=0.8, zorder=2, transform=figure.dpi_scale_trans)
+        x, y = label.centre
         axes.text(
-            *label.centre, curve.title, color=color, fontproperties=_FONT, ha="center", va="center", zorder=4,
+            x, y, curve.title, color=color, fontproperties=_FONT, ha="center", va="center", zorder=4,
             transform=figure.dpi_scale_trans,
         )  # fmt: skip
     _explain(axes)

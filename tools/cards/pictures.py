@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from backbones import zoo
 from backbones.commands.orders import count_grids, draw_orders
@@ -63,7 +63,7 @@ def same_picture(path: Path, png: bytes) -> bool:
     """
     if not path.is_file():
         return False
-    with Image.open(path) as old, Image.open(io.BytesIO(png)) as new:
+    with PngImageFile(path) as old, PngImageFile(io.BytesIO(png)) as new:
         if old.size != new.size or old.text != new.text:
             return False
         means = [np.asarray(image.convert("RGB").reduce(_BLOCK), dtype=np.int16) for image in (old, new)]
