@@ -18,22 +18,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import backbones
+from backbones import zoo
+from backbones.models import family_names
 
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTION = "ssm-backbones"
-FAMILIES = {
-    "Vim": "hustvl/Vim",
-    "VMamba": "MzeroMiko/VMamba",
-    "MSVMamba": "YuHengsss/MSVMamba",
-    "EfficientVMamba": "TerryPei/EfficientVMamba",
-    "GroupMamba": "Amshaker/GroupMamba",
-    "Spatial-Mamba": "EdwardChasel/Spatial-Mamba",
-    "LBMamba": "cvlab-stonybrook/LBMamba",
-    "VSSD": "YuHengsss/VSSD",
-    "LocalMamba": "hunto/LocalMamba",
-    "Adventurer": "wangf3014/Adventurer",
-    "PlainMamba": "ChenhongyiYang/PlainMamba",
-}
 
 
 def repository_files() -> list[Path]:
@@ -147,11 +136,11 @@ def test_import_leaves_openmmlab_and_cuda_packages_alone():
     assert not unwanted.intersection(loaded)
 
 
-@pytest.mark.parametrize("family, repository", FAMILIES.items())
-def test_notice_names_the_original_work(family, repository):
+@pytest.mark.parametrize("family", family_names(guests=True))
+def test_notice_names_the_original_work(family):
     sections = (ROOT / "NOTICE.md").read_text(encoding="utf-8").split("\n### ")[1:]
-    (section,) = [section for section in sections if section.startswith(f"{family}\n")]
-    assert f"https://github.com/{repository}>" in section
+    url = zoo.load_family(family)["repository"]["url"]
+    (section,) = [section for section in sections if f"<{url}>" in section]
     for field in ("Paper", "Licence of the code", "Licence of the weights"):
         assert re.search(rf"^- {field}: \S", section, re.MULTILINE), f"{family}: no {field.lower()}"
 
