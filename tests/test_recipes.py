@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -220,6 +221,18 @@ SCHEDULES = {
     "300e": (300, 10, 1000, 1e-5, None),
     "40k": (40000, 4000, 0, None, None),
 }
+
+
+EVERY = sorted(str(x.relative_to(ROOT).with_suffix("")) for x in ROOT.glob("*/*.py") if x.parent.name != "_base_")
+
+
+@pytest.mark.parametrize("name", [x for x in EVERY if x not in DENSE])
+def test_the_batch_size_that_a_learning_rate_is_for(name: str) -> None:
+    """`train --auto-scale-lr` relies on it; those of detectors and segmentors are held below."""
+    config = Config.fromfile(ROOT / f"{name}.py")
+    stated = re.search(r"_(\d+)xb(\d+)", name)
+    images = int(stated[1]) * int(stated[2]) if stated else config.train_dataloader.batch_size
+    assert config.auto_scale_lr == {"base_batch_size": images}  # and not enabled
 
 
 @pytest.mark.parametrize("name", DENSE)

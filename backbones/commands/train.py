@@ -61,6 +61,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         action="store_true",
         help="replay the network (or backbone) as CUDA graphs; for images of one fixed size",
     )
+    parser.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="scale the learning rate by the images per step, relative to those of the recipe",
+    )
     add_common_arguments(parser)
     return run_tool(parser.prog, run, parser.parse_args(argv))
 
@@ -116,6 +121,13 @@ def run(args: argparse.Namespace) -> None:
         if get_device() == "cpu":
             raise UserError("--amp float16 needs a GPU; on a CPU use --amp bfloat16")
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+    if args.auto_scale_lr:
+        if "base_batch_size" not in config.get("auto_scale_lr", {}):
+            raise UserError(
+                f"--auto-scale-lr: {config.filename} does not state the batch size of its recipe, "
+                "auto_scale_lr=dict(base_batch_size=...)"
+            )
+        config.auto_scale_lr.enable = True
     if args.cuda_graphs:
         if get_device() != "cuda":
             raise UserError(f"--cuda-graphs needs a CUDA GPU, this run is on {get_device()}")

@@ -25,3 +25,4 @@ optim_wrapper = dict(
     optimizer=dict(type="AdamW", lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-2),
 )
 param_scheduler = [dict(type="CosineAnnealingLR", T_max=50, eta_min=1e-5, by_epoch=True, begin=0, end=300)]
+auto_scale_lr = dict(base_batch_size=32)

@@ -87,6 +87,7 @@ optim_wrapper = dict(
     optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
 )
+auto_scale_lr = dict(base_batch_size=8)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, end=60),
     dict(type="CosineAnnealingLR", by_epoch=True, begin=0, end=4, eta_min=1e-5, convert_to_iter_based=True),

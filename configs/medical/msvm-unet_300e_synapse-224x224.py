@@ -25,4 +25,5 @@ optim_wrapper = dict(
     optimizer=dict(type="AdamW", lr=5e-4, betas=(0.9, 0.999), weight_decay=1e-3),
 )
 param_scheduler = [dict(type="CosineAnnealingLR", T_max=300, eta_min=1e-6, by_epoch=True, begin=0, end=300)]
+auto_scale_lr = dict(base_batch_size=32)
 default_hooks = dict(checkpoint=dict(save_best="Dice", rule="greater"))

@@ -81,4 +81,5 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, end=20),
     dict(type="CosineAnnealingLR", by_epoch=False, begin=20, end=150, eta_min=2e-5),
 ]
+auto_scale_lr = dict(base_batch_size=8)
 default_hooks = dict(checkpoint=dict(interval=50, save_best="Dice", rule="greater"))

@@ -20,6 +20,7 @@ test_cfg = None
 test_evaluator = None
 
 train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs=20)
+auto_scale_lr = dict(base_batch_size=32)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=True, end=2, convert_to_iter_based=True),
     dict(type="CosineAnnealingLR", by_epoch=True, begin=2, end=20, eta_min=1e-5, convert_to_iter_based=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import math
 import random
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dist import get_rank, get_world_size, is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
@@ -41,12 +42,18 @@ def _loss(outputs: dict[str, Any] | None) -> float | None:
     return None if not outputs or "loss" not in outputs else torch.as_tensor(outputs["loss"]).item()
 
 
+def _no_lost_gradients(record: logging.LogRecord) -> bool:
+    # mmengine's warning, when it resumes amid an accumulation.
+    return "Resumed iteration number is not divisible" not in record.getMessage()
+
+
 @HOOKS.register_module()
 class ResumeHook(Hook):
     """Makes a resumed run equal to one that was never interrupted.
 
     Random numbers depend on the seed, the iteration and the rank only; a validation that the interruption cut
-    off is made up for; and checkpoints hold tensors and plain values, so that reading them runs no code. Data
+    off is made up for; early stopping counts what was validated before; gradients that are being accumulated are kept,
+    in runs of one process; and checkpoints hold tensors and plain values, so that reading them runs no code. Data
     loading workers must not be persistent, and with them checkpoints belong at the ends of epochs.
     """
 
@@ -54,6 +61,7 @@ class ResumeHook(Hook):
     priority = "LOWEST"
 
     def before_train(self, runner: Runner) -> None:
+        self._repeat_early_stopping(runner)
         step = runner.epoch if isinstance(runner.train_loop, EpochBasedTrainLoop) else runner.iter
         if step and validation_due(runner, step) and self._last_validated(runner) != runner.iter:
             runner.val_loop.run()
@@ -78,13 +86,33 @@ class ResumeHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         checkpoint["meta"]["world_size"] = get_world_size()
+        # Amid an accumulation there are gradients. Those of other processes are not at hand: they are lost.
+        if getattr(runner.optim_wrapper, "_accumulative_counts", 1) > 1 and get_world_size() == 1:
+            gradients = {name: x.grad for name, x in runner.model.named_parameters() if x.grad is not None}
+            if gradients:
+                checkpoint["gradients"] = gradients
         for key in ("meta", "message_hub"):
             checkpoint[key] = to_plain(checkpoint[key])
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        if runner._resume and get_world_size() == 1 and "gradients" in checkpoint:
+            for name, parameter in runner.model.named_parameters():
+                if name in checkpoint["gradients"]:
+                    parameter.grad = checkpoint["gradients"][name].to(parameter)
+            for handler in runner.logger.handlers:
+                handler.addFilter(_no_lost_gradients)
         if "message_hub" in checkpoint:
             scalars = checkpoint["message_hub"]["log_scalars"]
             checkpoint["message_hub"]["log_scalars"] = {key: to_history(value) for key, value in scalars.items()}
+
+    @staticmethod
+    def _repeat_early_stopping(runner: Runner) -> None:
+        """Show mmengine's hook, which keeps its count nowhere, the validations before the interruption."""
+        for hook in runner.hooks:
+            if isinstance(hook, EarlyStoppingHook):
+                history = runner.message_hub.log_scalars.get(f"val/{hook.monitor}")
+                for value in history.data[0].tolist() if history else []:
+                    hook.after_val_epoch(runner, {hook.monitor: value})
 
     @staticmethod
     def _last_validated(runner: Runner) -> int | None:
@@ -188,6 +216,9 @@ class ProgressHook(Hook):
             f"{len(runner.train_dataloader.dataset)} training images, {self._length(runner)} "
             f"on {device}{threads}"
         )
+        if scaled := getattr(runner, "scaled_lr", None):
+            factor, images, base = scaled
+            self.console.print(f"learning rate times {factor:.4g}: {images} images per step, {base} in the recipe")
         if runner.iter:
             self.console.print(f"resumed after {self._step(runner)}")
         if self.console.is_terminal:
@@ -221,6 +252,8 @@ class ProgressHook(Hook):
     def after_train(self, runner: Runner) -> None:
         if self.progress is not None:
             self.progress.stop()
+        if runner.train_loop.stop_training and is_main_process():
+            self.console.print(f"stopped early after {self._step(runner)}")
 
     def _report(self, runner: Runner, step: str, iteration: int, metrics: dict[str, float]) -> None:
         now = time.perf_counter()

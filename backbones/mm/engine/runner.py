@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -104,6 +105,28 @@ class Runner(mmengine.runner.Runner):
         super().register_default_hooks(hooks)
         self.register_hook(LabelRangeHook())
 
+    scaled_lr: tuple[float, int, int] | None = None
+    """Factor of the learning rate, images of a step, and those of the recipe, if ``auto_scale_lr`` is enabled."""
+
+    def scale_lr(self, optim_wrapper: Any, auto_scale_lr: dict[str, Any] | None = None) -> None:
+        """As mmengine's, but for batches whose gradients are accumulated, which make one step.
+
+        Raises:
+            UserError: the config does not state the batch size of its recipe.
+        """
+        if not auto_scale_lr or not auto_scale_lr.get("enable"):
+            return
+        if "base_batch_size" not in auto_scale_lr:
+            raise UserError(
+                "auto_scale_lr: the config does not state base_batch_size, the images of a step of its recipe"
+            )
+        loader, base = self._train_dataloader, auto_scale_lr["base_batch_size"]
+        batch = loader["batch_size"] if isinstance(loader, dict) else loader.batch_size
+        images = batch * self.world_size * getattr(optim_wrapper, "_accumulative_counts", 1)
+        for group in optim_wrapper.optimizer.param_groups:
+            group["lr"] *= images / base
+        self.scaled_lr = images / base, images, base
+
     def build_model(self, model: nn.Module | dict[str, Any]) -> nn.Module:
         with hidden_prints(self.cfg.get("verbose", False)):
             built = super().build_model(model)
@@ -120,7 +143,10 @@ class Runner(mmengine.runner.Runner):
 
     def train(self) -> nn.Module:
         """Train as the config says; returns the model."""
-        with self._alone("trains"):
+        with self._alone("trains"), warnings.catch_warnings():
+            if self.cfg.get("optim_wrapper", {}).get("accumulative_counts", 1) > 1:
+                # Schedules count batches, so they come before the first step of the optimizer.
+                warnings.filterwarnings("ignore", r"Detected call of `scheduler\.step\(\)` before", UserWarning)
             return super().train()
 
     def val(self) -> dict[str, float]:

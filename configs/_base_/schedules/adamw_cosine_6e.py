@@ -9,6 +9,8 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=1.0),
 )
 
+auto_scale_lr = dict(base_batch_size=16)
+
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=True, end=1, convert_to_iter_based=True),
     dict(type="CosineAnnealingLR", by_epoch=True, begin=1, end=6, eta_min=1e-5, convert_to_iter_based=True),
