@@ -51,7 +51,7 @@ COMMANDS = {
 EXTRAS = {
     "mm": (
         *("contourpy", "cv2", "matplotlib", "mmcv", "mmdet", "mmengine", "mmseg", "pycocotools", "scipy"),
-        *("skimage", "sklearn", "tensorboard"),
+        *("skimage", "sklearn", "tensorboard", "torchvision"),
     ),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "triton": ("triton",),

@@ -133,7 +133,8 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, caps
 
 def test_every_optional_package_has_its_extra() -> None:
     """Import names that are missing here would end in a traceback."""
-    names = {"onedl-mmengine": "mmengine", "onedl-mmsegmentation": "mmseg"}
+    names = {"onedl-mmengine": "mmengine", "onedl-mmcv": "mmcv", "onedl-mmdetection": "mmdet"}
+    names |= {"onedl-mmsegmentation": "mmseg"}
     names |= {"scikit-learn": "sklearn", "scikit-image": "skimage"}
     mandatory, _ = declared()
     found = {names.get(x, x) for path in (ROOT / "backbones").rglob("*.py") for x in imported(path) - mandatory}

@@ -167,6 +167,6 @@ def test_help_is_printed_instead_of_a_report(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit, match="0"):
         doctor.main(["--help"])
     printed = capsys.readouterr().out
-    assert "which command would change that" in printed and "ssm-backbones" not in printed
+    assert "which command would change that" in printed and "Python 3" not in printed
     with pytest.raises(SystemExit, match="2"):
         doctor.main(["--verbos"])

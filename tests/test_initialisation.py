@@ -248,7 +248,7 @@ def test_every_scan_of_a_model_in_half_precision_takes_its_decay_in_float32(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[torch.dtype] = []
-    for module in ("layers.selective_ssm", "layers.mamba2", "models.plainmamba"):
+    for module in ("layers.selective_ssm", "layers.mamba2", "layers.path_ssm"):
         watch(monkeypatch, f"backbones.{module}.selective_scan", taken)
     watch(monkeypatch, "backbones.layers.mamba2.ssd", taken)
     watch(monkeypatch, "backbones.layers.noncausal_ssd.ssd_noncausal", taken)

@@ -66,6 +66,7 @@ def imported(path: Path) -> set[str]:
         "PIL": "pillow",
         "yaml": "pyyaml",
         "mmengine": "onedl-mmengine",
+        "mmcv": "onedl-mmcv",
         "mmdet": "onedl-mmdetection",
         "mmseg": "onedl-mmsegmentation",
         "skimage": "scikit-image",
@@ -123,7 +124,8 @@ def test_what_is_imported_is_declared():
         if where.parts[0] not in ("mm", "commands") and not {"triton", "onnx"} & set(
             re.split(r"[/_.]", where.as_posix())
         ):
-            assert imported(path) - {"triton", "onnxscript"} <= mandatory, where
+            figures = {"matplotlib"} if where == Path("images.py") else set()  # it is handed one, and writes it
+            assert imported(path) - {"triton", "onnxscript"} - figures <= mandatory, where
 
 
 def test_import_leaves_openmmlab_and_cuda_packages_alone():

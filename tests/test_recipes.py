@@ -292,6 +292,7 @@ def test_dense_recipes(name: str) -> None:
 # warm-up's first factor and end; minimum.
 DIGITS = {
     "vim-tiny_digits": (1e-3, 0.05, (0.9, 0.98), 1.0, 6, 16, 0.01, 1, 1e-5),
+    "vim-narrow_digits": (1e-3, 0.05, (0.9, 0.98), 1.0, 6, 16, 0.01, 1, 1e-5),
     "mask-rcnn_vmamba-tiny-s1l8_fpn_digits": (1e-3, 0.05, None, 5.0, 4, 8, 0.01, 60, 1e-5),
     "upernet_efficientvmamba-tiny_digits": (2e-3, 0.05, None, 5.0, 550, 16, 0.01, 20, 4e-5),
 }

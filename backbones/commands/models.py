@@ -11,8 +11,8 @@ box, mask  AP on COCO, of Mask R-CNN, schedule 1x
 mIoU       on ADE20K, of UPerNet, at one scale
 weights    of the classifier: downloaded with --pretrained (yes), from a page by hand (page), or none
 
-Accuracies are those that the authors report; an empty cell means that they report none. Where the output is no
-terminal, it is a table with tabs between its cells.
+Accuracies are those that the authors report; an empty cell means that they report none. Where the output is not a
+terminal, tabs separate the cells.
 """
 
 from __future__ import annotations
