@@ -36,7 +36,6 @@ __all__ = [
     "is_hooked_before",
     "is_traced",
     "is_transformed",
-    "is_watched",
     "own_weight",
     "register_fake",
     "runs_eagerly",
@@ -68,11 +67,6 @@ def runs_eagerly(x: Tensor) -> bool:
     return (
         not x.is_meta and x.numel() > 0 and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
-
-
-def is_watched() -> bool:
-    """Whether something looks at the operators that run now, such as a counter of operations, or transforms them."""
-    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_traced() -> bool:
