@@ -142,7 +142,7 @@ def draw(runs: dict[str, dict[str, Curve]], keys: Sequence[str], by: str = "iter
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax in axes[len(keys) :]:
         ax.set_axis_off()
-    for ax, key in zip(axes, keys, strict=False):
+    for ax, key in zip(axes[: len(keys)], keys, strict=True):
         for number, (name, run) in enumerate(runs.items()):
             if key in run:
                 marker = "o" if len(run[key]) <= 30 else None

@@ -49,7 +49,7 @@ class ClassColors:
         metainfo = metainfo or {}
         stated = {_plain(name) for name in metainfo.get("background", _BACKGROUND)}
         background = frozenset(label for label, name in enumerate(names) if _plain(name) in stated)
-        palette = dict(zip(metainfo.get("classes") or (), metainfo.get("palette") or (), strict=False))
+        palette = _palette(metainfo)
         if all(name in palette for name in names):
             return cls(names, [_color(value / 255 for value in palette[name]) for name in names], background)
         made = iter(distinct_colors(len(names)))
@@ -107,11 +107,16 @@ def stated_metainfo(dataset: Any) -> dict[str, Any]:
         of_type = getattr(registry.get(dataset["type"]), "METAINFO", None) or {}
     if "classes" in own and "palette" not in own:
         # Colours go by name, so classes may be fewer or in another order than the type's.
-        palette = dict(zip(of_type.get("classes", ()), of_type.get("palette", ()), strict=False))
+        palette = _palette(of_type)
         if palette and all(name in palette for name in own["classes"]):
             own = {**own, "palette": [palette[name] for name in own["classes"]]}
         of_type = {key: value for key, value in of_type.items() if key != "palette"}
     return {**of_type, **own}
+
+
+def _palette(metainfo: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    """Red, green and blue of each class by its name; a palette of another length is of the classes that it reaches."""
+    return dict(zip(metainfo.get("classes") or (), metainfo.get("palette") or (), strict=False))
 
 
 def _plain(name: str) -> str:
