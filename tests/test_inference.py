@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ pytest.importorskip("mmengine")
 
 from mmengine.config import Config
 
-from backbones.mm.app.cli import load_config
+from backbones.mm.app import cli
 from backbones.mm.app.inference import build_model, load_predictor, task_of
 from tests.scripts import call_tool
 
@@ -31,8 +30,7 @@ CONFIGS = {
 def read_config(task: str) -> Config:
     if task != "classification":
         pytest.importorskip("mmdet" if task == "detection" else "mmseg")
-    options = {"cfg_options": None, "launcher": "none", "verbose": False, "work_dir": None}
-    return load_config(argparse.Namespace(config=CONFIGS[task], **options))
+    return cli.read_config(CONFIGS[task])
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ pytest.importorskip("mmseg")
 
 from backbones import zoo
 from backbones.analysis.flops import ModelCost, count
-from backbones.mm.app.cli import load_config
+from backbones.mm.app.cli import read_config
 from backbones.mm.app.cost import count_config
 from tests.scripts import load_tool
 
@@ -26,8 +25,7 @@ POSITIONS = sum(height * width for height, width in LEVELS)
 
 
 def cost(name: str, size: tuple[int, int] | None = None) -> ModelCost:
-    options = {"cfg_options": None, "launcher": "none", "verbose": False, "work_dir": None}
-    return count_config(load_config(argparse.Namespace(config=ROOT / name, **options)), size)
+    return count_config(read_config(ROOT / name), size)
 
 
 def test_a_detector_is_the_sum_of_its_parts() -> None:

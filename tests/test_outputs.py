@@ -68,7 +68,7 @@ def test_tools_refuse_an_unwritable_picture_first(
     def work(*_: Any) -> None:
         raise AssertionError("work before the refusal")
 
-    for function in ("load_config", "read_run", "picture_of_orders"):
+    for function in ("read_config", "read_run", "picture_of_orders"):
         if hasattr(module, function):
             monkeypatch.setattr(module, function, work)
     assert status(module, name, command_lines(wrong[kind])[name], monkeypatch) == 2

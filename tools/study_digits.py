@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from backbones.commands import digits  # noqa: E402
 from backbones.commands.bench.measure import conditions  # noqa: E402
 from backbones.commands.benchmark import write_csv  # noqa: E402
-from backbones.mm.app.cli import load_config  # noqa: E402
+from backbones.mm.app.cli import read_config  # noqa: E402
 from backbones.mm.engine.runner import Runner  # noqa: E402
 
 Row = dict[str, object]
@@ -104,10 +104,7 @@ def _top1(runner: Runner) -> float:
 
 
 def _runner(config: str, folder: Path, seed: int, epochs: int, options: dict[str, Any]) -> Runner:
-    read = argparse.Namespace(
-        config=str(ROOT / "configs" / config), cfg_options=None, work_dir=str(folder), launcher="none", verbose=False
-    )
-    cfg = load_config(read)
+    cfg = read_config(ROOT / "configs" / config, work_dir=str(folder))
     cfg.merge_from_dict({"randomness.seed": seed, "train_cfg.max_epochs": epochs, **options})
     for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if cfg.get(loader) is not None:

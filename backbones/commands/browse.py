@@ -25,7 +25,7 @@ from torch import Tensor
 from backbones.commands.outputs import unwritable
 from backbones.images import PICTURE_SUFFIXES
 from backbones.mm.app import pictures
-from backbones.mm.app.cli import load_config, run_tool
+from backbones.mm.app.cli import read_config, run_tool
 from backbones.mm.app.colors import ClassColors, stated_metainfo
 from backbones.mm.app.console import hidden_prints
 from backbones.mm.errors import UserError
@@ -129,8 +129,7 @@ def run(args: argparse.Namespace) -> None:
     if reason := unwritable(out, *PICTURE_SUFFIXES):
         raise UserError(f"--out: {reason}")
     loader = f"{args.loader}_dataloader"
-    common = argparse.Namespace(**vars(args), launcher="none", verbose=False, work_dir=None)
-    config = load_config(common, [loader])
+    config = read_config(args.config, [loader], args.cfg_options)
     figure = draw_samples(config, loader, args.count, args.seed)
     pictures.save(figure, out)
     print(out)

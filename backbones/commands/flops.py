@@ -47,11 +47,10 @@ def _values(cost: Cost) -> tuple[str, ...]:
 
 
 def _count_config(file: str, size: tuple[int, int] | None) -> ModelCost:
-    from backbones.mm.app.cli import load_config
+    from backbones.mm.app.cli import read_config
     from backbones.mm.app.cost import count_config
 
-    options = {"cfg_options": None, "launcher": "none", "verbose": False, "work_dir": None}
-    return count_config(load_config(argparse.Namespace(config=file, **options)), size)
+    return count_config(read_config(file), size)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -23,7 +23,7 @@ from mmengine.config import DictAction
 from backbones.commands.outputs import unwritable, unwritable_folder
 from backbones.images import PICTURE_SUFFIXES
 from backbones.mm.app import pictures
-from backbones.mm.app.cli import load_config, run_tool
+from backbones.mm.app.cli import read_config, run_tool
 from backbones.mm.app.inference import Predictor, load_predictor, read_image
 from backbones.mm.engine.report import find_best
 from backbones.mm.errors import UserError
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
         read_image(path)
     if args.topk < 1:
         raise UserError(f"--topk: got {args.topk}, expected at least 1")
-    config = load_config(argparse.Namespace(**vars(args), launcher="none", verbose=False, work_dir=None))
+    config = read_config(args.config, options=args.cfg_options)
     checkpoint = Path(args.checkpoint)
     predictor = load_predictor(config, find_best(checkpoint) if checkpoint.is_dir() else checkpoint)
     if not single:

@@ -76,15 +76,13 @@ def load_subject(args: argparse.Namespace) -> Subject:
 
 
 def _from_config(args: argparse.Namespace) -> Subject:
-    from backbones.mm.app.cli import load_config
+    from backbones.mm.app.cli import read_config
     from backbones.mm.app.inference import build_model
     from backbones.mm.engine.checkpoints import load_weights, read_checkpoint, select_state_dict
 
     if args.pretrained:
         raise ValueError("--pretrained is for models of timm's; a config takes --checkpoint FILE")
-    config = load_config(
-        argparse.Namespace(config=args.model, cfg_options=None, launcher="none", verbose=False, work_dir=None)
-    )
+    config = read_config(args.model)
     model = build_model(config)
     if args.checkpoint:
         load_weights(model, select_state_dict(read_checkpoint(args.checkpoint), args.checkpoint), args.checkpoint)

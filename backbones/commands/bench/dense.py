@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backbones.commands.bench.measure import ParityError
 from backbones.mm import Runner
-from backbones.mm.app.cli import load_config
+from backbones.mm.app.cli import read_config
 
 COLUMNS = ("step_ms", "images_s", "peak_mib")
 WARM_UP = 3
@@ -43,9 +43,7 @@ def bench_dense(args: argparse.Namespace, progress: Progress) -> list[dict[str, 
 
 
 def _row(path: Path, args: argparse.Namespace) -> dict[str, object]:
-    config = load_config(
-        argparse.Namespace(config=path, cfg_options=None, launcher="none", work_dir=None, verbose=False)
-    )
+    config = read_config(path)
     size = args.size or _size(config.train_dataloader.dataset)
     batch = args.batch or config.train_dataloader.batch_size
     row = {"config": path.stem, "images": f"{batch} x {size[0]} x {size[1]}"} | dict.fromkeys(COLUMNS)

@@ -39,37 +39,51 @@ def add_common_arguments(parser: ArgumentParser) -> None:
 
 
 def load_config(args: Namespace, loaders: Sequence[str] = ()) -> Config:
-    """Read ``args.config``, apply the common arguments, and check packages and data.
+    """`read_config` with ``args.config`` and the arguments of `add_common_arguments`."""
+    return read_config(args.config, loaders, args.cfg_options, args.work_dir, args.launcher, args.verbose)
+
+
+def read_config(
+    name: str | Path,
+    loaders: Sequence[str] = (),
+    options: dict[str, Any] | None = None,
+    work_dir: str | None = None,
+    launcher: str = "none",
+    verbose: bool = False,
+) -> Config:
+    """Read a config, change it, and check packages and data.
 
     Args:
-        args: its ``config`` is a file, the name of a config that comes with the package, or the work directory of a
-            run, which holds the run's config.
+        name: a file, the name of a config that comes with the package, or the work directory of a run, which holds the
+            run's config.
         loaders: data loaders that are going to be used, such as "test_dataloader"; their annotations are checked
             unless the config says ``check_annotations=False``.
+        options: what ``--cfg-options`` says.
+        work_dir: None is that of the run or of the config, or one that is called as the config.
 
     Raises:
         UserError: no such config, an option or numbers of classes that cannot be meant, a package that is missing, a
             data folder that does not exist, or annotations that do not match.
     """
     try:
-        path = configs.find(args.config)
+        path = configs.find(name)
     except ValueError as error:
         raise UserError(str(error)) from None
     try:
         config = Config.fromfile(path)
     except ImportError as error:
         raise UserError(f"config {path} imports what is not installed: {error}") from error
-    config.verbose = args.verbose
+    config.verbose = verbose
     _import_packages(config)  # whose types tell what options there are
-    options = args.cfg_options or {}
+    options = options or {}
     check_options(config, options)
     config.merge_from_dict(options)
     spread_classes(config, options)
-    config.launcher = args.launcher
-    run = args.config if Path(args.config).is_dir() else None
-    config.work_dir = args.work_dir or run or config.get("work_dir") or str(Path("work_dirs", path.stem))
+    config.launcher = launcher
+    run = str(name) if Path(name).is_dir() else None
+    config.work_dir = work_dir or run or config.get("work_dir") or str(Path("work_dirs", path.stem))
     _import_packages(config)
-    for root in sorted({root for name in loaders for root in _data_roots(config.get(name))}):
+    for root in sorted({root for loader in loaders for root in _data_roots(config.get(loader))}):
         if not Path(root).is_dir():
             raise UserError(f"data folder {root} does not exist; {config.get('data_hint', 'set data_root')}")
     if loaders:

@@ -25,7 +25,7 @@ def count_config(config: Config, size: tuple[int, int] | None = None) -> ModelCo
     and heads for training alone.
 
     Args:
-        config: of :func:`backbones.mm.app.cli.load_config`.
+        config: of :func:`backbones.mm.app.cli.read_config`.
         size: height and width in pixels. By default that of the test pipeline, but 800 x 1280 where images have at most
             1333 x 800 pixels, which is what authors state.
 

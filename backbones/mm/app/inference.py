@@ -66,7 +66,7 @@ def load_predictor(config: Config, checkpoint: str | Path) -> Predictor:
     """Builds the model of ``config``, loads ``checkpoint`` into it in full, and makes the pipeline of its test data.
 
     Args:
-        config: of :func:`backbones.mm.app.cli.load_config`.
+        config: of :func:`backbones.mm.app.cli.read_config`.
         checkpoint: of a training run, or weights alone.
 
     Raises:
