@@ -17,7 +17,7 @@ from mmengine.structures import InstanceData, PixelData
 from rich.progress import Progress
 from torch import Tensor
 
-from backbones.commands.bench.measure import ParityError
+from backbones.commands.bench.measure import ParityError, wait
 from backbones.mm import Runner
 from backbones.mm.app.cli import read_config
 
@@ -73,17 +73,12 @@ def _steps(config: Config, batch: int, size: Sequence[int], args: argparse.Names
         optim_wrapper = runner.build_optim_wrapper(config.optim_wrapper)
         times = []
         for _ in range(WARM_UP + args.rounds):
-            _wait(args.device)
+            wait(args.device)
             start = time.perf_counter()
             runner.model.train().train_step(data, optim_wrapper)
-            _wait(args.device)
+            wait(args.device)
             times.append(time.perf_counter() - start)
     return times
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def _size(dataset: Any) -> Sequence[int]:

@@ -6,7 +6,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 
 import timm
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import backbones
-from backbones.commands.bench.measure import ParityError, check_parity
+from backbones.commands.bench.measure import ParityError, check_parity, train_step
 from backbones.models import family_names
 
 HOST_BATCH = 2  # so little work that nothing waits for the GPU
@@ -24,7 +23,6 @@ COLUMNS = (
     *("model", "mode", "launches_inference", "launches_training", "host_inference_ms", "host_training_ms"),
     *("inference_img_s", "training_img_s", "gpu_training_ms", "peak_inference_mib", "peak_training_mib"),
 )
-_autocast = partial(torch.autocast, "cuda", torch.bfloat16)
 
 
 class Contestant:
@@ -41,16 +39,12 @@ class Contestant:
     @torch.no_grad()
     def infer(self) -> Tensor:
         """Logits in evaluation mode."""
-        with _autocast():
+        with torch.autocast("cuda", torch.bfloat16):
             return self.model.eval()(self.images)
 
     def train(self) -> None:
         """Forward, backward and one step of AdamW."""
-        with _autocast():
-            outputs = self.model.train()(self.images)
-        torch.stack([x.float().square().mean() for x in _tensors(outputs)]).sum().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        train_step(self.model.train(), self.images, self.optimizer)
 
 
 def bench_gpu(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
@@ -132,7 +126,3 @@ def _peak(call: Callable[[], object]) -> int:
         call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() >> 20
-
-
-def _tensors(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 
 import backbones
 from backbones import ops
@@ -48,8 +48,7 @@ def medians(
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
     def now() -> float:
-        if device != "cpu":
-            torch.cuda.synchronize()
+        wait(device)
         return clock()
 
     times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -62,6 +61,22 @@ def medians(
             progress.advance(task)
     progress.remove_task(task)
     return {name: statistics.median(values[2:]) for name, values in times.items()}
+
+
+def wait(device: str) -> None:
+    """Returns when everything that was launched on a GPU is done."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def train_step(model: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Forward in bfloat16 autocast, backward of a loss that every output enters, and a step of the optimizer."""
+    with torch.autocast(images.device.type, torch.bfloat16):
+        outputs = model(images)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.stack([x.float().square().mean() for x in outputs]).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def limits(rounds: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import backbones
-from backbones.commands.bench.measure import ROOT, ParityError
+from backbones.commands.bench.measure import ROOT, ParityError, train_step, wait
 from backbones.commands.bench.models import options_of
 
 MODES = ("eager", "graphs")
@@ -67,25 +67,16 @@ class Training:
             self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.images = torch.randn(batch, 3, size, size, device=device)
-        self.device = device
+        self.device = device.type
 
     def run(self, steps: int) -> float:
         """Seconds of a step, once everything before is done."""
-        self._wait()
+        wait(self.device)
         start = time.perf_counter()
         for _ in range(steps):
-            with torch.autocast(self.device.type, torch.bfloat16):
-                outputs = self.model(self.images)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            torch.stack([x.float().square().mean() for x in outputs]).sum().backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self._wait()
+            train_step(self.model, self.images, self.optimizer)
+        wait(self.device)
         return (time.perf_counter() - start) / steps
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def measure(name: str, mode: str, device_type: str, batch: int, size: int, rounds: int) -> None:
