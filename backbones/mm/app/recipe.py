@@ -12,6 +12,7 @@ import numpy as np
 import timm
 import torch
 
+from backbones import configs
 from backbones.mm.data.datasets import ArrayFolder, ImageFolder, class_folders
 from backbones.mm.errors import UserError
 from backbones.mm.models.dense import fetch_weights
@@ -228,7 +229,7 @@ def write(recipe: Recipe, data: Data, file: Path) -> str:
     groups = (
         "" if recipe.weights is None else "\n    paramwise_cfg=dict(layer_decay=0.9),  # early layers learn more slowly"
     )
-    return _CONFIG.format(
+    chosen = _CONFIG.format(
         file=file,
         classes=data.classes,
         root=data.root.as_posix(),
@@ -260,14 +261,15 @@ def write(recipe: Recipe, data: Data, file: Path) -> str:
         groups=groups,
         topk="(1, 5)" if data.classes > 5 else "(1,)",
     )
+    # Its text and not its name: the config stands on its own.
+    runtime = configs.folder() / "_base_" / "default_runtime.py"
+    return f"{chosen}\n{runtime.read_text(encoding='utf-8')}"
 
 
 _WARM_UP = """    dict(type="LinearLR", start_factor=1e-3, by_epoch=True, end={warmup}, convert_to_iter_based=True),
 """
 _CONFIG = """\
 # Edit this file as you like, and train with it: ssm-backbones train {file}
-custom_imports = dict(imports=["backbones", "backbones.mm"], allow_failed_imports=False)
-default_scope = "mmengine"
 
 num_classes = {classes}
 data_root = "{root}"
@@ -337,29 +339,4 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-
-default_hooks = dict(
-    logger=dict(type="LoggerHook", interval=50),
-    checkpoint=dict(
-        type="CheckpointHook",
-        interval=1,
-        max_keep_ckpts=2,
-        save_best="auto",
-        backend_args=dict(backend="atomic"),
-    ),
-    finite_loss=dict(type="FiniteLossHook"),
-    resume=dict(type="ResumeHook"),
-    progress=dict(type="ProgressHook"),
-    report=dict(type="ReportHook"),
-)
-visualizer = dict(
-    type="Visualizer",
-    vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")],
-)
-env_cfg = dict(
-    cudnn_benchmark=False,
-    mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
-    dist_cfg=dict(backend="nccl"),
-)
-randomness = dict(seed=0)
 """
