@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("mmengine")
 
 from backbones.mm import ImageClassifier, ImagePreprocessor, UserError, WeightedCrossEntropy
-from backbones.mm.engine.hooks import LabelRangeHook
+from backbones.mm.engine.hooks import ClassWeightsHook
 
 NETWORK = {"name": "test_vit", "img_size": 16, "patch_size": 8, "num_classes": 4}
 HARD = {"type": "LabelSmoothingCrossEntropy", "smoothing": 0.1}
@@ -204,5 +204,5 @@ class Labels:
 def test_training_images_are_counted_when_training_begins() -> None:
     model = ImageClassifier(network=NETWORK, loss={"type": "WeightedCrossEntropy"})
     runner: Any = SimpleNamespace(model=model, train_dataloader=SimpleNamespace(dataset=Labels()))
-    LabelRangeHook().before_train(runner)
+    ClassWeightsHook().before_train(runner)
     assert model.criterion.weight.tolist() == [2.0, 1.0, 2.0, 0.5]

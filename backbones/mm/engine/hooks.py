@@ -143,8 +143,7 @@ class FiniteLossHook(Hook):
 
 
 class LabelRangeHook(Hook):
-    """Stops a run whose network has another number of classes than the data, or whose label maps hold more of them;
-    and counts the labels for a loss that asks for it.
+    """Stops a run whose network has another number of classes than the data, or whose label maps hold more of them.
 
     The loss would end with an index error, on a GPU one that names nothing; IoU would not count such pixels.
     """
@@ -157,12 +156,6 @@ class LabelRangeHook(Hook):
             raise UserError(
                 f"model.network has num_classes={found}, the data set of train_dataloader {len(classes)} classes"
             )
-
-        criterion = getattr(model, "criterion", None)
-        if isinstance(criterion, WeightedCrossEntropy):
-            dataset = runner.train_dataloader.dataset
-            labels = [dataset.get_data_info(i)["gt_label"] for i in range(len(dataset))]
-            criterion.count(torch.bincount(torch.tensor(labels), minlength=found or 0))
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         self._check(runner.train_dataloader.dataset, data_batch)
@@ -188,6 +181,18 @@ class LabelRangeHook(Hook):
                     f"label map {sample.get('seg_map_path')} holds label {int(wrong.max())} (as the model gets it), "
                     f"expected 0 to {len(classes) - 1}, or 255 for none; check classes and reduce_zero_label"
                 )
+
+
+class ClassWeightsHook(Hook):
+    """Counts the training images of each class for a loss that weighs them."""
+
+    def before_train(self, runner: Runner) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        criterion = getattr(model, "criterion", None)
+        if isinstance(criterion, WeightedCrossEntropy):
+            dataset = runner.train_dataloader.dataset
+            labels = [dataset.get_data_info(i)["gt_label"] for i in range(len(dataset))]
+            criterion.count(torch.bincount(torch.tensor(labels), minlength=model.network.num_classes))
 
 
 @HOOKS.register_module()

@@ -30,7 +30,7 @@ from backbones.mm.engine.checkpoints import (
     require_folder,
     select_state_dict,
 )
-from backbones.mm.engine.hooks import LabelRangeHook
+from backbones.mm.engine.hooks import ClassWeightsHook, LabelRangeHook
 from backbones.mm.engine.resume import overridden, read_settings, require_same_groups, require_same_kind
 from backbones.mm.errors import UserError
 from backbones.weights import CheckpointError
@@ -104,6 +104,7 @@ class Runner(mmengine.runner.Runner):
     def register_default_hooks(self, hooks: dict[str, Any] | None = None) -> None:
         super().register_default_hooks(hooks)
         self.register_hook(LabelRangeHook())
+        self.register_hook(ClassWeightsHook())
 
     scaled_lr: tuple[float, int, int] | None = None
     """Factor of the learning rate, images of a step, and those of the recipe, if ``auto_scale_lr`` is enabled."""
