@@ -198,9 +198,7 @@ class ReducedPass:
         self._cells: Tensor | None = None  # (b, l) the cell of each token, -1 for a class token; None: all are there
         self.subset: Subset | None = None  # the same, for orders of a grid
         if cells is not None:
-            self._lose(
-                cells if self._class is None else inserted(cells, torch.full_like(cells[:, :1], -1), self._class)
-            )
+            self._lose(self._with_class_token(cells))
         self._owner: Tensor | None = None  # (b, patches) of each cell, the patch that it was merged into
         self._size: Tensor | None = None  # (b, patches left, 1) how many tokens were merged into each
         self._evidence: Tensor | None = None  # of the block in front: scores (b, l), or what it adds (b, l, c)
