@@ -1,5 +1,6 @@
 """CONTRIBUTING's six steps, for every family: a failure names the step that is missing."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -53,6 +54,10 @@ def test_the_family_file(module: str) -> None:
     text = (ROOT / "backbones" / "models" / f"{module}.py").read_text(encoding="utf-8")
     assert timm.list_models(module=module), step(3, module, "@register_model functions")
     assert "arXiv:" in text or "arxiv" in text, step(3, module, "the paper in the docstring")
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("_create_"):
+            lines = 1 + (node.end_lineno or 0) - node.lineno  # from its `def` to its last line
+            assert lines <= 12, step(3, module, f"{node.name} of at most 12 lines, got {lines}")
 
 
 def test_key_rules_and_recordings(module: str) -> None:

@@ -28,7 +28,7 @@ def build_model(
     ones are the plain ones, and would stop checking names as soon as the number of classes differs.
 
     Args:
-        model_cls: class of the model, called with ``kwargs``.
+        model_cls: class of the model, called with its ``defaults`` and ``kwargs``.
         variant: registered name.
         pretrained: load the weights that the pretrained configuration points to.
         scan: how the mixers scan; every other operator of the model runs on its backend, too.
@@ -65,5 +65,5 @@ def build_model(
         pretrained=False,
         pretrained_cfg=cfg.to_dict(),
         feature_cfg={"out_indices": model_cls.feature_indices, "feature_cls": "getter"},
-        **kwargs,
+        **{**model_cls.defaults, **kwargs},
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
 import timm
@@ -52,6 +52,9 @@ def refuse_onnx_export() -> None:
 
 class Backbone(TakesOfficialLayout):
     """The part of timm's contract that does not depend on the shape of the features."""
+
+    # Arguments of the constructor that the family's models have, unless a model or its caller gives others.
+    defaults: ClassVar[Mapping[str, Any]] = {}
 
     weight_keys: ClassVar[Sequence[str]] = WEIGHT_KEYS  # where the authors' training states keep the published weights
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from backbones.layers.tracing import Opaque
-from backbones.patterns import ScanPattern, checked_pattern
+from backbones.patterns import ScanPattern, backwards, checked_pattern
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Scan:
         given = "pattern" in options
         scan = cls.pop(options, defaults[0])
         return [scan if given else replace(scan, pattern=pattern) for pattern in defaults]
+
+    def backwards(self) -> Scan:
+        """This along the same orders, each from its last step to its first."""
+        return replace(self, pattern=backwards(self.pattern))
 
     def of_one_order(self) -> Scan:
         """This, for mixers that scan once.

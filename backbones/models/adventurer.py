@@ -14,9 +14,8 @@ feed-forward layer.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from backbones.layers.constructor import Constructor
 from backbones.layers.mamba import token_norm
 from backbones.layers.scan import OnBackend
 from backbones.ops import silu_gate
-from backbones.patterns import FORWARD, backwards
+from backbones.patterns import FORWARD
 from backbones.patterns.subset import Subset
 from backbones.weights import ONE_ORDER, KeyRule, Layout
 from backbones.zoo import default_cfgs as zoo_cfgs
@@ -71,6 +70,7 @@ class AdventurerBlock(MambaBlock):
 class Adventurer(PlainBackbone):
     """Adventurer. See :class:`backbones.base.PlainBackbone` for its arguments."""
 
+    defaults: ClassVar = {"class_token_position": "last"}
     dense_tap = "stream"
     key_rules = (
         KeyRule("layers.{}.mixer.conv1d.weight", "blocks.{}.mixer.conv_weight", _SWAP_FIRST),
@@ -82,19 +82,16 @@ class Adventurer(PlainBackbone):
 
 
 def _create_adventurer(
-    variant: str, pretrained: bool = False, *, flip_layers: Collection[int] = (2, 3), d_state: int = 64, **kwargs: Any
-) -> nn.Module:
+    variant: str, pretrained: bool, *, depth: int = 12, flip_layers: Collection[int] = (2, 3), d_state: int = 64,
+    **kwargs: Any,
+) -> nn.Module:  # fmt: skip
     """``flip_layers``: the blocks that walk the patches backwards, counted from 0; the model may be shallower."""
     if not all(isinstance(i, int) and i >= 0 for i in flip_layers):
         raise ValueError(f"flip_layers: got {flip_layers}, expected numbers of blocks, counted from 0")
-    own: dict[str, Any] = {"depth": 12, "class_token_position": "last"} | kwargs
-    there = Scan.pop(own, FORWARD)
-    back = replace(there, pattern=backwards(there.pattern))
-    mixers = (
-        partial(Mamba2Mixer, scan=back if i in flip_layers else there, d_state=d_state) for i in range(own["depth"])
-    )
-    blocks = [partial(AdventurerBlock, mixer=mixer) for mixer in mixers]
-    return build_model(Adventurer, variant, pretrained, scan=there, block=blocks, **own)
+    scan = Scan.pop(kwargs, FORWARD)
+    scans = [scan.backwards() if i in flip_layers else scan for i in range(depth)]
+    blocks = [partial(AdventurerBlock, mixer=partial(Mamba2Mixer, scan=each, d_state=d_state)) for each in scans]
+    return build_model(Adventurer, variant, pretrained, scan=scan, block=blocks, depth=depth, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("adventurer"))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +145,8 @@ def _convolutional_stage_rules(stage: int, depth: int) -> list[KeyRule]:
 class EfficientVMamba(HierarchicalBackbone):
     """EfficientVMamba. See :class:`backbones.base.HierarchicalBackbone` for its arguments."""
 
+    defaults: ClassVar = {"stem": PatchStem, "downsample": PatchMerging}
+
     @property
     def key_rules(self) -> Sequence[KeyRule]:  # type: ignore[override]
         """Official names, which depend on the depths of the convolutional stages."""
@@ -155,13 +157,12 @@ class EfficientVMamba(HierarchicalBackbone):
 
 
 def _create_efficientvmamba(
-    variant: str, pretrained: bool = False, *, d_state: int = 16, ssm_ratio: float = 2.0, **kwargs: Any
+    variant: str, pretrained: bool, *, d_state: int = 16, ssm_ratio: float = 2.0, **kwargs: Any
 ) -> nn.Module:
     scan = Scan.pop(kwargs, ATROUS)
     scanning = partial(EVSSBlock, mixer=partial(SS2D, scan=scan, d_state=d_state, ssm_ratio=ssm_ratio))
     blocks = (scanning, scanning, InvertedResidual, InvertedResidual)
-    parts: dict[str, Any] = {"stem": PatchStem, "block": blocks, "downsample": PatchMerging}
-    return build_model(EfficientVMamba, variant, pretrained, scan=scan, **parts, **kwargs)
+    return build_model(EfficientVMamba, variant, pretrained, scan=scan, block=blocks, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("efficientvmamba"))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import DropPath, Mlp, SelectAdaptivePool2d
@@ -225,6 +225,7 @@ class GroupMamba(HierarchicalBackbone):
     The final norm belongs to the head: features of the last stage are not normalised.
     """
 
+    defaults: ClassVar = {"downsample": ConvDownsample, "stage_norm": _norm, "final_norm": nn.Identity}
     head_modules = ("head.norm", "head.class_block")
     dense_norm = _norm
     dense_rules = (KeyRule("head.norm.{}", "out_norms.3.{}"),)  # stages before the last end in a norm of the model
@@ -273,26 +274,15 @@ class GroupMamba(HierarchicalBackbone):
 
 
 def _create_groupmamba(
-    variant: str,
-    pretrained: bool = False,
-    *,
-    d_state: int = 1,
-    mlp_ratios: Sequence[float] = (8, 8, 4, 4),
-    stem_dim: int = 64,
-    distillation: bool = True,
-    **kwargs: Any,
-) -> nn.Module:
+    variant: str, pretrained: bool, *, d_state: int = 1, mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+    stem_dim: int = 64, distillation: bool = True, **kwargs: Any,
+) -> nn.Module:  # fmt: skip
     scan = Scan.pop(kwargs, CROSS)
     mixer = partial(GroupMambaLayer, scan=scan, d_state=d_state)
     blocks = [partial(GroupMambaBlock, mixer=mixer, mlp_ratio=ratio) for ratio in mlp_ratios]
-    parts: dict[str, Any] = {
-        "stem": partial(GroupStem, hidden_dim=stem_dim),
-        "block": blocks,
-        "downsample": ConvDownsample,
-    }
-    ends: dict[str, Any] = {"stage_norm": _norm, "final_norm": nn.Identity}
+    stem = partial(GroupStem, hidden_dim=stem_dim)
     head = partial(DistilledHead, mixer=mixer, distillation=distillation)
-    return build_model(GroupMamba, variant, pretrained, scan=scan, **parts, **ends, head=head, **kwargs)
+    return build_model(GroupMamba, variant, pretrained, scan=scan, stem=stem, block=blocks, head=head, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("groupmamba"))

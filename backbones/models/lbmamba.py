@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -28,7 +27,7 @@ from backbones.base import PlainBackbone, build_model
 from backbones.layers import LayerNorm, MambaBlock, MambaMixer, Scan
 from backbones.layers.attention import attention
 from backbones.layers.scan import OnBackend
-from backbones.patterns import FORWARD, backwards
+from backbones.patterns import FORWARD
 from backbones.weights import ONE_ORDER, KeyRule, Layout, Weights
 from backbones.zoo import default_cfgs as zoo_cfgs
 
@@ -91,6 +90,7 @@ class LatentAttentionPool(OnBackend, nn.Module):
 class LBVim(PlainBackbone):
     """Locally bi-directional Vim. See :class:`backbones.base.PlainBackbone` for its arguments."""
 
+    defaults: ClassVar = {"class_token": False, "global_pool": "avg"}
     key_rules: ClassVar[Sequence[KeyRule]] = (
         KeyRule(_MIXER + "conv1d.weight", _OURS + "conv_weight", _SWAP_FIRST),
         KeyRule(_MIXER + "conv1d.bias", _OURS + "conv_bias", ONE_ORDER),
@@ -124,15 +124,14 @@ class LBVimAttentionHead(LBVim):
 
 
 def _create_lbvim(
-    variant: str, pretrained: bool = False, *, model_cls: type[LBVim] = LBVim, d_state: int = 16, **kwargs: Any
+    variant: str, pretrained: bool, *, model_cls: type[LBVim] = LBVim, d_state: int = 16, **kwargs: Any
 ) -> nn.Module:
     """``pattern`` is the one order that even blocks walk, and odd blocks backwards."""
     kwargs["local_window"] = _checked_window(kwargs.get("local_window"))
-    there = Scan.pop(kwargs, FORWARD)
-    back = replace(there, pattern=backwards(there.pattern))
-    blocks = [partial(MambaBlock, mixer=partial(MambaMixer, scan=scan, d_state=d_state)) for scan in (there, back)]
-    own: dict[str, Any] = {"class_token": False, "global_pool": "avg"}
-    return build_model(model_cls, variant, pretrained, scan=there, block=blocks, **(own | kwargs))
+    scan = Scan.pop(kwargs, FORWARD)
+    mixers = [partial(MambaMixer, scan=each, d_state=d_state) for each in (scan, scan.backwards())]
+    blocks = [partial(MambaBlock, mixer=mixer) for mixer in mixers]
+    return build_model(model_cls, variant, pretrained, scan=scan, block=blocks, **kwargs)
 
 
 def _checked_window(local_window: int | None) -> int | Callable[[int], int]:

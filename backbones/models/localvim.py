@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import trunc_normal_
@@ -71,6 +71,9 @@ def _of_each_direction(name: str) -> tuple[str, ...]:
 class LocalVim(PlainBackbone):
     """LocalVim. See :class:`backbones.base.PlainBackbone` for its arguments."""
 
+    defaults: ClassVar = {
+        "depth": 20, "class_token": False, "global_pool": "avg", "rope": True, "dynamic_img_pad": True
+    }  # fmt: skip
     key_rules = (
         KeyRule(_of_each_direction("conv1d_{}.weight"), _OURS + "conv_weight", SQUEEZE_1),
         KeyRule(_of_each_direction("conv1d_{}.bias"), _OURS + "conv_bias"),
@@ -104,19 +107,15 @@ class LocalVim(PlainBackbone):
 
 
 def _create_localvim(
-    variant: str, pretrained: bool = False, *, directions: Directions, d_state: int = 16, **kwargs: Any
+    variant: str, pretrained: bool, *, directions: Directions, d_state: int = 16, **kwargs: Any
 ) -> nn.Module:
     """``directions`` lists the directions of each layer, see :func:`backbones.patterns.directions`; layers use the
     lists in turn.
     """
     scans = Scan.pop_each(kwargs, [directions_pattern(*names) for names in directions])
-    blocks = [
-        partial(MambaBlock, mixer=partial(MambaMixer, scan=scan, d_state=d_state, merge=BiAttn)) for scan in scans
-    ]
-    own: dict[str, Any] = {
-        "depth": 20, "class_token": False, "global_pool": "avg", "rope": True, "dynamic_img_pad": True
-    }  # fmt: skip
-    return build_model(LocalVim, variant, pretrained, scan=scans[0], block=blocks, **(own | kwargs))
+    mixers = [partial(MambaMixer, scan=scan, d_state=d_state, merge=BiAttn) for scan in scans]
+    blocks = [partial(MambaBlock, mixer=mixer) for mixer in mixers]
+    return build_model(LocalVim, variant, pretrained, scan=scans[0], block=blocks, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("localvim"))

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import accumulate
-from typing import Any
+from itertools import cycle, islice
+from typing import Any, ClassVar
 
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
@@ -95,6 +95,7 @@ SMALL: Directions = [
 class LocalVMamba(HierarchicalBackbone):
     """LocalVMamba. See :class:`backbones.base.HierarchicalBackbone` for its arguments."""
 
+    defaults: ClassVar = {"stem": PatchStem, "downsample": PatchMerging}
     key_rules = (
         KeyRule("layers.{}.blocks.{}.op.multi_scan.attn.{*}", "stages.{}.blocks.{}.mixer.merge.{*}"),
         *PATCH_STEM,
@@ -106,26 +107,16 @@ class LocalVMamba(HierarchicalBackbone):
 
 
 def _create_localvmamba(
-    variant: str,
-    pretrained: bool = False,
-    *,
-    directions: Directions,
-    depths: Sequence[int],
-    d_state: int = 16,
-    ssm_ratio: float = 2.0,
-    **kwargs: Any,
-) -> nn.Module:
+    variant: str, pretrained: bool, *, directions: Directions, depths: Sequence[int], d_state: int = 16,
+    ssm_ratio: float = 2.0, **kwargs: Any,
+) -> nn.Module:  # fmt: skip
     """``directions`` lists the directions of each block, see :func:`backbones.patterns.directions`; blocks, numbered
     through the stages, use the lists in turn.
     """
     scans = Scan.pop_each(kwargs, [directions_pattern(*names) for names in directions])
-    mixers = [partial(SS2D, scan=scan, d_state=d_state, ssm_ratio=ssm_ratio, merge=BiAttn) for scan in scans]
-    blocks = [
-        [partial(VSSBlock, mixer=mixers[i % len(mixers)]) for i in range(end - depth, end)]
-        for depth, end in zip(depths, accumulate(depths), strict=True)
-    ]
-    parts: dict[str, Any] = {"stem": PatchStem, "block": blocks, "downsample": PatchMerging, "depths": depths}
-    return build_model(LocalVMamba, variant, pretrained, scan=scans[0], **parts, **kwargs)
+    in_turn = cycle(partial(SS2D, scan=scan, d_state=d_state, ssm_ratio=ssm_ratio, merge=BiAttn) for scan in scans)
+    blocks = [[partial(VSSBlock, mixer=mixer) for mixer in islice(in_turn, depth)] for depth in depths]
+    return build_model(LocalVMamba, variant, pretrained, scan=scans[0], block=blocks, depths=depths, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("localvmamba"))

@@ -15,7 +15,7 @@ sum instead of one for each, nearest instead of bilinear upsampling, and, but fo
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
@@ -83,6 +83,7 @@ def _block_rules(*groups: str) -> tuple[KeyRule, ...]:
 class MSVMamba(HierarchicalBackbone):
     """MSVMamba as first published. See :class:`backbones.base.HierarchicalBackbone` for its arguments."""
 
+    defaults: ClassVar = {"stem": PatchStem, "downsample": PatchMerging}
     key_rules = (*PATCH_STEM, *PATCH_MERGING, *_block_rules("ssm_low", "ssm_full"), *CLASSIFIER)
 
     def init_weights(self) -> None:
@@ -97,42 +98,29 @@ class MSVMamba(HierarchicalBackbone):
 class MSVMambaV3(MSVMamba):
     """MSVMamba's NeurIPS version. See :class:`backbones.base.HierarchicalBackbone` for its arguments."""
 
+    defaults: ClassVar = {"stem": ConvStem, "downsample": ConvDownsample}
     key_rules = (*CONV_STEM, *CONV_DOWNSAMPLE, *_block_rules("ssm_full", "ssm_low"), *CLASSIFIER)
     weight_keys = ("model_ema", *WEIGHT_KEYS)  # what this branch of the original evaluates
 
 
 def _create_msvmamba(
-    variant: str,
-    pretrained: bool = False,
-    *,
-    d_state: int = 1,
-    ssm_ratio: float = 2.0,
-    mlp_ratio: float = 2.0,
-    **kwargs: Any,
+    variant: str, pretrained: bool, *, d_state: int = 1, ssm_ratio: float = 2.0, mlp_ratio: float = 2.0, **kwargs: Any
 ) -> nn.Module:
     scan = Scan.pop(kwargs, MULTI_SCALE)
     mixer = partial(MultiScaleSS2D, scan=scan, d_state=d_state, ssm_ratio=ssm_ratio)
     block = partial(VSSBlock, mixer=mixer, mlp=partial(ConvFFN, residual=True), mlp_ratio=mlp_ratio)
-    parts: dict[str, Any] = {"stem": PatchStem, "block": block, "downsample": PatchMerging}
-    return build_model(MSVMamba, variant, pretrained, scan=scan, **parts, **kwargs)
+    return build_model(MSVMamba, variant, pretrained, scan=scan, block=block, **kwargs)
 
 
 def _create_msvmambav3(
-    variant: str,
-    pretrained: bool = False,
-    *,
-    d_state: int = 1,
-    ssm_ratio: float = 1.0,
-    mlp_ratio: float = 4.0,
-    gated: bool = False,
-    **kwargs: Any,
-) -> nn.Module:
+    variant: str, pretrained: bool, *, d_state: int = 1, ssm_ratio: float = 1.0, mlp_ratio: float = 4.0,
+    gated: bool = False, **kwargs: Any,
+) -> nn.Module:  # fmt: skip
     scan, mlp = Scan.pop(kwargs, MULTI_SCALE), partial(ConvFFN, residual=True)
     published = partial(MultiScaleSS2D, branch_norm=False, upsampling="nearest")
     mixer = partial(published, scan=scan, d_state=d_state, ssm_ratio=ssm_ratio, gated=gated)
     block = partial(VSSBlock, mixer=mixer, mlp=mlp, mlp_ratio=mlp_ratio, mlp_post_norm=True)
-    parts: dict[str, Any] = {"stem": ConvStem, "block": block, "downsample": ConvDownsample}
-    return build_model(MSVMambaV3, variant, pretrained, scan=scan, **parts, **kwargs)
+    return build_model(MSVMambaV3, variant, pretrained, scan=scan, block=block, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("msvmamba"))

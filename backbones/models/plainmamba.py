@@ -127,6 +127,10 @@ def _rules(prefix: str) -> tuple[KeyRule, ...]:
 class PlainMamba(PlainBackbone):
     """PlainMamba. See :class:`backbones.base.PlainBackbone` for its arguments."""
 
+    defaults: ClassVar = {
+        "class_token": False, "global_pool": "avg", "dynamic_img_pad": True, "norm_layer": branch_norm,
+        "final_norm": _output_norm,
+    }  # fmt: skip
     dense_tap = "stream"
     dense_norm = _output_norm
     head_std = 0.01
@@ -161,24 +165,17 @@ class PlainMamba(PlainBackbone):
 
 
 def _create_plainmamba(
-    variant: str,
-    pretrained: bool = False,
-    *,
-    num_convs: int = 2,
-    stream_conv: bool = False,
-    d_state: int = 16,
-    **kwargs: Any,
-) -> nn.Module:
+    variant: str, pretrained: bool, *, num_convs: int = 2, stream_conv: bool = False, d_state: int = 16,
+    depth: int = 24, **kwargs: Any,
+) -> nn.Module:  # fmt: skip
     """``num_convs`` counts the 3 x 3 convolutions of the stem; ``stream_conv`` puts one behind the first block."""
     scan = Scan.pop(kwargs, SNAKE)
     block = partial(MambaBlock, mixer=partial(PlainMambaMixer, scan=scan, d_state=d_state))
     first = partial(block, after=StreamConv) if stream_conv else block
-    blocks = [first, *[block] * (kwargs.get("depth", 24) - 1)]
-    own: dict[str, Any] = {
-        "patch_embed": partial(StemPatchEmbed, num_convs=num_convs), "class_token": False, "global_pool": "avg",
-        "dynamic_img_pad": True, "norm_layer": branch_norm, "final_norm": _output_norm,
-    }  # fmt: skip
-    return build_model(PlainMamba, variant, pretrained, scan=scan, block=blocks, **(own | kwargs))
+    blocks = [first, *[block] * (depth - 1)]
+    embed = partial(StemPatchEmbed, num_convs=num_convs)
+    own: dict[str, Any] = {"block": blocks, "patch_embed": embed, "depth": depth}
+    return build_model(PlainMamba, variant, pretrained, scan=scan, **own, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("plainmamba"))

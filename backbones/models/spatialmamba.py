@@ -12,7 +12,7 @@ C and D turn states into outputs. A single direction is enough: later cells reac
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
@@ -40,6 +40,7 @@ _OUR_MIXER = _OUR_BLOCK + "mixer."
 class SpatialMamba(HierarchicalBackbone):
     """Spatial-Mamba. See :class:`backbones.base.HierarchicalBackbone` for its arguments."""
 
+    defaults: ClassVar = {"stem": ResidualConvStem, "downsample": WideDownsample}
     key_rules = (
         *RESIDUAL_STEM,
         KeyRule(_MIXER + "x_proj_weight", _OUR_MIXER + "ssm.x_proj_weight", ONE_ORDER),
@@ -76,11 +77,10 @@ class SpatialMamba(HierarchicalBackbone):
         return self
 
 
-def _create_spatialmamba(variant: str, pretrained: bool = False, *, mlp_ratio: float = 4.0, **kwargs: Any) -> nn.Module:
+def _create_spatialmamba(variant: str, pretrained: bool, *, mlp_ratio: float = 4.0, **kwargs: Any) -> nn.Module:
     scan = Scan.pop(kwargs, FORWARD)
     block = partial(PositionalBlock, mixer=partial(StructureAwareSSM, scan=scan), mlp_ratio=mlp_ratio)
-    parts: dict[str, Any] = {"stem": ResidualConvStem, "block": block, "downsample": WideDownsample}
-    return build_model(SpatialMamba, variant, pretrained, scan=scan, **parts, **kwargs)
+    return build_model(SpatialMamba, variant, pretrained, scan=scan, block=block, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("spatialmamba"))

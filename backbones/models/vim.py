@@ -60,7 +60,7 @@ class RotaryVim(Vim):
     key_rules = Vim.key_rules[:-1]
 
 
-def _create_vim(variant: str, pretrained: bool = False, *, d_state: int = 16, **kwargs: Any) -> nn.Module:
+def _create_vim(variant: str, pretrained: bool, *, d_state: int = 16, **kwargs: Any) -> nn.Module:
     """``rope=True`` turns the tokens, see :class:`backbones.base.PlainBackbone`."""
     scan = Scan.pop(kwargs, BIDIRECTIONAL)
     block = partial(MambaBlock, mixer=partial(MambaMixer, scan=scan, d_state=d_state))

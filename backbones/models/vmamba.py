@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.layers import Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from backbones.base import HierarchicalBackbone, build_model
+from backbones.base import Constructor, HierarchicalBackbone, build_model
 from backbones.layers import SS2D, ConvDownsample, ConvStem, MultiHeadScan, PatchMerging, PatchStem, Scan
 from backbones.layers.key_rules import (
     BLOCKS,
@@ -42,6 +42,7 @@ from backbones.zoo import default_cfgs as zoo_cfgs
 class VMamba(HierarchicalBackbone):
     """VMamba of the second generation. See :class:`backbones.base.HierarchicalBackbone` for its arguments."""
 
+    defaults: ClassVar = {"stem": ConvStem, "downsample": ConvDownsample}
     key_rules = (
         *CONV_STEM,
         *CONV_DOWNSAMPLE,
@@ -55,49 +56,36 @@ class VMamba(HierarchicalBackbone):
 class VanillaVMamba(HierarchicalBackbone):
     """VMamba of the first generation. See :class:`backbones.base.HierarchicalBackbone` for its arguments."""
 
+    defaults: ClassVar = {"stem": PatchStem, "downsample": PatchMerging}
     key_rules = (*PATCH_STEM, *PATCH_MERGING, *ss2d_rules(), *BLOCKS, *CLASSIFIER)
 
 
 def _create_vmamba(
-    variant: str,
-    pretrained: bool = False,
-    *,
-    d_state: int = 1,
-    ssm_ratio: float = 2.0,
-    mlp_ratio: float = 4.0,
-    **kwargs: Any,
+    variant: str, pretrained: bool, *, d_state: int = 1, ssm_ratio: float = 2.0, mlp_ratio: float = 4.0, **kwargs: Any
 ) -> nn.Module:
     scan = Scan.pop(kwargs, CROSS)
     mixer = partial(SS2D, scan=scan, d_state=d_state, ssm_ratio=ssm_ratio, gated=False, conv_bias=False)
     block = partial(VSSBlock, mixer=mixer, mlp=Mlp, mlp_ratio=mlp_ratio)
-    parts: dict[str, Any] = {"stem": ConvStem, "block": block, "downsample": ConvDownsample}
-    return build_model(VMamba, variant, pretrained, scan=scan, **parts, **kwargs)
+    return build_model(VMamba, variant, pretrained, scan=scan, block=block, **kwargs)
 
 
 def _create_vanilla_vmamba(
-    variant: str,
-    pretrained: bool = False,
-    *,
-    d_state: int = 16,
-    ssm_ratio: float = 2.0,
-    heads: Sequence[str] | None = None,
-    threshold: float = 0.0,
-    **kwargs: Any,
-) -> nn.Module:
-    """``heads`` are the patterns of multi-head scanning, with ``threshold``; see `backbones.layers.MultiHeadScan`.
-
-    It replaces the scan and the output's projection, and is as wide inside as outside (MHS-VM).
-    """
+    variant: str, pretrained: bool, *, d_state: int = 16, ssm_ratio: float = 2.0, heads: Sequence[str] | None = None,
+    threshold: float = 0.0, **kwargs: Any,
+) -> nn.Module:  # fmt: skip
+    """``heads`` are the patterns of multi-head scanning, with ``threshold``, see `_multi_head`."""
+    if threshold and heads is None:
+        raise ValueError(f"threshold: got {threshold} without heads, whose gates it belongs to")
     scan = Scan.pop(kwargs, CROSS)
     mixer = partial(SS2D, scan=scan, d_state=d_state, ssm_ratio=ssm_ratio)
-    if heads is not None:
-        scanner = partial(MultiHeadScan, patterns=heads, threshold=threshold, d_state=d_state, backend=scan.backend)
-        mixer = partial(SS2D, ssm_ratio=1.0, scanner=scanner, out_proj=False)
-    elif threshold:
-        raise ValueError(f"threshold: got {threshold} without heads, whose gates it belongs to")
-    block = partial(VSSBlock, mixer=mixer)
-    parts: dict[str, Any] = {"stem": PatchStem, "block": block, "downsample": PatchMerging}
-    return build_model(VanillaVMamba, variant, pretrained, scan=scan, **parts, **kwargs)
+    block = partial(VSSBlock, mixer=mixer if heads is None else _multi_head(scan, d_state, heads, threshold))
+    return build_model(VanillaVMamba, variant, pretrained, scan=scan, block=block, **kwargs)
+
+
+def _multi_head(scan: Scan, d_state: int, heads: Sequence[str], threshold: float) -> Constructor:
+    """The mixer of MHS-VM, as wide inside as outside: `MultiHeadScan` replaces the scan and the output's projection."""
+    scanner = partial(MultiHeadScan, patterns=heads, threshold=threshold, d_state=d_state, backend=scan.backend)
+    return partial(SS2D, ssm_ratio=1.0, scanner=scanner, out_proj=False)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("vmamba"))

@@ -66,6 +66,7 @@ class SoftmaxAttention(OnBackend, nn.Module):
 class VSSD(HierarchicalBackbone):
     """VSSD. See :class:`backbones.base.HierarchicalBackbone` for its arguments."""
 
+    defaults: ClassVar = {"stem": ResidualConvStem, "downsample": WideDownsample}
     weight_keys: ClassVar[Sequence[str]] = ("model_ema", *WEIGHT_KEYS)  # published files are chosen by averaged weights
     key_rules = (
         *RESIDUAL_STEM,
@@ -85,25 +86,15 @@ class VSSDMicro(VSSD):
 
 
 def _create_vssd(
-    variant: str,
-    pretrained: bool = False,
-    *,
-    model_cls: type[VSSD] = VSSD,
-    num_heads: Sequence[int] = (2, 4, 8, 16),
-    d_state: int = 64,
-    mlp_ratio: float = 4.0,
-    scan_backend: str | None = None,
-    **kwargs: Any,
-) -> nn.Module:
+    variant: str, pretrained: bool, *, model_cls: type[VSSD] = VSSD, num_heads: Sequence[int] = (2, 4, 8, 16),
+    d_state: int = 64, mlp_ratio: float = 4.0, scan_backend: str | None = None, **kwargs: Any,
+) -> nn.Module:  # fmt: skip
     *first, last = num_heads
-    mixers: list[Constructor] = [
-        *(partial(NonCausalSSD, num_heads=n, d_state=d_state) for n in first),
-        partial(SoftmaxAttention, num_heads=last),
-    ]
+    mixers: list[Constructor] = [partial(NonCausalSSD, num_heads=n, d_state=d_state) for n in first]
+    mixers.append(partial(SoftmaxAttention, num_heads=last))
     blocks = [partial(PositionalBlock, mixer=mixer, mlp_ratio=mlp_ratio) for mixer in mixers]
-    parts: dict[str, Any] = {"stem": ResidualConvStem, "block": blocks, "downsample": WideDownsample}
     scan = Scan(FORWARD, backend=scan_backend)  # nothing scans: its backend is what the operators take
-    return build_model(model_cls, variant, pretrained, scan=scan, **parts, **kwargs)
+    return build_model(model_cls, variant, pretrained, scan=scan, block=blocks, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(zoo_cfgs("vssd"))
