@@ -138,6 +138,49 @@ def test_bfloat16(isa, out, kind, n, rank):
         check(tensors, 4e-3, 4e-3, orders=make_orders(kind, 2, 70), out=out)
 
 
+def alike(tensors, orders):
+    """The arguments with which every order has the decays of the first one at each of its steps."""
+    k = len(orders)
+    delta = tensors["delta"].clone()
+    for order in range(1, k):
+        delta[:, orders[order], order] = tensors["delta"][:, orders[0], 0]
+    shared = {name: tensors[name][:1].expand(k, *tensors[name].shape[1:]) for name in ("A", "delta_bias", "dt_weight")}
+    return tensors | shared | {"delta": delta}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("n", [2, 3, 16])
+@pytest.mark.parametrize("kind", ["permute", "skip"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_orders_that_decay_alike(isa, n, kind, dtype):
+    orders = make_orders(kind, 4, 150)
+    tensors = alike(make(2, 150, 4, 83, n, rank=5), orders)
+    for name in ("u", "delta", "B", "C"):
+        tensors[name] = tensors[name].to(getattr(torch, dtype))
+    with instruction_set(isa):
+        check(tensors, **(F32 if dtype == "float32" else dict(tolerance=4e-3, grad_tolerance=4e-3)), orders=orders)
+
+
+@pytest.mark.parametrize("name", ["delta", "A", "delta_bias", "dt_weight"])
+def test_orders_that_decay_almost_alike(name):
+    # One number of the last order differs, at its last step or in its last channel.
+    orders = make_orders("permute", 3, 70)
+    tensors = {key: x.contiguous() for key, x in alike(make(2, 70, 3, 20, 4, rank=2), orders).items()}
+    if name == "delta":
+        tensors["delta"][-1, orders[-1, -1], -1, -1] += 3
+    else:
+        tensors[name][-1, -1] += 3 if name != "A" else -3
+    check(tensors, **F32, orders=orders)
+
+
+def test_images_of_a_batch_may_decay_alike_or_not():
+    orders = make_orders("permute", 2, 40)
+    tensors = make(2, 40, 2, 40, 4, rank=3)
+    like = alike(tensors, orders)
+    like["delta"] = torch.stack([like["delta"][0], tensors["delta"][1]])
+    check(like, **F32, orders=orders)
+
+
 @pytest.mark.parametrize("l, c", [(1, 1), (1, 7), (2, 16), (5, 17), (64, 33), (65, 1), (129, 200), (200, 8)])
 @pytest.mark.parametrize("n", [1, 3, 16])
 @pytest.mark.parametrize("window", [0, 4])
@@ -184,12 +227,17 @@ def arguments(tensors, orders=None):
     return (*(tensors[name] for name in NAMES[:6]), orders, tensors["delta_bias"], tensors.get("dt_weight"))
 
 
-@pytest.mark.parametrize("n, window, rank", [(1, 0, 0), (1, 8, 3), (16, 0, 3), (16, 8, 0)])
+@pytest.mark.parametrize(
+    "n, window, rank, decays_alike",
+    [(1, 0, 0, False), (1, 8, 3, False), (16, 0, 3, False), (16, 8, 0, False), (16, 0, 3, True)],
+)
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("b, c", [(1, 200), (3, 72)])
-def test_bitwise_equal_for_any_number_of_threads(b, c, n, window, rank, shared):
+def test_bitwise_equal_for_any_number_of_threads(b, c, n, window, rank, shared, decays_alike):
+    orders = make_orders("permute", 2, 150)
     tensors = make(b, 150, 2, c, n, shared, rank=rank)
-    options = dict(orders=make_orders("permute", 2, 150), local_window=window, backend="cpu")
+    tensors = alike(tensors, orders) if decays_alike else tensors
+    options = dict(orders=orders, local_window=window, backend="cpu")
     results = []
     for count in (1, 2, 3, 8):
         with threads(count):
@@ -234,8 +282,9 @@ def test_every_output_is_written(monkeypatch):
 
     orders = make_orders("skip", 2, 300).int().contiguous()  # 150 steps: two states are kept
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    for n, window, rank in ((3, 0, 0), (3, 5, 4), (1, 0, 4), (1, 5, 0)):
+    for n, window, rank in ((3, 0, 0), (3, 5, 4), (1, 0, 4), (1, 5, 0), (3, 0, 4)):
         tensors = make(2, 300, 2, 20, n, rank=rank)
+        tensors = alike(tensors, orders.long()) if (n, window, rank) == (3, 0, 4) else tensors
         y, states = cpu.forward(*arguments(tensors, orders), True, "sum", window, True)
         assert states.numel() > 0
         grads = cpu.backward(torch.ones_like(y), *arguments(tensors, orders), states, True, "sum", window)

@@ -61,7 +61,8 @@ class PathSSM(SelectiveSSM):
                 "PlainMamba's scans need"
             )
         orders, steps, codes = walks(pattern, *grid, u.device)
-        # The kernel reads all operands of a step at the visited token, so there they are put: few numbers per path.
+        # The kernel reads all operands of a step at the visited token, so there they are put: few numbers per path. On
+        # CPUs it sees that the paths have the same decays at every step, and computes them once.
         x = F.linear(u, self.x_proj_weight[0]).index_select(1, steps).unflatten(1, (-1, k))
         direction_B = self.direction_B.index_select(0, codes).unflatten(0, (-1, k))
         return self._scanned(

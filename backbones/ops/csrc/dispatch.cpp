@@ -91,6 +91,13 @@ bool prepare_orders(Prepared& s, bool backwards) {
   return true;
 }
 
+// Whether rows of `width` floats, one of each order, are all the same. Null: zeros.
+bool same_rows(const Problem& p, const float* rows, int64_t width) {
+  for (int64_t k = 1; rows && k < p.k; k++)
+    if (std::memcmp(rows, rows + k * width, width * sizeof(float))) return false;
+  return true;
+}
+
 void prepare_parameters(Prepared& s) {
   Problem& p = s.p;
   p.cp = round_up(p.c, kPad);
@@ -111,6 +118,7 @@ void prepare_parameters(Prepared& s) {
   p.D0 = D;
   p.bias0 = bias;
   p.weight0 = weight;
+  p.one_decay = same_rows(p, p.A, p.c * p.n) && same_rows(p, p.bias, p.c) && same_rows(p, p.dt_weight, p.c * p.rank);
 }
 
 bool prepare(const Call& call, bool backwards, Prepared& s) {

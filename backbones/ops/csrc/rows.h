@@ -46,16 +46,21 @@ void clear_row(E* p, int64_t channels) {
   memset(p, 0, channels * sizeof(E));
 }
 
-// Rows of tokens that nothing visited.
-template <class E>
-void clear_unseen(const Target& to, const uint8_t* seen, int64_t l, int64_t channels) {
+template <class E, class F>
+void clear_rows(const Target& to, int64_t l, int64_t channels, const F& chosen) {
   for (int64_t p = 0; p < l; p++)
-    if (!seen[p]) {
+    if (chosen(p)) {
       if (to.wide)
         clear_row((float*)to.base + p * to.row, channels);
       else
         clear_row((E*)to.base + p * to.row, channels);
     }
+}
+
+// Rows of tokens that nothing visited.
+template <class E>
+void clear_unseen(const Target& to, const uint8_t* seen, int64_t l, int64_t channels) {
+  clear_rows<E>(to, l, channels, [&](int64_t p) { return !seen[p]; });
 }
 
 template <class E>

@@ -49,6 +49,7 @@ struct Problem : Call {
   const float* bias0;      // (k, cp), zero where the bias is null
   const float* weight0;    // (k, rank, weight_row): dt_weight, channels last
   int64_t weight_row;
+  bool one_decay;          // all orders have the same A, bias and dt_weight
   const int32_t* order;    // (k, t), or one row when order_k is 0
   int64_t order_k;
   const uint8_t* visit;    // (k, t) of Visit

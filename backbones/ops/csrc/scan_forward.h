@@ -16,25 +16,33 @@ bool wide_y(const Problem& p) {
   return p.bf16 && (p.out == kSum ? !p.first_of_all : p.out == kPerOrder && !p.first_in_order);
 }
 
+// Orders that a task may take side by side; all others go one after the other.
+int64_t side_by_side(const Problem& p) {
+  return p.out == kSum && p.n > 1 && p.window <= 1 && p.rank && p.one_decay ? p.k : 1;
+}
+
 struct ForwardScratch {
   float *wide, *h, *B, *C, *low, *dt, *dtu, *y, *local;
   // Rows to prefetch while the first groups of states advance: delta and u of the next block, y of this one. Spread
   // over the arithmetic like this they cost nothing; in the memory-bound phases before and after they did.
   const char** ahead[4];
-  int64_t size;
+  int64_t steps, size;  // steps: of a block
   ForwardScratch(const Problem& p, int64_t channels, float* base) {
     Arena a{base};
-    const int64_t steps = smaller(block_steps(p.window, kBlock), round_up(p.t, kBlock));
+    const int64_t orders = side_by_side(p);
+    steps = smaller(block_steps(p.window, kBlock), round_up(p.t, kBlock));
     wide = a.take(wide_y(p) ? p.l * channels : 0);
-    h = a.take(p.n * round_up(channels, kTile));
-    B = a.take(steps * p.n);
-    C = a.take(steps * p.n);
+    h = a.take(orders * p.n * round_up(channels, kTile));
+    B = a.take(orders * steps * p.n);
+    C = a.take(orders * steps * p.n);
     low = a.take(steps * p.rank);
     dt = a.take(steps * (p.n > 1 ? kTile : round_up(channels, kTile)));
-    dtu = a.take(steps * kTile);
-    y = a.take(steps * kTile);
-    local = a.take(p.window > 1 ? p.window * (p.n > 1 ? kGroupWindow * W : 3 * kTile) : 0);
-    for (auto& rows : ahead) rows = (const char**)a.take(2 * (steps + p.window));
+    dtu = a.take(orders * steps * kTile);
+    y = a.take(orders * steps * kTile);
+    local = a.take(p.window > 1 ? p.window * (p.n > 1 ? kGroupWindow * W : 3 * kTile)
+                   : orders > 1 ? steps * kGroup * W
+                                : 0);
+    for (auto& rows : ahead) rows = (const char**)a.take(2 * (orders * steps + p.window));
     size = a.used;
   }
 };
@@ -47,8 +55,11 @@ struct Group {
   int64_t ahead_offset, h_row, A2_row, n, steps, window;
 };
 
+// exp(dt A) of a block of steps: computed, computed and kept for the orders that share it, or what was kept.
+enum Decay { kComputed, kKept, kShared };
+
 // y += sum_g C h.
-template <int G>
+template <int G, Decay kDecay>
 void advance(const Group& group) {
   const Group s = group;  // a copy that no store can alias: its fields stay in registers
   vf h[G], A2[G];
@@ -58,7 +69,10 @@ void advance(const Group& group) {
     const vf dt = load(s.dt + i * kTile), dtu = load(s.dtu + i * kTile);
     vf y = load(s.y + i * kTile);
     unrolled<G>([&](auto g) SCAN_FLAT {
-      h[g] = exp2(dt * A2[g]) * h[g] + dtu * s.B[i * s.n + g];
+      float* kept = s.local + (i * G + g) * W;
+      const vf a = kDecay == kShared ? load(kept) : exp2(dt * A2[g]);
+      if (kDecay == kKept) store(kept, a);
+      h[g] = a * h[g] + dtu * s.B[i * s.n + g];
       y += h[g] * s.C[i * s.n + g];
     });
     store(s.y + i * kTile, y);
@@ -109,57 +123,90 @@ void save_states(const Problem& p, const Task& task, int64_t k, int64_t chunk, c
   for (int64_t j = 0; j < p.n; j++) memcpy(to + j * p.c, h + j * h_row, (task.c1 - task.c0) * sizeof(float));
 }
 
-// Any n: blocks of steps, tiles of channels, groups of states.
+// Whether all orders of the task decay alike: they have the same parameters and, whatever token they visit at a step,
+// read the same row of delta there (PlainMamba).
 template <class E>
-void forward_blocks(const Problem& p, const Task& task, int64_t k, const Target& y, const ForwardScratch& s) {
-  const int32_t* order = p.order + k * p.order_k;
-  const uint8_t* visit = p.visit + k * p.t;
+bool decay_alike(const Problem& p, const Task& task) {
+  if (side_by_side(p) == 1 || task.k1 - task.k0 == 1) return false;
+  for (int64_t k = task.k0 + 1; k < task.k1; k++)
+    for (int64_t i = 0; i < p.t; i++) {
+      const E* row = at<E>(p.delta, p.sdelta, task.b, p.order[k * p.order_k + i], k);
+      const E* first = at<E>(p.delta, p.sdelta, task.b, p.order[task.k0 * p.order_k + i], task.k0);
+      if (memcmp(row, first, p.rank * sizeof(E))) return false;
+    }
+  return true;
+}
+
+// Any n: blocks of steps, tiles of channels, groups of states. Orders k0..k1 go side by side and share what the first of
+// them computes of dt; where they are several, their outputs are added to y.
+template <class E>
+void forward_blocks(const Problem& p, const Task& task, int64_t k0, int64_t k1, const Target& y, const ForwardScratch& s) {
   const uint8_t first_bit = p.out == kSum ? kFirstOfAll : kFirstInOrder;
   const int64_t channels = task.c1 - task.c0, h_row = round_up(channels, kTile);
-  const int64_t block = block_steps(p.window, kBlock);
-  memset(s.h, 0, p.n * h_row * sizeof(float));
+  const int64_t h_order = p.n * h_row, row_order = s.steps * p.n, tile_order = s.steps * kTile;
+  const bool alone = k1 - k0 == 1;
+  memset(s.h, 0, (k1 - k0) * h_order * sizeof(float));
   for (int64_t s0 = 0, steps; s0 < p.t; s0 += steps) {
-    steps = smaller(block, smaller(p.t, (s0 / p.chunk + 1) * p.chunk) - s0);
-    if (p.states && s0 && s0 % p.chunk == 0) save_states(p, task, k, s0 / p.chunk, s.h, h_row);
-    gather<E>(p.B, p.sB, task.b, k, order + s0, steps, p.n, s.B);
-    gather<E>(p.C, p.sC, task.b, k, order + s0, steps, p.n, s.C);
-    if (p.rank) gather<E>(p.delta, p.sdelta, task.b, k, order + s0, steps, p.rank, s.low);
-    for (int64_t i = 0; i < steps; i++) {
-      const int64_t next = order[smaller(s0 + i + steps, p.t - 1)];
-      s.ahead[1][i] = (const char*)at<E>(p.u, p.su, task.b, next, k);
-      s.ahead[0][i] = p.rank ? s.ahead[1][i] : (const char*)at<E>(p.delta, p.sdelta, task.b, next, k);
-      const int64_t y_row = (p.out == kPerStep ? s0 + i : order[s0 + i]) * y.row - task.c0;
-      s.ahead[2][i] = s.ahead[3][i] = (const char*)y.base + y_row * (int64_t)(y.wide ? sizeof(float) : sizeof(E));
+    steps = smaller(s.steps, smaller(p.t, (s0 / p.chunk + 1) * p.chunk) - s0);
+    if (p.rank) gather<E>(p.delta, p.sdelta, task.b, k0, p.order + k0 * p.order_k + s0, steps, p.rank, s.low);
+    for (int64_t o = 0, k = k0; k < k1; o++, k++) {
+      const int32_t* order = p.order + k * p.order_k;
+      if (p.states && s0 && s0 % p.chunk == 0) save_states(p, task, k, s0 / p.chunk, s.h + o * h_order, h_row);
+      gather<E>(p.B, p.sB, task.b, k, order + s0, steps, p.n, s.B + o * row_order);
+      gather<E>(p.C, p.sC, task.b, k, order + s0, steps, p.n, s.C + o * row_order);
+      for (int64_t i = 0; i < steps; i++) {
+        const int64_t next = order[smaller(s0 + i + steps, p.t - 1)], at_i = o * s.steps + i;
+        s.ahead[1][at_i] = (const char*)at<E>(p.u, p.su, task.b, next, k);
+        s.ahead[0][at_i] = p.rank ? s.ahead[1][at_i] : (const char*)at<E>(p.delta, p.sdelta, task.b, next, k);
+        const int64_t y_row = (p.out == kPerStep ? s0 + i : order[s0 + i]) * y.row - task.c0;
+        s.ahead[2][at_i] = s.ahead[3][at_i] =
+            (const char*)y.base + y_row * (int64_t)(y.wide ? sizeof(float) : sizeof(E));
+      }
     }
     for (int64_t tile = 0; tile < channels; tile += kTile) {
       const int64_t width = smaller(kTile, channels - tile), c0 = task.c0 + tile;
-      const float *bias = p.bias0 + k * p.cp + c0, *D = p.D0 + k * p.cp + c0;
-      const float* A2 = p.A2 + k * p.n * p.cp + c0;
-      if (p.rank) project(p, k, c0, width, s.low, steps, s.dt, kTile);
-      for (int64_t i = 0; i < steps; i++) {
-        const E* delta = at<E>(p.delta, p.sdelta, task.b, order[s0 + i], k) + c0;
-        const E* u = at<E>(p.u, p.su, task.b, order[s0 + i], k) + c0;
-        for_row(width, [&](int64_t v, int64_t lanes, auto size) SCAN_FLAT {
-          constexpr int U = decltype(size)::value;
-          const Pack<U> x = load_pack<U>(u + v, lanes);
-          Pack<U> dt = p.rank ? load_pack<U>(s.dt + i * kTile + v) : load_pack<U>(delta + v, lanes);
-          dt = dt + load_pack<U>(bias + v);
-          if (p.softplus) dt = softplus(dt);
-          store_pack(s.dt + i * kTile + v, dt);
-          store_pack(s.dtu + i * kTile + v, dt * x);
-          store_pack(s.y + i * kTile + v, load_pack<U>(D + v) * x);
-        });
+      const float* bias = p.bias0 + k0 * p.cp + c0;
+      const float* A2 = p.A2 + k0 * p.n * p.cp + c0;
+      if (p.rank) project(p, k0, c0, width, s.low, steps, s.dt, kTile);
+      for (int64_t o = 0, k = k0; k < k1; o++, k++) {
+        const int32_t* order = p.order + k * p.order_k;
+        const float* D = p.D0 + k * p.cp + c0;
+        for (int64_t i = 0; i < steps; i++) {
+          const E* delta = at<E>(p.delta, p.sdelta, task.b, order[s0 + i], k) + c0;
+          const E* u = at<E>(p.u, p.su, task.b, order[s0 + i], k) + c0;
+          float *dtu = s.dtu + o * tile_order + i * kTile, *to = s.y + o * tile_order + i * kTile;
+          for_row(width, [&](int64_t v, int64_t lanes, auto size) SCAN_FLAT {
+            constexpr int U = decltype(size)::value;
+            const Pack<U> x = load_pack<U>(u + v, lanes);
+            Pack<U> dt = p.rank ? load_pack<U>(s.dt + i * kTile + v) : load_pack<U>(delta + v, lanes);
+            if (o == 0) {
+              dt = dt + load_pack<U>(bias + v);
+              if (p.softplus) dt = softplus(dt);
+              store_pack(s.dt + i * kTile + v, dt);
+            }
+            store_pack(dtu + v, dt * x);
+            store_pack(to + v, load_pack<U>(D + v) * x);
+          });
+        }
       }
       for (int64_t v = 0; v < width; v += W) {
         auto states_from = [&](int64_t j, auto size) SCAN_FLAT {
           constexpr int G = decltype(size)::value;
-          const Group group{A2 + j * p.cp + v, s.B + j, s.C + j, s.dt + v, s.dtu + v,
-                            s.h + j * h_row + tile + v, s.y + v, s.local,
-                            s.ahead[j / kGroup % 4], (c0 + v) * (int64_t)sizeof(E), h_row, p.cp, p.n, steps, p.window};
-          if (G > kGroup || p.window > 1)
-            advance_window<G>(group);
-          else
-            advance<G>(group);
+          for (int64_t o = 0; o < k1 - k0; o++) {
+            const Group group{A2 + j * p.cp + v, s.B + o * row_order + j, s.C + o * row_order + j,
+                              s.dt + v, s.dtu + o * tile_order + v,
+                              s.h + o * h_order + j * h_row + tile + v, s.y + o * tile_order + v, s.local,
+                              s.ahead[j / kGroup % 4] + o * s.steps, (c0 + v) * (int64_t)sizeof(E), h_row, p.cp, p.n,
+                              steps, p.window};
+            if (G > kGroup || p.window > 1)
+              advance_window<G>(group);
+            else if (alone)
+              advance<G, kComputed>(group);
+            else if (o == 0)
+              advance<G, kKept>(group);
+            else
+              advance<G, kShared>(group);
+          }
         };
         int64_t j = 0;
         if (p.window > 1 && kGroupWindow > kGroup)
@@ -168,12 +215,17 @@ void forward_blocks(const Problem& p, const Task& task, int64_t k, const Target&
         for (; j + 2 <= p.n; j += 2) states_from(j, Size<2>());
         for (; j < p.n; j++) states_from(j, Size<1>());
       }
-      for (int64_t i = 0; i < steps; i++) {
-        const int64_t row = p.out == kPerStep ? s0 + i : order[s0 + i];
-        const bool first = p.out == kPerStep || visit[s0 + i] & first_bit;
-        for_row(width, [&](int64_t v, int64_t lanes, auto size) SCAN_FLAT {
-          emit<E>(y, row, tile + v, load_pack<decltype(size)::value>(s.y + i * kTile + v), lanes, first);
-        });
+      for (int64_t o = 0, k = k0; k < k1; o++, k++) {
+        const int32_t* order = p.order + k * p.order_k;
+        const uint8_t* visit = p.visit + k * p.t;
+        for (int64_t i = 0; i < steps; i++) {
+          const int64_t row = p.out == kPerStep ? s0 + i : order[s0 + i];
+          const bool first = alone && (p.out == kPerStep || visit[s0 + i] & first_bit);
+          const float* from = s.y + o * tile_order + i * kTile;
+          for_row(width, [&](int64_t v, int64_t lanes, auto size) SCAN_FLAT {
+            emit<E>(y, row, tile + v, load_pack<decltype(size)::value>(from + v), lanes, first);
+          });
+        }
       }
     }
   }

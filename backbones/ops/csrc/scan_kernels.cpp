@@ -16,13 +16,21 @@ void forward_task(const Problem& p, const Task& task, float* scratch) {
   const ForwardScratch s(p, channels, scratch);
   const bool wide = wide_y(p);
   const int64_t rows = p.out == kPerStep ? p.t : p.l, row = p.out == kSum ? p.c : p.k * p.c;
+  const auto image = [&](int64_t k) { return (E*)p.y + task.b * rows * row + task.c0 + (p.out == kSum ? 0 : k * p.c); };
+  const auto target = [&](int64_t k) { return wide ? Target{s.wide, channels, true} : Target{image(k), row, false}; };
+  if (decay_alike<E>(p, task)) {
+    const Target y = target(task.k0);
+    clear_rows<E>(y, p.l, channels, [](int64_t) { return true; });
+    forward_blocks<E>(p, task, task.k0, task.k1, y, s);
+    if (wide) narrow_rows(s.wide, image(task.k0), p.l, row, channels);
+    return;
+  }
   for (int64_t k = task.k0; k < task.k1; k++) {
-    E* image = (E*)p.y + task.b * rows * row + task.c0 + (p.out == kSum ? 0 : k * p.c);
-    const Target y = wide ? Target{s.wide, channels, true} : Target{image, row, false};
+    const Target y = target(k);
     if (p.out == kPerOrder && !p.covers_in_order) clear_unseen<E>(y, p.seen + k * p.l, p.l, channels);
     if (p.out == kSum && !p.covers_any && k == task.k0) clear_unseen<E>(y, p.seen_any, p.l, channels);
     if (p.n > 1)
-      forward_blocks<E>(p, task, k, y, s);
+      forward_blocks<E>(p, task, k, k + 1, y, s);
     else if (p.window > 1 && wide)
       forward_windows<E, float>(p, task, k, y, s);
     else if (p.window > 1)
@@ -31,7 +39,7 @@ void forward_task(const Problem& p, const Task& task, float* scratch) {
       forward_rows<E, float>(p, task, k, y, s);
     else
       forward_rows<E, E>(p, task, k, y, s);
-    if (wide && (p.out == kPerOrder || k + 1 == task.k1)) narrow_rows(s.wide, image, p.l, row, channels);
+    if (wide && (p.out == kPerOrder || k + 1 == task.k1)) narrow_rows(s.wide, image(k), p.l, row, channels);
   }
 }
 
