@@ -10,6 +10,7 @@ The model stays what it was: same class, parameters, state dict, methods. Only `
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -100,7 +101,7 @@ class _ReplayedForward:
         key = self._key(image)
         graph = self.graphs.get(key)
         if graph is None:
-            with self._autocast(cache_enabled=False), _unchanged(self.model):
+            with self._autocast(cache_enabled=False), _unchanged(self.model), _uncollected():
                 graph = _Graph(self._eager, self.model, image)
             self.graphs[key] = graph
             if len(self.graphs) > _MOST_GRAPHS:
@@ -229,6 +230,21 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     for buffer, before in buffers:
         buffer.copy_(before)
     torch.cuda.set_rng_state(state)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage is collected within: a graph that is destroyed invalidates the capture of another one, and a model
+    with graphs is a cycle, which waits for the collector. What is garbage already goes first, with its memory.
+    """
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _named(shape: torch.Size, dtype: torch.dtype) -> str:

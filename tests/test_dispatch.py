@@ -66,7 +66,7 @@ def test_a_named_backend_runs_or_says_why_not(name: str, monkeypatch: pytest.Mon
 def test_every_backend_is_right(name: str) -> None:
     expected = CALLS[name](X.double(), "naive")
     for backend in dispatch.OPERATORS[name].names:
-        if dispatch.unavailable_reason(backend) is None and (backend != "triton" or torch.cuda.is_available()):
+        if backend != "triton" and dispatch.unavailable_reason(backend) is None:  # GPUs have tests of their own
             torch.testing.assert_close(CALLS[name](X, backend).double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(CALLS[name](X, None).double(), expected, rtol=1e-4, atol=1e-5)
 

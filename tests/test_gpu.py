@@ -1,6 +1,9 @@
 """Every model on a GPU against the same model on the CPU; skipped where there is none."""
 
 import copy
+import gc
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import timm
@@ -25,9 +28,14 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def _exact_products() -> Iterator[None]:
+    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]  # which `monkeypatch` cannot set back
+    before = [x.allow_tf32 for x in settings]
+    for x in settings:
+        x.allow_tf32 = False
+    yield
+    for x, allowed in zip(settings, before, strict=True):
+        x.allow_tf32 = allowed
 
 
 @torch.no_grad()
@@ -158,6 +166,20 @@ def test_frozen_parameters_get_no_gradient_after_a_new_capture() -> None:
     total(model(image)).backward()
     assert all(x.grad is None for x in model.patch_embed.parameters())
     assert model.head.weight.grad is not None
+
+
+def test_no_garbage_is_collected_during_a_capture() -> None:
+    _, model = pair("vim_tiny")
+    forward, seen = model.norm.forward, []
+
+    def watched(x: torch.Tensor) -> torch.Tensor:
+        seen.append((torch.cuda.is_current_stream_capturing(), gc.isenabled()))
+        return forward(x)
+
+    model.norm.forward = watched
+    model(images(4, 3, 64, 64).cuda())
+    assert (True, False) in seen and (True, True) not in seen
+    assert gc.isenabled()
 
 
 def test_backward_of_an_overwritten_pass_is_refused() -> None:
