@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from backbones.ops.fused.layer_norm.operator import Normalise
+from backbones.ops.fused.layer_norm.operator import normalise, residual_normalise
 from tests.kernels import DEVICE, RUNS, error, needs_kernels, quiet
 from tests.scripts import run_in_the_interpreter
 from tests.tolerances import OPERATOR
@@ -49,11 +49,41 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     exact = [t.double().requires_grad_() for t in (x, weight)]
     expected = F.rms_norm(exact[0], shape[-1:], exact[1], 1e-5)
     given = [t.to(DEVICE).requires_grad_() for t in (x, weight)]
-    y = Normalise.apply(*given, None, 1e-5, dtype, False)
+    y = normalise(*given, None, 1e-5, dtype, False)
     found = (y, *torch.autograd.grad(y, given, grad.to(DEVICE)))
     wanted = (expected, *torch.autograd.grad(expected, exact, grad.double()))
     for a, b in zip(found, wanted, strict=True):
         assert error(a, b.detach()) <= OPERATOR[str(dtype).removeprefix("torch.")]
+
+
+@needs_kernels
+@pytest.mark.parametrize("centred", [True, False], ids=["layer norm", "RMS norm"])
+@pytest.mark.parametrize("branch_dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("read", ["both", "stream", "norm"])
+def test_norm_of_a_residual_sum(branch_dtype: torch.dtype | None, centred: bool, read: str) -> None:
+    """The sum, its norm, and gradients that come through either or both, in float32 but for the branch."""
+    generator = torch.Generator().manual_seed(0)
+    x, branch, grad, stream = (torch.randn(3, 7, 20, generator=generator) for _ in range(4))
+    weight, bias = torch.rand(20, generator=generator) + 0.5, torch.randn(20, generator=generator)
+    branch = None if branch_dtype is None else branch.to(branch_dtype)
+    inputs = [x, branch, weight, bias if centred else None]
+    exact = [None if t is None else t.double().requires_grad_() for t in inputs]
+    given = [None if t is None else t.to(DEVICE).requires_grad_() for t in inputs]
+
+    def used(total: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        like = {"dtype": total.dtype, "device": total.device}
+        parts = {"norm": (y * grad.to(**like)).sum(), "stream": (total * stream.to(**like)).sum()}
+        return sum(parts.values()) if read == "both" else parts[read]
+
+    total = exact[0] if branch is None else exact[0] + exact[1]
+    norm = F.layer_norm(total, (20,), *exact[2:], 1e-5) if centred else F.rms_norm(total, (20,), exact[2], 1e-5)
+    found = residual_normalise(*given, 1e-5, torch.float32, centred)
+    wanted = torch.autograd.grad(used(total, norm), [t for t in exact if t is not None], allow_unused=True)
+    gradients = torch.autograd.grad(used(*found), [t for t in given if t is not None], allow_unused=True)
+    for a, b in zip((*found, *gradients), (total, norm, *wanted), strict=True):
+        assert (a is None) == (b is None)
+        limit = OPERATOR["bfloat16" if a is not None and a.dtype == torch.bfloat16 else "float32"]
+        assert a is None or error(a, b.detach()) <= limit
 
 
 @needs_kernels

@@ -244,6 +244,13 @@ def hooks() -> None:
     assert tracing.is_hooked_before(module), "_forward_pre_hooks: expected to hold the hook"
     handle.remove()
     assert not tracing.is_hooked_before(module)
+    assert not tracing.is_replaced(module), "_compiled_call_impl: expected none"
+    module.compile()
+    assert tracing.is_replaced(module), "_compiled_call_impl: expected what compile() made"
+    module = nn.Linear(2, 2)
+    module.forward = lambda x: x
+    assert tracing.is_replaced(module)
+    module = nn.Linear(2, 2)
     assert tracing.own_weight(module, "weight") is module.weight, "_parameters: expected the parameter"
     vars(module)["weight"] = torch.zeros(2, 2)
     assert tracing.own_weight(module, "weight") is None and module.weight.sum() == 0, (

@@ -12,9 +12,10 @@ from timm.layers import ClassifierHead
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from backbones.base.chain import can_chain, run_chain
 from backbones.base.contract import Backbone, refuse_onnx_export, run_block
 from backbones.layers.constructor import Constructor
-from backbones.layers.norm import LayerNorm
+from backbones.layers.norm import LayerNorm, residual_norm
 
 _POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")
 
@@ -263,6 +264,8 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
+        if not self.grad_checkpointing and can_chain(self.blocks, x):
+            return residual_norm(*run_chain(self.blocks, x), self.norm)[1]
         for block in self.blocks:
             x = run_block(block, x, checkpointed=self.grad_checkpointing)
         return self.norm(x)

@@ -12,11 +12,12 @@ from timm.layers import lecun_normal_, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from backbones.base.chain import can_chain, run_chain
 from backbones.base.contract import Backbone, refuse_onnx_export, run_block
 from backbones.base.reduction import ReducedPass, TokenReduction, inserted, reduce_tokens, without
 from backbones.layers.constructor import Constructor
 from backbones.layers.mamba import token_norm
-from backbones.layers.norm import RMSNorm
+from backbones.layers.norm import RMSNorm, residual_norm
 from backbones.layers.patch_embed import PatchEmbed
 from backbones.layers.rotary import RotaryEmbedding, resampled, rotate
 from backbones.patterns.subset import tokens_at
@@ -259,6 +260,8 @@ class PlainBackbone(Backbone):
         """Image to normalised tokens (b, l, embed_dim)."""
         x, grid, tables = self._embed(x)
         reduced = self._reduced_pass(grid, tables)
+        if tables is None and reduced is None and not self.grad_checkpointing and can_chain(self.blocks, x):
+            return residual_norm(*run_chain(self.blocks, x, grid), self.norm)[1]
         for i in range(len(self.blocks)):
             x, _ = self._through(i, x, grid, tables, reduced)
         return self.norm(x if reduced is None else reduced.end(x))

@@ -60,7 +60,7 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        halves = casts([weight.detach() for weight in weights], dtype)
+        halves = casts(weights, dtype)
         trained = ctx.needs_input_grad[1:]
         ctx.mark_non_differentiable(*(half for half, learns in zip(halves, trained, strict=True) if not learns))
         return tuple(halves)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbones.ops.tracing import is_hooked
+from backbones.ops.tracing import is_hooked, is_replaced
 
 
 def linear_parts(linear: nn.Module, x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
@@ -47,8 +47,7 @@ def patch_products(conv: nn.Module, x: Tensor) -> Tensor | None:
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of ``module`` is a product with its weight and nothing else."""
-    replaced = "forward" in vars(module)  # on the instance
-    if type(module) is not kind or replaced or is_hooked(module):
+    if type(module) is not kind or is_replaced(module) or is_hooked(module):
         return False
     return type(module.weight) in (
         nn.Parameter,

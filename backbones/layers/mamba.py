@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from backbones.layers.constructor import Constructor
 from backbones.layers.linear import linear_parts
-from backbones.layers.norm import RMSNorm
+from backbones.layers.norm import RMSNorm, residual_norm
 from backbones.layers.scan import Scan
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.layers.shapes import check_tokens, checked_grid, inner_width, input_width
@@ -201,3 +201,11 @@ class MambaBlock(nn.Module):
             subset: the tokens that x has, where some of the grid's are missing.
         """
         return self.join(x, self.branch(x, grid, subset), grid, subset)
+
+    def chained(
+        self, x: Tensor, pending: Tensor | None, grid: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block of x + pending, its last sum left to what comes behind: see `backbones.base.chain.run_chain`."""
+        x, y = residual_norm(x, pending, self.norm)
+        y = self.mixer(y, grid)
+        return (x, self.drop_path(y)) if self.after is None else (self.join(x, y, grid), None)

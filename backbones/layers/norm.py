@@ -6,6 +6,9 @@ from torch import Tensor, nn
 from backbones.layers.scan import OnBackend
 from backbones.layers.shapes import check_width
 from backbones.ops import layer_norm, rms_norm
+from backbones.ops.dispatch import choose_for
+from backbones.ops.fused.layer_norm.operator import residual_normalise
+from backbones.ops.tracing import is_hooked, is_replaced, runs_eagerly
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -69,3 +72,30 @@ class RMSNorm(OnBackend, nn.RMSNorm):
         check_width(x, self.weight.shape[0])  # pruners know no RMSNorm, and leave its normalized_shape
         dtype = _autocast_dtype(x) if self.autocast_out else None
         return rms_norm(x, self.weight, self.eps, dtype=dtype, backend=self.backend)
+
+
+def residual_norm(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """x + branch, or x where that is None, and ``norm`` of it; on a GPU in one launch each way.
+
+    Args:
+        x: (..., dim).
+        branch: as x, or None.
+        norm: any module; one launch where it is one of this module's, as it is written.
+    """
+    known = type(norm) in (LayerNorm, RMSNorm) and isinstance(x, Tensor) and x.is_cuda  # and not a symbol of torch.fx
+    if known and runs_eagerly(x) and not is_hooked(norm) and not is_replaced(norm):
+        assert isinstance(norm, LayerNorm | RMSNorm)
+        centred = isinstance(norm, LayerNorm)
+        bias = norm.bias if isinstance(norm, LayerNorm) else None
+        fits = branch is None or (x.shape == branch.shape and torch.promote_types(x.dtype, branch.dtype) == x.dtype)
+        name = "layer_norm" if centred else "rms_norm"
+        if fits and choose_for(name, norm.backend, x, branch, norm.weight, bias) == ("triton", False):
+            check_width(x, norm.normalized_shape[0])
+            dtype = _autocast_dtype(x) if norm.autocast_out else None
+            if dtype is None and centred:
+                dtype = torch.float32 if torch.is_autocast_enabled("cuda") else x.dtype
+            elif dtype is None:
+                dtype = torch.promote_types(x.dtype, norm.weight.dtype)
+            return residual_normalise(x, branch, norm.weight, bias, norm.eps, dtype, centred)
+    x = x if branch is None else x + branch
+    return x, norm(x)

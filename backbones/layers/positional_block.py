@@ -7,7 +7,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from backbones.layers.constructor import Constructor
-from backbones.layers.norm import LayerNorm
+from backbones.layers.norm import LayerNorm, residual_norm
 from backbones.layers.ss2d import DepthwiseConv2d
 from backbones.layers.structure_aware import StructureAwareSSM
 
@@ -45,7 +45,7 @@ class PositionalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
-        x = x + self.cpe1(x)
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
-        x = x + self.cpe2(x)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x, y = residual_norm(x, self.cpe1(x), self.norm1)
+        x = x + self.drop_path(self.mixer(y))
+        x, y = residual_norm(x, self.cpe2(x), self.norm2)
+        return x + self.drop_path(self.mlp(y))

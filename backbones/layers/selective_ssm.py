@@ -11,6 +11,7 @@ from backbones.layers.scan import OnBackend
 from backbones.ops import Visits, selective_scan
 from backbones.ops.dispatch import choose
 from backbones.ops.scan.decay import decay_rates
+from backbones.ops.scan.projected import has_projected_scan, projected_scan
 from backbones.ops.scan.projection import joint_linear, per_order_linear
 
 # Widest rank at which the `cpu` kernel projects step sizes itself while training. Measured on one core, as the layer's
@@ -116,6 +117,10 @@ class SelectiveSSM(OnBackend, nn.Module):
         visits: Visits | None = None,
     ) -> Tensor:
         """Scans u (b, l, c), or (b, l, k, c) where orders read different inputs; see ``selective_scan``."""
+        if local_window <= 1 and type(self) is SelectiveSSM:  # others project in another way
+            weights = self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self.A_log, self.D
+            if has_projected_scan(u, *weights, orders=orders, visits=visits, backend=self.backend):
+                return projected_scan(u, *weights, orders=orders, out=out, visits=visits)
         u, delta, dt_weight, B, C, D = self.operands(u)
         return selective_scan(
             u,

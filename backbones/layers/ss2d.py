@@ -58,9 +58,10 @@ class DepthwiseConv2d(OnBackend, nn.Conv2d):
             y = super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             return F.silu(y) if self.silu else y
         taps, inverse_taps = window_taps(height, width, size, stride, device=x.device)
-        weight, bias = self.weight.flatten(1).unsqueeze(0), None if self.bias is None else self.bias.unsqueeze(0)
+        weight, bias = self.weight.view(1, -1, size * size), None if self.bias is None else self.bias.unsqueeze(0)
         y = depthwise_conv(x.flatten(1, 2), weight, bias, taps, inverse_taps, silu=self.silu, backend=self.backend)
-        return y.squeeze(2).unflatten(1, [window_outputs(side, size, stride) for side in (height, width)])
+        sides = [window_outputs(side, size, stride) for side in (height, width)]
+        return y.reshape(x.shape[0], *sides, self.in_channels)
 
     def along(self, x: Tensor, grid: tuple[int, int], subset: Subset | None = None) -> Tensor:
         """The convolution, at stride 1, of the map that the tokens x (b, l, c) are of, at those tokens.

@@ -7,7 +7,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from backbones.layers.constructor import Constructor
-from backbones.layers.norm import LayerNorm
+from backbones.layers.norm import LayerNorm, residual_norm
 from backbones.layers.ss2d import SS2D
 
 branch_norm = partial(LayerNorm, autocast_out=True)
@@ -52,8 +52,17 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        x, y = self.chained(x, None)
+        return x + y
+
+    def chained(self, x: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The block of x + pending, its last sum left to what comes behind: see `backbones.base.chain.run_chain`."""
+        x, y = residual_norm(x, pending, self.norm1)
+        y = self.drop_path(self.mixer(y))
         if self.mlp is None or self.norm2 is None:
-            return x
-        y = self.norm2(self.mlp(x)) if self.mlp_post_norm else self.mlp(self.norm2(x))
-        return x + self.drop_path(y)
+            return x, y
+        if self.mlp_post_norm:
+            x = x + y
+            return x, self.drop_path(self.norm2(self.mlp(x)))
+        x, y = residual_norm(x, y, self.norm2)
+        return x, self.drop_path(self.mlp(y))

@@ -24,6 +24,7 @@ from backbones.base import PlainBackbone, build_model
 from backbones.layers import Mamba2Mixer, MambaBlock, Scan
 from backbones.layers.constructor import Constructor
 from backbones.layers.mamba import token_norm
+from backbones.layers.norm import residual_norm
 from backbones.layers.scan import OnBackend
 from backbones.ops import silu_gate
 from backbones.patterns import FORWARD
@@ -63,8 +64,16 @@ class AdventurerBlock(MambaBlock):
 
     def join(self, x: Tensor, branch: Tensor, grid: tuple[int, int] | None, subset: Subset | None = None) -> Tensor:
         """The block's output, from its input and what the mixer adds to it."""
-        x = super().join(x, branch, grid, subset)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x, y = residual_norm(x, self.drop_path(branch), self.norm2)
+        return x + self.drop_path(self.mlp(y))
+
+    def chained(
+        self, x: Tensor, pending: Tensor | None, grid: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`backbones.layers.MambaBlock.chained`."""
+        x, branch = super().chained(x, pending, grid)
+        x, y = residual_norm(x, branch, self.norm2)
+        return x, self.drop_path(self.mlp(y))
 
 
 class Adventurer(PlainBackbone):

@@ -31,6 +31,7 @@ from backbones.layers import (
     Scan,
     channels_last,
 )
+from backbones.layers.norm import residual_norm
 from backbones.patterns import CROSS
 from backbones.weights import KeyRule
 from backbones.zoo import default_cfgs as zoo_cfgs
@@ -65,8 +66,8 @@ class GroupMambaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
-        x = x + self.drop_path(self.mixer(x))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x, y = residual_norm(x, self.drop_path(self.mixer(x)), self.norm2)
+        return x + self.drop_path(self.mlp(y))
 
 
 class ClassBlock(nn.Module):

@@ -34,8 +34,10 @@ __all__ = [
     "is_exporting",
     "is_hooked",
     "is_hooked_before",
+    "is_replaced",
     "is_traced",
     "is_transformed",
+    "is_watched",
     "own_weight",
     "register_fake",
     "runs_eagerly",
@@ -67,6 +69,11 @@ def runs_eagerly(x: Tensor) -> bool:
     return (
         not x.is_meta and x.numel() > 0 and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
+
+
+def is_watched() -> bool:
+    """Whether something looks at the operators that run now, such as a counter of operations, or transforms them."""
+    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_traced() -> bool:
@@ -167,3 +174,10 @@ def own_weight(module: nn.Module, name: str) -> nn.Parameter | None:
 def is_hooked_before(module: nn.Module) -> bool:
     """Whether something runs before ``module`` does, which may put other weights in place."""
     return bool(module._forward_pre_hooks)
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs something else than its class says: a function that was set on the instance,
+    or what ``module.compile()`` made.
+    """
+    return "forward" in vars(module) or module._compiled_call_impl is not None

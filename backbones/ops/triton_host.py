@@ -30,38 +30,100 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
-# Since then a compiled kernel is called with all arguments of the signature, constants included.
-_CALLS_COMPILED = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 6)
+_VERSION = tuple(int(x) for x in triton.__version__.split(".")[:2])
+_CALLS_COMPILED = _VERSION >= (3, 6)  # with all arguments of the signature, constants included
+_HAS_KNOWN_LAUNCHER = _VERSION == (3, 6) and torch.version.hip is None
 _MOST_KEPT = 8192
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_kept: dict[tuple[Any, ...], "Launch"] = {}
+
+
+class Launch:
+    """``kernel[grid](*tensors, *numbers, **constants, num_warps=num_warps)``, given everything but the tensors.
+
+    Triton examines every argument of every launch for what it specialises a kernel on, and calls two hooks: several
+    times the host's time of a native operator. Of numbers and constants it would find the same each time; of tensors of
+    known dtypes, only whether their addresses are multiples of 16, which is looked at here.
+
+    Args:
+        kernel: takes tensors, numbers and constants, in this order.
+        grid: numbers of programs.
+        numbers: arguments that are neither tensors nor constants.
+        num_warps: warps of a program.
+        constants: arguments that the kernel is compiled for, by name.
+    """
+
+    __slots__ = ("_calls", "_constants", "_grid", "_kernel", "_num_warps", "_numbers")
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int | float, ...], num_warps: int, **constants: Any
+    ) -> None:
+        self._kernel, self._grid, self._numbers, self._num_warps = kernel, grid, numbers, num_warps
+        self._constants = constants
+        self._calls: dict[tuple[int | None, ...], Any] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launches on the current GPU. Tensors have the same dtypes at every call, None stands in the same places."""
+        if not (_CALLS_COMPILED and isinstance(self._kernel, triton.runtime.JITFunction)):
+            self._through_triton(tensors)
+            return
+        device = torch.cuda.current_device()
+        pointers = [None if x is None else x.data_ptr() for x in tensors]
+        key = (device, *[None if x is None else x & 15 for x in pointers])
+        call = self._calls.get(key)
+        if call is None or _is_hooked():
+            self._calls[key] = self._call_of(self._through_triton(tensors))
+        else:
+            call(device, pointers)
+
+    def _through_triton(self, tensors: tuple[Tensor | None, ...]) -> Any:
+        """The usual launch, which compiles the kernel; what it returns."""
+        return self._kernel[self._grid](*tensors, *self._numbers, **self._constants, num_warps=self._num_warps)
+
+    def _call_of(self, compiled: Any) -> Any:
+        """How to launch a compiled kernel again, called with the GPU's number and the addresses of the tensors."""
+        names = self._kernel.arg_names[-len(self._constants) :] if self._constants else ()
+        values = (*self._numbers, *(self._constants[name] for name in names))
+        grid = (*self._grid, 1, 1)[:3]
+        stream = triton.runtime.driver.active.get_current_stream
+        launcher: Any = compiled.run
+        if not _HAS_KNOWN_LAUNCHER or launcher.global_scratch_size or launcher.profile_scratch_size:
+            run = compiled[grid]
+            return lambda device, pointers: run(*pointers, *values)
+        enqueue = launcher.launch
+        static = (
+            compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl,
+            None, None, compiled.packed_metadata, None, None, None,  # no scratch, no hooks
+        )  # fmt: skip
+        return lambda device, pointers: enqueue(*grid, stream(device), *static, *pointers, *values)
+
+
+def _is_hooked() -> bool:
+    """Whether someone, such as Triton's profiler, wants to hear of launches."""
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return any(getattr(x, "calls", x) for x in hooks)
 
 
 def launch(
     kernel: Any, grid: tuple[int, ...], tensors: tuple[Tensor | None, ...], numbers: tuple[int | float, ...],
     num_warps: int, **constants: Any,
 ) -> None:  # fmt: skip
-    """``kernel[grid](*tensors, *numbers, **constants, num_warps=num_warps)``, for kernels with arguments in that order.
-
-    Triton examines every argument of every launch for what it specialises a kernel on: three times the host's time of a
-    native operator. Here whatever that depends on is a key, under which the compiled kernel is kept and called: the
-    numbers themselves, the dtype of a tensor, and whether its address is a multiple of 16.
-    """
-    if not (_CALLS_COMPILED and isinstance(kernel, triton.runtime.JITFunction)):
-        kernel[grid](*tensors, *numbers, **constants, num_warps=num_warps)
-        return
-    device = torch.cuda.current_device()
-    seen = [None if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors]
-    key = (id(kernel), device, numbers, num_warps, *seen, *constants.items())
-    found = _compiled.get(key)
+    """A :class:`Launch`, made at the first call with such arguments."""
+    dtypes = [None if x is None else x.dtype for x in tensors]
+    key = (id(kernel), grid, numbers, num_warps, *dtypes, *constants.items())
+    found = _kept.get(key)
     if found is None:
-        if len(_compiled) >= _MOST_KEPT:  # images of ever new sizes
-            _compiled.clear()
-        compiled = kernel[grid](*tensors, *numbers, **constants, num_warps=num_warps)
-        names = kernel.arg_names[len(tensors) + len(numbers) :]
-        _compiled[key] = compiled, tuple(constants[name] for name in names)
-        return
-    compiled, values = found
-    compiled[(*grid, 1, 1)](*tensors, *numbers, *values)
+        found = remember(_kept, key, Launch(kernel, grid, numbers, num_warps, **constants))
+    found(*tensors)
+
+
+def remember(kept: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> Any:
+    """Puts ``value`` into a dictionary of what is made once for each shape, which images of ever new sizes would fill;
+    returns it.
+    """
+    if len(kept) >= _MOST_KEPT:
+        kept.clear()
+    kept[key] = value
+    return value
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -77,6 +139,11 @@ def check_device(name: str, x: Tensor) -> None:
         )
 
 
+_NOWHERE = contextlib.nullcontext()
+
+
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes x's GPU the current one, to which Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NOWHERE
+    return torch.cuda.device(x.device)

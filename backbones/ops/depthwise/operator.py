@@ -12,6 +12,7 @@ and a window over a grid, with stride or dilation, are one operator that copies,
 torch.Size([2, 35, 1, 4])
 """
 
+import functools
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,9 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 from backbones.ops.depthwise import naive as depthwise_naive
 from backbones.ops.derivatives import empty_result, first_order
 from backbones.ops.dispatch import choose_for
-from backbones.ops.tracing import register_fake
+from backbones.ops.tracing import is_watched, register_fake, runs_eagerly
+
+_MOST_PASSED = 4096  # images of ever new sizes
 
 
 def depthwise_conv(
@@ -61,7 +64,11 @@ def depthwise_conv(
         NotImplementedError: forward-mode or ``torch.func`` derivatives, or second ones, through another backend than
             "naive".
     """
-    _check(x, weight, bias, taps, inverse_taps)
+    eager = isinstance(x, Tensor) and runs_eagerly(x)
+    if eager:
+        _check_once(x, weight, bias, taps, inverse_taps)
+    else:
+        _check(x, weight, bias, taps, inverse_taps)
     backend, transformed = choose_for("depthwise_conv", backend, x, weight, bias)
     if x.shape[0] == 0:
         return empty_result((0, taps.shape[2], *weight.shape[:2]), x, weight, bias)
@@ -69,14 +76,36 @@ def depthwise_conv(
     unread = backend == "cpu" and x.dtype == torch.float16  # by the kernel
     arguments = (
         x.float() if unread else x,
-        weight.to(state_dtype).contiguous(),
-        None if bias is None else bias.to(state_dtype).contiguous(),
-        taps.to(torch.int32).contiguous(),
-        inverse_taps.to(torch.int32).contiguous(),
+        _as(weight, state_dtype),
+        None if bias is None else _as(bias, state_dtype),
+        _as(taps, torch.int32),
+        _as(inverse_taps, torch.int32),
         silu,
     )
-    y = depthwise_naive.forward(*arguments) if transformed else conv_op(*arguments, backend)
-    return y.to(x.dtype).permute(1, 2, 0, 3)
+    if transformed:
+        y = depthwise_naive.forward(*arguments)
+    elif backend == "triton" and eager and not is_watched():  # the operator itself is as long as two launches
+        y = _Conv.apply(*arguments) if torch.is_grad_enabled() else _module(backend).forward(*arguments)
+    else:
+        y = conv_op(*arguments, backend)
+    return (y if y.dtype == x.dtype else y.to(x.dtype)).permute(1, 2, 0, 3)
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
+
+
+_passed: set[tuple[Any, ...]] = set()
+
+
+def _check_once(*tensors: Tensor | None) -> None:
+    """`_check`, unless it passed such tensors before: it looks at types, shapes, dtypes and devices alone."""
+    key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else type(x) for x in tensors])
+    if key not in _passed:
+        _check(*tensors)  # type: ignore[arg-type]
+        if len(_passed) >= _MOST_PASSED:
+            _passed.clear()
+        _passed.add(key)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse_taps: Tensor) -> None:
@@ -116,6 +145,7 @@ _MODULES = {
 }
 
 
+@functools.cache
 def _module(backend: str) -> ModuleType:
     """The backend's ``forward`` and ``backward``; imported when first used, because Triton takes long."""
     return import_module(_MODULES[backend])
@@ -172,6 +202,27 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         results = conv_backward_op(*args, ctx.backend)
         dx, dweight, dbias = first_order("depthwise_conv", results, (grad, *tensors[:3]))
     return dx, dweight, None if tensors[2] is None else dbias, None, None, None, None
+
+
+class _Conv(torch.autograd.Function):
+    """The operator on a GPU, where nobody looks on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse_taps: Tensor, silu: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, taps, inverse_taps)
+        ctx.silu = silu
+        return _module("triton").forward(x, weight, bias, taps, inverse_taps, silu)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        results = _module("triton").backward(grad, *tensors, ctx.silu)
+        if torch.is_grad_enabled():
+            results = first_order("depthwise_conv", results, (grad, *tensors[:3]))
+        dx, dweight, dbias = results
+        return dx, dweight, None if tensors[2] is None else dbias, None, None, None
 
 
 torch.library.register_autograd(conv_op, _autograd, setup_context=_setup_context, lib=_library)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from backbones.ops.rows import contiguous_rows
 from backbones.ops.scan.triton.common import LOG2_E
-from backbones.ops.triton_host import cdiv, check_device, device_of, empty, launch, next_power_of_2
+from backbones.ops.triton_host import Launch, cdiv, check_device, device_of, empty, next_power_of_2, remember
 
 GATHERED = 2048  # numbers a program holds, by 4 warps
 SUMMED = 1024  # the same for each of the taps whose gradients a program sums
@@ -128,6 +128,9 @@ def weight_kernel(
         tl.store(sums + orders * c * J + channels, tl.sum(of_bias, axis=0), mask=c_mask)
 
 
+_launches: dict[tuple, tuple[Launch, tuple[int, ...]]] = {}
+
+
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse_taps: Tensor, silu: bool
 ) -> Tensor:  # fmt: skip
@@ -147,16 +150,22 @@ def backward(
         dx = _gather(g, weight, None, inverse_taps, x.dtype, silu=False)[0]
 
         (b, _, c), (k, j, rows) = x.shape, taps.shape
-        block_m, block_c = tile(rows, c, SUMMED)
-        row_tiles, group = cdiv(rows, block_m), min(j, TAPS)
-        programs = k * cdiv(c, block_c) * cdiv(j, group)
-        parts = min(b * row_tiles, cdiv(_PROGRAMS, programs))
-        sums = empty((parts, k * c * (j + 1)), torch.float32, x.device)
-        launch(
-            weight_kernel, (parts * programs,), (x, g, taps, sums),
-            (*x.stride()[:2], *g.stride()[:3], k, b * row_tiles, row_tiles, rows, c), 4,
-            J=j, TAPS=group, BLOCK_M=block_m, BLOCK_C=block_c, WIDE=_is_wide(x),
-        )  # fmt: skip
+        key = ("weight", x.shape, x.dtype, x.stride(), g.dtype, g.stride(), taps.shape)
+        found = _launches.get(key)
+        if found is None:
+            block_m, block_c = tile(rows, c, SUMMED)
+            row_tiles, group = cdiv(rows, block_m), min(j, TAPS)
+            programs = k * cdiv(c, block_c) * cdiv(j, group)
+            parts = min(b * row_tiles, cdiv(_PROGRAMS, programs))
+            made = Launch(
+                weight_kernel, (parts * programs,),
+                (*x.stride()[:2], *g.stride()[:3], k, b * row_tiles, row_tiles, rows, c), 4,
+                J=j, TAPS=group, BLOCK_M=block_m, BLOCK_C=block_c, WIDE=_is_wide(x),
+            )  # fmt: skip
+            found = remember(_launches, key, (made, (parts, k * c * (j + 1))))
+        run, shape = found
+        sums = empty(shape, torch.float32, x.device)
+        run(x, g, taps, sums)
         dweight, dbias = sums.sum(0).split([k * c * j, k * c])
         return dx, dweight.view(k, c, j), dbias.new_empty(0) if bias is None else dbias.view(k, c)
 
@@ -171,20 +180,27 @@ def _gather(
     grad: Tensor | None = None,
 ) -> Tensor:
     """(k, b, rows, c) from x (b, l, c), or (1, b, rows, c), summed over orders, from x (k, b, l, c)."""
-    b, _, c = x.shape[-3:]
-    k, j, rows = table.shape
-    each = 1 if x.dim() == 4 else k
-    block_m, block_c = tile(rows, c, GATHERED)
-    y = empty((each, b, rows, c), dtype, x.device)
-    launch(
-        gather_kernel, (cdiv(c, block_c) * each * cdiv(rows, block_m) * b,), (x, weight, bias, table, grad, y),
-        (
-            x.stride(0) if x.dim() == 4 else 0, *x.stride()[-3:-1], *((0, 0, 0) if grad is None else grad.stride()[:3]),
-            b, each, k // each, rows, c,
-        ),
-        4, J=j, BLOCK_M=block_m, BLOCK_C=block_c, UNROLL=min(j, TAPS),
-        HAS_BIAS=bias is not None, SILU=silu, SLOPE=grad is not None, WIDE=_is_wide(x),
-    )  # fmt: skip
+    of_grad = None if grad is None else (grad.stride(), grad.dtype)
+    key = (x.shape, x.dtype, x.stride(), bias is None, table.shape, dtype, silu, of_grad)
+    found = _launches.get(key)
+    if found is None:
+        b, _, c = x.shape[-3:]
+        k, j, rows = table.shape
+        each = 1 if x.dim() == 4 else k
+        block_m, block_c = tile(rows, c, GATHERED)
+        made = Launch(
+            gather_kernel, (cdiv(c, block_c) * each * cdiv(rows, block_m) * b,),
+            (
+                x.stride(0) if x.dim() == 4 else 0, *x.stride()[-3:-1],
+                *((0, 0, 0) if grad is None else grad.stride()[:3]), b, each, k // each, rows, c,
+            ),
+            4, J=j, BLOCK_M=block_m, BLOCK_C=block_c, UNROLL=min(j, TAPS),
+            HAS_BIAS=bias is not None, SILU=silu, SLOPE=grad is not None, WIDE=_is_wide(x),
+        )  # fmt: skip
+        found = remember(_launches, key, (made, (each, b, rows, c)))
+    run, shape = found
+    y = empty(shape, dtype, x.device)
+    run(x, weight, bias, table, grad, y)
     return y
 
 

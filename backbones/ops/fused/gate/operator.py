@@ -37,7 +37,11 @@ def silu_gate(x: Tensor, z: Tensor, scale: float = 1.0, *, backend: str | None =
     if chosen == "cpu" and reads(x, z) and x.shape == z.shape:
         return gate_op(x, z, scale)
     if chosen == "triton" and runs_eagerly(x) and x.shape == z.shape and x.dtype == z.dtype:
-        return _Gate.apply(x, z, scale)
+        if torch.is_grad_enabled():
+            return _Gate.apply(x, z, scale)
+        from backbones.ops.fused.gate import triton
+
+        return triton.forward(x, z, scale)
     return naive.forward(x, z, scale)
 
 

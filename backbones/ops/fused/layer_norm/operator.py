@@ -54,34 +54,64 @@ def layer_norm(
         return naive.forward(x, weight, bias, eps, dtype)
     if dtype is None:
         dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
-    return Normalise.apply(x, weight, bias, eps, dtype, True)
+    return normalise(x, weight, bias, eps, dtype, True)
 
 
-class Normalise(torch.autograd.Function):
-    """LayerNorm, or RMSNorm unless ``centred``."""
+def normalise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, centred: bool
+) -> Tensor:
+    """LayerNorm, or RMSNorm unless ``centred``, by the kernel for GPUs."""
+    return residual_normalise(x, None, weight, bias, eps, dtype, centred)[1]
 
+
+def residual_normalise(
+    x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x + branch, or x where that is None, and its norm in ``dtype``, by one kernel for GPUs.
+
+    Used for both, the gradient of x needs no sum of its own, and that of the branch no conversion.
+    """
+    if torch.is_grad_enabled():
+        return _Normalise.apply(x, branch, weight, bias, eps, dtype, centred)
+    from backbones.ops.fused.layer_norm import triton
+
+    branch = None if branch is None else branch.contiguous()
+    return triton.forward(x.contiguous(), branch, weight, bias, eps, dtype, centred)[:2]
+
+
+class _Normalise(torch.autograd.Function):
     # Never traced, so it need not be an operator of torch.library, which costs some 50 microseconds a call.
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, centred: bool
-    ) -> Tensor:
+        ctx: Any, x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+        dtype: torch.dtype, centred: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         from backbones.ops.fused.layer_norm import triton
 
-        x = x.contiguous()
-        y, statistics = triton.forward(x, weight, bias, eps, dtype, centred)
-        ctx.save_for_backward(x, weight, statistics)
-        ctx.centred, ctx.has_bias = centred, bias is not None
-        return y
+        rows = x.contiguous()
+        branch = None if branch is None else branch.contiguous()
+        total, y, statistics = triton.forward(rows, branch, weight, bias, eps, dtype, centred)
+        ctx.save_for_backward(total, weight, statistics)
+        ctx.set_materialize_grads(False)
+        ctx.centred, ctx.has_bias, ctx.branch = centred, bias is not None, None if branch is None else branch.dtype
+        return x if branch is None else total, y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, stream: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         from backbones.ops.fused.layer_norm import triton
 
-        x, weight, statistics = ctx.saved_tensors
-        results = triton.backward(grad.contiguous(), x, weight, statistics, ctx.centred)
-        dx, sums = first_order("layer_norm" if ctx.centred else "rms_norm", results, (grad, x, weight))
+        if grad is None:  # nobody reads y
+            dbranch = None if stream is None or ctx.branch is None else stream.to(ctx.branch)
+            return stream, dbranch, None, None, None, None, None
+        total, weight, statistics = ctx.saved_tensors
+        stream = None if stream is None else stream.contiguous()
+        results = triton.backward(grad.contiguous(), stream, total, weight, statistics, ctx.centred, ctx.branch)
+        name = "layer_norm" if ctx.centred else "rms_norm"
+        dx, dbranch, sums = first_order(name, results, (grad, stream, total, weight))
+        dbranch = None if ctx.branch is None else dbranch
         if weight is None:
-            return dx, None, None, None, None, None
-        dweight, dbias = sums.to(weight.dtype)
-        return dx, dweight, dbias if ctx.has_bias else None, None, None, None
+            return dx, dbranch, None, None, None, None, None
+        dweight, dbias = (sums if sums.dtype == weight.dtype else sums.to(weight.dtype)).unbind(0)
+        return dx, dbranch, dweight, dbias if ctx.has_bias else None, None, None, None

@@ -1,8 +1,8 @@
 """LayerNorm and RMSNorm over the last axis, several rows per program; PyTorch gives a block of threads to a row of 96.
 
 Forward reads x and writes y, the mean and the reciprocal deviation of every row; backward reads the gradient and x and
-writes dx. Gradients of weight and bias are summed by each program over the rows that it walks, and over the programs
-by PyTorch: in a fixed order, always.
+writes dx. Both take a residual sum in front of the norm along. Gradients of weight and bias are summed by each program
+over the rows that it walks, and over the programs by PyTorch: in a fixed order, always.
 """
 
 # mypy: ignore-errors
@@ -14,19 +14,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_host import cdiv, check_device, device_of, empty, launch, multiprocessors, next_power_of_2
+from backbones.ops.triton_host import (
+    Launch,
+    cdiv,
+    check_device,
+    device_of,
+    empty,
+    multiprocessors,
+    next_power_of_2,
+    remember,
+)
 
 
 @triton.jit
 def layer_norm_kernel(
-    x, weight, bias, y, statistics, rows, c, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, CENTRED: tl.constexpr,
+    x, branch, weight, bias, total, y, statistics, rows, c, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """y (rows, c) = (x - mean) rstd weight + bias, with mean 0 unless CENTRED; one program for ROWS rows."""
+    """y (rows, c) = (x - mean) rstd weight + bias, with mean 0 unless CENTRED; one program for ROWS rows.
+
+    HAS_BRANCH normalises total = x + branch instead, which it writes too.
+    """
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cs = tl.arange(0, BLOCK)[None, :]
     mask = (r[:, None] < rows) & (cs < c)
     value = tl.load(x + r[:, None] * c + cs, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        value += tl.load(branch + r[:, None] * c + cs, mask=mask, other=0.0).to(tl.float32)
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + r[:, None] * c + cs, rounded, mask=mask)
+        value = rounded.to(tl.float32)
     m = tl.sum(value, 1) / c if CENTRED else tl.zeros((ROWS,), tl.float32)
     centred = tl.where(mask, value - m[:, None], 0.0)
     s = tl.rsqrt(tl.sum(centred * centred, 1) / c + eps)
@@ -42,11 +60,13 @@ def layer_norm_kernel(
 
 @triton.jit
 def layer_norm_backward_kernel(
-    grad, x, weight, statistics, dx, sums, rows, c, tiles,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr, CENTRED: tl.constexpr,
+    grad, stream, x, weight, statistics, dx, dbranch, sums, rows, c, tiles,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_STREAM: tl.constexpr, HAS_BRANCH: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd (g w - mean(g w) - xhat mean(g w xhat)), without mean(g w) unless CENTRED.
 
+    HAS_STREAM adds the gradient that x has from elsewhere. HAS_BRANCH writes the sum in another dtype as well.
     A program walks every ``num_programs``-th tile of rows.
     """
     cs = tl.arange(0, BLOCK)[None, :]
@@ -69,51 +89,89 @@ def layer_norm_backward_kernel(
         through_mean = tl.sum(g, 1) / c if CENTRED else tl.zeros((ROWS,), tl.float32)
         through_scale = tl.sum(g * normed, 1) / c
         value = s[:, None] * (g - through_mean[:, None] - normed * through_scale[:, None])
+        if HAS_STREAM:
+            value += tl.load(stream + r[:, None] * c + cs, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + r[:, None] * c + cs, value.to(dx.dtype.element_ty), mask=mask)
+        if HAS_BRANCH:
+            tl.store(dbranch + r[:, None] * c + cs, value.to(dbranch.dtype.element_ty), mask=mask)
     if HAS_WEIGHT:
         at = tl.program_id(0) * c + tl.arange(0, BLOCK)
         tl.store(sums + at, tl.sum(dw, 0), mask=tl.arange(0, BLOCK) < c)
         tl.store(sums + tl.num_programs(0) * c + at, tl.sum(db, 0), mask=tl.arange(0, BLOCK) < c)
 
 
-def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, centred: bool
-) -> tuple[Tensor, Tensor]:
-    """(y in ``dtype``, statistics): the means and reciprocal deviations of all rows of x (..., c), as (2, rows).
+_launches: dict[tuple, tuple[Launch, int]] = {}
+_backward_launches: dict[tuple, tuple[Launch, tuple[int, int, int]]] = {}
 
-    x is contiguous; weight and bias are (c) or None. Unless ``centred``, the means are taken to be 0: RMSNorm.
+
+def forward(
+    x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(x + branch in the dtype of x, y in ``dtype``, statistics): the means and reciprocal deviations of all rows of
+    x + branch (..., c), as (2, rows).
+
+    x is contiguous, and branch, which may be None; weight and bias are (c) or None. Unless ``centred``, the means are
+    taken to be 0: RMSNorm.
     """
     check_device("x", x)
-    c = x.shape[-1]
-    rows = x.numel() // c
-    y = empty(x.shape, dtype, x.device)
-    statistics = empty((2, rows), torch.float32, x.device)
-    tile, block, warps = _tile(c, 4096)
     with device_of(x):
-        launch(
-            layer_norm_kernel, (cdiv(rows, tile),), (x, weight, bias, y, statistics), (rows, c, eps), warps,
-            ROWS=tile, BLOCK=block, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, CENTRED=centred,
+        total = x if branch is None else empty(x.shape, x.dtype, x.device)
+        y = empty(x.shape, dtype, x.device)
+        key = (
+            x.shape, x.dtype, None if branch is None else branch.dtype, None if weight is None else weight.dtype,
+            None if bias is None else bias.dtype, eps, dtype, centred,
         )  # fmt: skip
-    return y, statistics
+        found = _launches.get(key)
+        if found is None:
+            c = x.shape[-1]
+            rows = x.numel() // c
+            tile, block, warps = _tile(c, 4096)
+            made = Launch(
+                layer_norm_kernel, (cdiv(rows, tile),), (rows, c, eps), warps, ROWS=tile, BLOCK=block,
+                HAS_BRANCH=branch is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+                CENTRED=centred,
+            )  # fmt: skip
+            found = remember(_launches, key, (made, rows))
+        run, rows = found
+        statistics = empty((2, rows), torch.float32, x.device)
+        run(x, branch, weight, bias, total, y, statistics)
+    return total, y, statistics
 
 
 def backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, statistics: Tensor, centred: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x, in its dtype, and of weight and bias, (2, c) in float32 or (2, 0) without a weight."""
-    c = x.shape[-1]
-    rows = x.numel() // c
-    tile, block, warps = _tile(c, 2048)  # besides x and its gradient it holds two sums
-    tiles = cdiv(rows, tile)
-    programs = min(tiles, 8 * max(1, multiprocessors(x.device)))
-    dx = empty(x.shape, x.dtype, x.device)
-    sums = empty((2, programs, c if weight is not None else 0), torch.float32, x.device)
+    grad: Tensor, stream: Tensor | None, x: Tensor, weight: Tensor | None, statistics: Tensor, centred: bool,
+    branch: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, in its dtype, of a branch added to it, in the dtype ``branch``, and of weight and bias, (2, c) in
+    float32 or (2, 0) without a weight.
+
+    ``stream``: a further gradient of x, or None.
+    """
     with device_of(x):
-        launch(
-            layer_norm_backward_kernel, (programs,), (grad, x, weight, statistics, dx, sums), (rows, c, tiles), warps,
-            ROWS=tile, BLOCK=block, HAS_WEIGHT=weight is not None, CENTRED=centred,
+        other = branch is not None and branch != x.dtype
+        key = (
+            x.shape, x.dtype, grad.dtype, None if stream is None else stream.dtype, branch,
+            None if weight is None else weight.dtype, centred,
         )  # fmt: skip
-    return dx, sums.sum(1)
+        found = _backward_launches.get(key)
+        if found is None:
+            c = x.shape[-1]
+            rows = x.numel() // c
+            tile, block, warps = _tile(c, 2048)  # besides x and its gradient it holds two sums
+            tiles = cdiv(rows, tile)
+            programs = min(tiles, 8 * max(1, multiprocessors(x.device)))
+            made = Launch(
+                layer_norm_backward_kernel, (programs,), (rows, c, tiles), warps, ROWS=tile, BLOCK=block,
+                HAS_STREAM=stream is not None, HAS_BRANCH=other, HAS_WEIGHT=weight is not None, CENTRED=centred,
+            )  # fmt: skip
+            found = remember(_backward_launches, key, (made, (2, programs, 0 if weight is None else c)))
+        run, shape = found
+        dx = empty(x.shape, x.dtype, x.device)
+        dbranch = empty(x.shape, branch, x.device) if other else dx
+        sums = empty(shape, torch.float32, x.device)
+        run(grad, stream, x, weight, statistics, dx, dbranch, sums)
+        return dx, dbranch, sums.sum(1)
 
 
 @functools.cache

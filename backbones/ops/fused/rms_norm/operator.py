@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from backbones.ops.dispatch import choose_for
-from backbones.ops.fused.layer_norm.operator import Normalise
+from backbones.ops.fused.layer_norm.operator import normalise
 from backbones.ops.fused.registration import reads, register
 from backbones.ops.fused.rms_norm import cpu, naive
 from backbones.ops.tracing import runs_eagerly
@@ -41,7 +41,7 @@ def rms_norm(
         y = norm_op(x, weight, eps)
     elif chosen == "triton" and runs_eagerly(x):
         dtype = torch.promote_types(x.dtype, weight.dtype) if dtype is None else dtype
-        return Normalise.apply(x, weight, None, eps, dtype, False)
+        return normalise(x, weight, None, eps, dtype, False)
     else:
         y = naive.forward(x, weight, eps)
     return y if dtype in (None, y.dtype) else y.to(dtype)

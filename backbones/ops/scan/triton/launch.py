@@ -26,6 +26,7 @@ writes and the sum reads, and the peak of memory.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,6 +46,7 @@ from backbones.ops.scan.triton.kernels_forward import forward_kernel
 from backbones.ops.scan.triton.tables import order_facts, visits_of
 from backbones.ops.scan.visits import Visits
 from backbones.ops.triton_host import (
+    Launch,
     cdiv,
     check_device,
     device_of,
@@ -52,6 +54,7 @@ from backbones.ops.triton_host import (
     launch,
     multiprocessors,
     next_power_of_2,
+    remember,
 )
 
 _SCRATCH_BYTES = 64 * 2**20  # of backward, whatever the problem
@@ -106,62 +109,97 @@ def _tile(n: int, c: int, chains: int, multiprocessors: int) -> tuple[int, int, 
     return N, block, max(1, N * block // 512)
 
 
+# u, delta, A, B, C, D, orders and the bias: A as (k, n, c), which is how `decay_rates` lays it out, and the rows of u,
+# delta, B and C without gaps.
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
 class _Scan:
-    """One call's inputs in the form that the kernels take, and the buffers that they write."""
+    """What all calls have in common whose inputs have the same shapes, strides and dtypes, and their launches."""
 
     def __init__(
-        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
-        bias: Tensor | None, softplus: bool, out: str, window: int, visits: list[bool] | None,
+        self, tensors: Operands, softplus: bool, out: str, window: int, facts: Visits, processors: int
     ) -> None:  # fmt: skip
+        u, delta, A, B, C, D, orders, bias = tensors
         self.b, self.length, self.k, self.c = delta.shape
-        self.n = A.shape[2]
+        self.n = A.shape[1]
         self.steps = self.length if orders is None else orders.shape[1]
         self.shared = u.dim() == 3
-        self.u, self.delta, self.B, self.C = (contiguous_rows(x) for x in (u, delta, B, C))
-        self.A = A.transpose(1, 2).contiguous()  # as `decay_rates` lays it out
-        self.D, self.bias, self.orders = D, bias, orders
         self.softplus, self.out = softplus, out
         self.window = min(window, self.steps)
-        if orders is None or visits is None:
-            self.facts = order_facts(orders, self.length, self.k)
-        else:
-            self.facts = Visits(*visits)
+        self.facts = facts
         self.dtype, self.device = u.dtype, u.device
-        self.multiprocessors = multiprocessors(u.device)
+        self.multiprocessors = processors
         shape = self.n, self.c, self.b * self.k, self.multiprocessors
         self.forward_config, self.backward_config = forward_config(*shape), backward_config(*shape)
+        if self.window > 1:
+            self.backward_config = backward_window_config(self.backward_config)
+        self.strides = [_strides(x) for x in (u, delta, B, C)]
         self.flags: dict[str, Any] = dict(
             HAS_ORDERS=orders is not None,
             HAS_BIAS=bias is not None,
             SOFTPLUS=softplus,
-            WIDE=self.is_wide(self.u, self.delta, self.B, self.C),
+            WIDE=self.is_wide(u, delta, B, C),
         )
+        self.has_D = D is not None
+        self.launches: dict[tuple[Any, ...], Launch] = {}  # by what else they depend on
+
+    @classmethod
+    def of(
+        cls, tensors: Operands, softplus: bool, out: str, window: int, visits: Sequence[bool] | None
+    ) -> "_Scan":  # fmt: skip
+        """Made once for each key."""
+        u, delta, A, B, C, D, orders, bias = tensors
+        if orders is None or visits is None:
+            facts = order_facts(orders, delta.shape[1], delta.shape[2])
+        else:
+            facts = Visits(*visits)
+        processors = multiprocessors(u.device)
+        steps = None if orders is None else orders.shape[1]
+        key = (
+            u.shape, u.stride(), u.dtype, delta.shape, delta.stride(), delta.dtype, A.shape, B.stride(), C.stride(),
+            B.dtype, D is None, steps, bias is None, softplus, out, window, facts, processors, u.device, _CARRIED,
+        )  # fmt: skip
+        found = _scans.get(key)
+        if found is None:
+            made = cls(tensors, softplus, out, window, facts, processors)
+            found = remember(_scans, key, made)
+        return found
 
     def is_wide(self, *tensors: Tensor) -> bool:
         """Whether the offset of some row, in what is read or written, needs more than 31 bits."""
         widest = max(*(x.stride(1) for x in tensors), self.k * max(self.c, self.n))
         return max(self.length, self.steps) * widest >= 2**31
 
-    def buffer(self, width: int, merged: bool, dtype: torch.dtype | None = None, by_step: bool = False) -> Tensor:
-        """(b, rows, k, width) to be written by a scan, or (b, rows, width) if it may write the sum over orders."""
+    def buffer(
+        self, width: int, merged: bool, dtype: torch.dtype | None = None, by_step: bool = False,
+        order_by_order: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """(b, rows, k, width) to be written by a scan, or (b, rows, width) if it may write the sum over orders.
+
+        ``order_by_order`` stores it as (k, b, rows, width).
+        """
         by_step |= self.facts.repeats
         dtype = torch.float32 if self.window > 1 or self.facts.repeats else dtype or self.dtype
         merged &= self.merges
         shape = (self.b, self.steps if by_step else self.length, *(() if merged else (self.k,)), width)
         written = by_step or (self.facts.covers if merged else self.facts.complete)
-        return empty(shape, dtype, self.device) if written else torch.zeros(shape, dtype=dtype, device=self.device)
+        if order_by_order and not merged:
+            shape = (self.k, *shape[:2], width)
+        y = empty(shape, dtype, self.device) if written else torch.zeros(shape, dtype=dtype, device=self.device)
+        return y.permute(1, 2, 0, 3) if order_by_order and not merged else y
 
     @property
     def merges(self) -> bool:
         """Whether no two visits meet in one row of the sum over orders."""
         return self.facts.disjoint and not self.facts.repeats
 
-    def collect(self, buffer: Tensor, merged: bool, dtype: torch.dtype) -> Tensor:
+    def collect(self, buffer: Tensor, merged: bool, dtype: torch.dtype, orders: Tensor | None) -> Tensor:
         """A buffer that was written by step or by order, as (b, l, k, width), or (b, l, width) if ``merged``."""
-        width = buffer.shape[-1]
         if self.facts.repeats:
-            assert self.orders is not None
-            visits, starts = visits_of(self.orders, self.length, per_order=not merged)
+            assert orders is not None
+            width = buffer.shape[-1]
+            visits, starts = visits_of(orders, self.length, per_order=not merged)
             rows = starts.shape[0] - 1
             y = empty((self.b, rows, width), dtype, self.device)
             block = min(128, next_power_of_2(width))
@@ -172,13 +210,18 @@ class _Scan:
             )  # fmt: skip
             return y if merged else y.view(self.b, self.length, self.k, width)
         if buffer.dim() == 4 and merged:
+            width = buffer.shape[-1]
             y = empty((self.b, self.length, width), dtype, self.device)
-            block = min(128, next_power_of_2(width))
-            rows = self.b * self.length
-            grid = (cdiv(rows, 16), cdiv(width, block))
-            launch(sum_orders_kernel, grid, (buffer, y), (rows, self.k, width), 4, ROWS=16, BLOCK_C=block)
+            run = self.launches.get(("sum", width, buffer.dtype, dtype))
+            if run is None:
+                block = min(128, next_power_of_2(width))
+                rows = self.b * self.length
+                grid = (cdiv(rows, 16), cdiv(width, block))
+                run = Launch(sum_orders_kernel, grid, (rows, self.k, width), 4, ROWS=16, BLOCK_C=block)
+                self.launches["sum", width, buffer.dtype, dtype] = run
+            run(buffer, y)
             return y
-        return buffer.to(dtype)
+        return buffer if buffer.dtype == dtype else buffer.to(dtype)
 
     def segments(self, config: Config) -> tuple[int, int]:
         """(steps, number) of the segments of an order.
@@ -194,33 +237,32 @@ class _Scan:
         return segment, cdiv(self.steps, segment)
 
     def carried(
-        self, config: Config, segment: int, segments: int, grad: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The states that enter every segment, or, given the gradient of y, their gradients.
+        self, config: Config, segment: int, segments: int, x: Tensor, delta: Tensor, A: Tensor, V: Tensor,
+        orders: Tensor | None, bias: Tensor | None, adjoint: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The states that enter every segment, from u and B, or, from the gradient of y and C, their gradients.
 
         Of few segments, what they add to the state and their sums of dt, for the next kernel to carry.
         """
-        x, V = (self.u, self.B) if grad is None else (grad, self.C)
-        by_step = grad is not None and self.out == "per_step"
         ends = empty((self.b * self.k, segments, self.n, self.c), torch.float32, self.device)
         totals = empty((self.b * self.k, segments, self.c), torch.float32, self.device)
         blocks = cdiv(self.c, config.BLOCK_C)
         launch(
             segment_ends_kernel, (self.b * self.k * segments * blocks,),
-            (x, self.delta, self.A, V, self.orders, self.bias, ends, totals),
+            (x, delta, A, V, orders, bias, ends, totals),
             (
-                *_strides(x), *_strides(self.delta), *_strides(V),
+                *_strides(x), *self.strides[1], *_strides(V),
                 self.steps, self.k, self.c, self.n, segment, segments,
             ),
-            config.num_warps, N=config.N, BLOCK_C=config.BLOCK_C, U=_SEGMENT_U, ADJOINT=grad is not None,
-            X_BY_STEP=by_step, **self.flags,
+            config.num_warps, N=config.N, BLOCK_C=config.BLOCK_C, U=_SEGMENT_U, ADJOINT=adjoint,
+            X_BY_STEP=adjoint and self.out == "per_step", **self.flags,
         )  # fmt: skip
         if segments <= _CARRIED:
             return ends, totals
         grid = (self.b * self.k * cdiv(self.n * self.c, 64),)
         launch(
-            carry_kernel, grid, (ends, totals, self.A), (self.k, self.c, self.n, segments), 1,
-            REVERSE=grad is not None, BLOCK=64, U=8,
+            carry_kernel, grid, (ends, totals, A), (self.k, self.c, self.n, segments), 1,
+            REVERSE=adjoint, BLOCK=64, U=8,
         )  # fmt: skip
         return ends, None
 
@@ -234,62 +276,58 @@ class _Scan:
         return dict(segment=segment, segments=segments, chunk=chunk, slots=slots, all_slots=slots * segments), short
 
     def run_forward(
-        self, config: Config, walk: dict[str, int], y: Tensor | None, starts: Tensor | None = None,
-        totals: Tensor | None = None, states: Tensor | None = None, window: bool = False, reset: bool = False,
+        self, tensors: Operands, walk: dict[str, int], y: Tensor | None,
+        starts: Tensor | None = None, totals: Tensor | None = None, states: Tensor | None = None, window: bool = False,
+        reset: bool = False,
     ) -> None:  # fmt: skip
-        blocks = cdiv(self.c, config.BLOCK_C)
-        launch(
-            forward_kernel, (self.b * self.k * walk["segments"] * blocks,),
-            (self.u, self.delta, self.A, self.B, self.C, self.D, self.orders, self.bias, starts, totals, states, y),
-            (
-                *_strides(self.u), *_strides(self.delta), *_strides(self.B), *_strides(self.C),
-                *((0, 0, 0) if y is None else _strides(y)),
-                self.steps, self.k, self.c, self.n, *(walk[name] for name in _WALK),
-            ),
-            config.num_warps, N=config.N, BLOCK_C=config.BLOCK_C, U=config.U, HAS_D=self.D is not None and not window,
-            HAS_STARTS=starts is not None, CARRY=totals is not None, SAVE=states is not None, EMIT=y is not None,
-            BY_STEP=self.facts.repeats or self.out == "per_step", WINDOW=window, RESET=reset, **self.flags,
-        )  # fmt: skip
+        key = ("forward", y is None, starts is None, totals is None, states is None, window)
+        run = self.launches.get(key)
+        if run is None:
+            config = self.forward_config
+            blocks = cdiv(self.c, config.BLOCK_C)
+            self.launches[key] = run = Launch(
+                forward_kernel, (self.b * self.k * walk["segments"] * blocks,),
+                (
+                    *(stride for strides in self.strides for stride in strides),
+                    *((0, 0, 0) if y is None else _strides(y)),
+                    self.steps, self.k, self.c, self.n, *(walk[name] for name in _WALK),
+                ),
+                config.num_warps, N=config.N, BLOCK_C=config.BLOCK_C, U=config.U,
+                HAS_D=self.has_D and not window, HAS_STARTS=starts is not None, CARRY=totals is not None,
+                SAVE=states is not None, EMIT=y is not None,
+                BY_STEP=self.facts.repeats or self.out == "per_step", WINDOW=window, RESET=reset, **self.flags,
+            )  # fmt: skip
+        run(*tensors, starts, totals, states, y)
 
-
-def forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool, out: str, local_window: int, save: bool,
-    visits: list[bool] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See :mod:`backbones.ops.scan.operator`."""
-    check_device("u", u)
-    with device_of(u):
-        scan = _Scan(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, visits)
-        config = scan.forward_config
-        slots = (scan.steps - 1) // CHUNK
-        states = empty((scan.b, scan.k, slots, scan.n, scan.c), torch.float32, u.device) if save else None
-        y = scan.buffer(scan.c, merged=out == "sum", by_step=out == "per_step")
-        segment, segments = scan.segments(config)
+    def forward(self, tensors: Operands, save: bool) -> tuple[Tensor, Tensor | None]:
+        """The output in the dtype of u, and with ``save`` the states."""
+        u, delta, A, B, _, _, orders, bias = tensors
+        slots = (self.steps - 1) // CHUNK
+        states = empty((self.b, self.k, slots, self.n, self.c), torch.float32, self.device) if save else None
+        y = self.buffer(self.c, merged=self.out == "sum", by_step=self.out == "per_step")
+        segment, segments = self.segments(self.forward_config)
         walk = dict(segment=segment, segments=segments, chunk=CHUNK, slots=segment // CHUNK, all_slots=slots)
-        starts, totals = scan.carried(config, segment, segments) if segments > 1 else (None, None)
-        scan.run_forward(config, walk, y, starts, totals, states)
-        if scan.window > 1:
-            walk, short = scan.window_walk()
-            scan.run_forward(config, walk, y, window=True, reset=short)
-        y = y.to(u.dtype) if out == "per_step" else scan.collect(y, out == "sum", u.dtype)
-        return y, u.new_empty(0, dtype=torch.float32) if states is None else states
+        starts, totals = None, None
+        if segments > 1:
+            config = self.forward_config
+            starts, totals = self.carried(config, segment, segments, u, delta, A, B, orders, bias, False)
+        self.run_forward(tensors, walk, y, starts, totals, states)
+        if self.window > 1:
+            walk, short = self.window_walk()
+            self.run_forward(tensors, walk, y, window=True, reset=short)
+        if self.out == "per_step":
+            return y.to(self.dtype), states
+        return self.collect(y, self.out == "sum", self.dtype, orders), states
 
-
-def backward(
-    grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
-    delta_bias: Tensor | None, states: Tensor, delta_softplus: bool, out: str, local_window: int,
-    visits: list[bool] | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """See :mod:`backbones.ops.scan.operator`."""
-    with device_of(u):
-        scan = _Scan(u, delta, A, B, C, D, orders, delta_bias, delta_softplus, out, local_window, visits)
-        config = scan.backward_config
-        if scan.window > 1:
-            config = backward_window_config(config)
-        grad = contiguous_rows(grad)
-        scan.flags["WIDE"] |= scan.is_wide(grad)
-        segment, segments = scan.segments(config)
+    def backward(
+        self, grad: Tensor, tensors: Operands, states: Tensor, order_by_order: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Gradients as the kernel leaves them: of u and delta as `buffer` makes them; the partial sums of those of B
+        and C, see `_partials`; and for each walk of the order those of A, D and bias, see `_split_sums`.
+        """
+        u, delta, A, B, C, D, orders, bias = tensors
+        config = self.backward_config
+        segment, segments = self.segments(config)
         walks = [
             dict(
                 segment=segment,
@@ -300,52 +338,87 @@ def backward(
             )
         ]
         reset = False
-        if scan.window > 1:
-            window_walk, reset = scan.window_walk()
+        if self.window > 1:
+            window_walk, reset = self.window_walk()
             walks.append(window_walk)
 
-        blocks = cdiv(scan.c, config.BLOCK_C)
+        blocks = cdiv(self.c, config.BLOCK_C)
         atomic = blocks > 1 and not torch.are_deterministic_algorithms_enabled()
-        du = scan.buffer(scan.c, merged=scan.shared)
-        ddelta = scan.buffer(scan.c, merged=False)
-        dB, dC = partials = _partials(scan, 1 if atomic else blocks, atomic, B.dtype)
-        sums = []
+        du = self.buffer(self.c, merged=self.shared, order_by_order=order_by_order)
+        ddelta = self.buffer(self.c, merged=False, order_by_order=order_by_order)
+        partials = _partials(self, 1 if atomic else blocks, atomic, B.dtype)
+        dB, dC = partials.unbind(0)
+        all_parts = []
         for i, walk in enumerate(walks):
             window = i == 1
             kept: Tensor | None = states
             if window:
                 kept = None
                 if not reset:
-                    shape = (scan.b, scan.k, walk["all_slots"], scan.n, scan.c)
-                    kept = empty(shape, torch.float32, u.device)
-                    scan.run_forward(scan.forward_config, walk, None, states=kept, window=True)
+                    shape = (self.b, self.k, walk["all_slots"], self.n, self.c)
+                    kept = empty(shape, torch.float32, self.device)
+                    self.run_forward(tensors, walk, None, states=kept, window=True)
             adjoints, totals = None, None
             if segments > 1 and not window:
-                adjoints, totals = scan.carried(config, segment, segments, grad)
-            items = scan.b * scan.k * walk["segments"] * blocks
+                adjoints, totals = self.carried(config, segment, segments, grad, delta, A, C, orders, bias, True)
+            items = self.b * self.k * walk["segments"] * blocks
             tile_bytes = 4 * config.N * config.BLOCK_C * cdiv(walk["chunk"], config.U)
             programs = min(items, max(1, _SCRATCH_BYTES // tile_bytes))
-            scratch = empty((programs * tile_bytes // 4,), torch.float32, u.device)
-            parts = empty((scan.b * walk["segments"], scan.k * scan.c * (scan.n + 2)), torch.float32, u.device)
-            launch(
-                backward_kernel, (programs,),
-                (
-                    grad, scan.u, scan.delta, scan.A, scan.B, scan.C, D, orders, delta_bias, kept, adjoints, totals,
-                    scratch,
-                    du, ddelta, dB, dC, parts,
-                ),
-                (
-                    *_strides(grad), *_strides(scan.u), *_strides(scan.delta), *_strides(scan.B), *_strides(scan.C),
-                    *_strides(du), *_strides(ddelta), 0 if atomic else dB.stride(0), *dB.stride()[1:4],
-                    scan.steps, scan.k, scan.c, scan.n, *(walk[name] for name in _WALK), items,
-                ),
-                config.num_warps, N=config.N, BLOCK_C=config.BLOCK_C, U=config.U, HAS_D=D is not None and not window,
-                HAS_STATES=kept is not None, HAS_ADJOINTS=adjoints is not None, CARRY=totals is not None,
-                GRAD_BY_STEP=out == "per_step", BY_STEP=scan.facts.repeats, ATOMIC=atomic,
-                WINDOW=window, RESET=window and reset, **scan.flags,
+            scratch = empty((programs * tile_bytes // 4,), torch.float32, self.device)
+            parts = empty((self.b * walk["segments"], self.k * self.c * (self.n + 2)), torch.float32, self.device)
+            key = ("backward", window, atomic, grad.dtype, grad.stride(), order_by_order, kept is None)
+            run = self.launches.get(key)
+            if run is None:
+                flags = {**self.flags, "WIDE": self.flags["WIDE"] or self.is_wide(grad)}
+                self.launches[key] = run = Launch(
+                    backward_kernel, (programs,),
+                    (
+                        *_strides(grad), *(stride for strides in self.strides for stride in strides),
+                        *_strides(du), *_strides(ddelta), 0 if atomic else dB.stride(0), *dB.stride()[1:4],
+                        self.steps, self.k, self.c, self.n, *(walk[name] for name in _WALK), items,
+                    ),
+                    config.num_warps, N=config.N, BLOCK_C=config.BLOCK_C, U=config.U,
+                    HAS_D=D is not None and not window, HAS_STATES=kept is not None, HAS_ADJOINTS=adjoints is not None,
+                    CARRY=totals is not None, GRAD_BY_STEP=self.out == "per_step", BY_STEP=self.facts.repeats,
+                    ATOMIC=atomic, WINDOW=window, RESET=window and reset, **flags,
+                )  # fmt: skip
+            run(
+                grad, u, delta, A, B, C, D, orders, bias, kept, adjoints, totals, scratch,
+                du, ddelta, dB, dC, parts,
             )  # fmt: skip
-            del scratch  # or the peak would hold it beside the sums below
-            sums.append(_split_sums(parts.sum(0), scan))
+            del scratch  # or the peak would hold it beside the sums of what follows
+            all_parts.append(parts)
+        return du, ddelta, partials, all_parts
+
+
+_scans: dict[tuple[Any, ...], _Scan] = {}
+
+
+def forward(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, out: str, local_window: int, save: bool,
+    visits: list[bool] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See :mod:`backbones.ops.scan.operator`."""
+    check_device("u", u)
+    with device_of(u):
+        tensors = _as_kernels_read(u, delta, A, B, C, D, orders, delta_bias)
+        scan = _Scan.of(tensors, delta_softplus, out, local_window, visits)
+        y, states = scan.forward(tensors, save)
+        return y, u.new_empty(0, dtype=torch.float32) if states is None else states
+
+
+def backward(
+    grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
+    delta_bias: Tensor | None, states: Tensor, delta_softplus: bool, out: str, local_window: int,
+    visits: list[bool] | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """See :mod:`backbones.ops.scan.operator`."""
+    with device_of(u):
+        tensors = _as_kernels_read(u, delta, A, B, C, D, orders, delta_bias)
+        scan = _Scan.of(tensors, delta_softplus, out, local_window, visits)
+        du, ddelta, partials, all_parts = scan.backward(contiguous_rows(grad), tensors, states)
+        sums = [_split_sums(parts.sum(0), scan) for parts in all_parts]
         dA, dD, dbias = sums[0]
         if scan.window > 1:  # whose walk has no D
             dA += sums[1][0]
@@ -354,13 +427,21 @@ def backward(
             partials = (partials if partials.shape[1] == 1 else partials.sum(1, keepdim=True)).to(B.dtype)
         none = dA.new_empty(0)
         return (
-            scan.collect(du, scan.shared, u.dtype),
-            scan.collect(ddelta, False, delta.dtype),
+            scan.collect(du, scan.shared, u.dtype, orders),
+            scan.collect(ddelta, False, delta.dtype, orders),
             dA,
-            *(scan.collect(_sum_blocks(x), False, B.dtype) for x in partials),
+            *(scan.collect(_sum_blocks(x), False, B.dtype, orders) for x in partials),
             none if D is None else dD,
             none if delta_bias is None else dbias,
         )
+
+
+def _as_kernels_read(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
+    bias: Tensor | None,
+) -> Operands:  # fmt: skip
+    u, delta, B, C = (contiguous_rows(x) for x in (u, delta, B, C))
+    return u, delta, A.transpose(1, 2).contiguous(), B, C, D, orders, bias
 
 
 def _split_sums(sums: Tensor, scan: _Scan) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,51 @@
+"""Blocks behind one another, of which each leaves its last residual sum to the norm that comes next.
+
+On a GPU the sum and the norm are one launch, and so are their gradients, with the conversion for the branch.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from backbones.layers.half_weights import with_half_weights
+from backbones.ops.tracing import is_hooked, is_replaced, runs_eagerly
+
+_PARTS = {"forward", "branch", "join"}  # of which ``chained`` is another form
+
+
+def can_chain(blocks: Iterable[nn.Module], x: Tensor) -> bool:
+    """Whether :func:`run_chain` computes what calls of the blocks would: on a GPU in eager mode, if all have a method
+    ``chained``, and nothing else stands for their ``forward`` or waits for their outputs.
+    """
+    if not isinstance(x, Tensor) or not x.is_cuda or not runs_eagerly(x):
+        return False
+    return all([_is_as_written(block) for block in blocks])
+
+
+def run_chain(blocks: Iterable[Any], x: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
+    """``x = block(x, *args)`` for all blocks: the result is the sum of both tensors, or the first one.
+
+    ``block.chained(x, pending, *args)`` returns such a pair for x + pending (x where that is None).
+    """
+    pending: Tensor | None = None
+    for block in blocks:
+        x, pending = with_half_weights(block.chained, block, x, pending, *args)
+    return x, pending
+
+
+def _is_as_written(block: nn.Module) -> bool:
+    kind: Any = type(block)
+    return _has_chained(kind) and not is_replaced(block) and not is_hooked(block)
+
+
+@functools.cache
+def _has_chained(kind: Any) -> bool:
+    """Whether ``chained`` was written for the ``forward`` that the class has, not for that of a base class."""
+    for base in kind.__mro__:
+        if "chained" in vars(base):
+            return True
+        if _PARTS & vars(base).keys():
+            return False
+    return False

@@ -1,0 +1,107 @@
+"""The selective scan of u together with the projections of u that give it step sizes, B and C."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backbones.ops.derivatives import first_order
+from backbones.ops.dispatch import choose_for
+from backbones.ops.scan.visits import Visits
+from backbones.ops.tracing import is_watched, runs_eagerly
+
+_PLAIN = (Tensor, nn.Parameter)  # subclasses, of quantized or distributed weights, have products of their own
+
+
+def has_projected_scan(
+    u: Tensor, *weights: Tensor, orders: Tensor | None, visits: Visits | None, backend: str | None
+) -> bool:
+    """Whether :func:`projected_scan` serves u and all parameters: on a GPU in eager mode, where nobody looks on.
+
+    Orders visit no token twice. Products and scan have one dtype, which is that of u, of x_weight and dt_weight (the
+    first two of ``weights``), and of autocast; the others are in float32.
+    """
+    if not u.is_cuda or not runs_eagerly(u) or is_watched():
+        return False
+    if orders is not None and (visits is None or visits.repeats):
+        return False
+    if any([type(x) not in _PLAIN for x in (u, *weights)]):
+        return False
+    dtype = u.dtype
+    if weights[0].dtype != dtype or weights[1].dtype != dtype:
+        return False
+    if any([x.dtype != torch.float32 for x in weights[2:]]):
+        return False
+    if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != dtype:
+        return False
+    return choose_for("selective_scan", backend, u, *weights) == ("triton", False)
+
+
+def projected_scan(
+    u: Tensor,
+    x_weight: Tensor,
+    dt_weight: Tensor,
+    bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    *,
+    orders: Tensor | None = None,
+    out: str = "sum",
+    visits: Visits | None = None,
+) -> Tensor:
+    """``selective_scan(u, delta, -exp(A_log), B, C, D, delta_bias=bias)``, where u times x_weight is [delta | B | C]
+    and delta still has to be multiplied by dt_weight; for tensors of which :func:`has_projected_scan` holds.
+
+    Args:
+        u: (b, l, c), or (b, l, k, c).
+        x_weight: (k, r + 2 n, c).
+        dt_weight: (k, c, r).
+        bias: (k, c).
+        A_log: (k, c, n).
+        D: (k, c).
+        orders: see :func:`backbones.ops.selective_scan`.
+        out: see there.
+        visits: see there.
+
+    Raises:
+        NotImplementedError: second derivatives.
+    """
+    if orders is not None and orders.dtype != torch.int32:
+        orders = orders.to(torch.int32)
+    x_weight, dt_weight, bias, A_log, D = (x.contiguous() for x in (x_weight, dt_weight, bias, A_log, D))
+    if torch.is_grad_enabled():
+        return _ProjectedScan.apply(u, x_weight, dt_weight, bias, A_log, D, orders, out, visits)
+    from backbones.ops.scan.triton import projected
+
+    return projected.forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, 0, visits, False)[0]
+
+
+class _ProjectedScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, x_weight: Tensor, dt_weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor,
+        orders: Tensor | None, out: str, visits: Visits | None,
+    ) -> Tensor:  # fmt: skip
+        from backbones.ops.scan.triton import projected
+
+        y, saved = projected.forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, 0, visits, True)
+        assert saved is not None
+        ctx.save_for_backward(
+            u, x_weight, dt_weight, bias, D, orders, saved.x, saved.blocks, saved.delta, saved.A, saved.states
+        )
+        ctx.out, ctx.visits = out, visits
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from backbones.ops.scan.triton import projected
+
+        u, x_weight, dt_weight, bias, D, orders, *saved = ctx.saved_tensors
+        args = (grad, projected.Saved(*saved), u, x_weight, dt_weight, bias, D, orders, ctx.out, 0, ctx.visits)
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+            with torch.no_grad(), torch.autocast("cuda", enabled=False):
+                results = projected.backward(*args)
+            results = first_order("selective_scan", results, (grad, u, x_weight, dt_weight, bias, D))
+        else:
+            results = projected.backward(*args)
+        return *results, None, None, None
