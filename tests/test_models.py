@@ -244,6 +244,32 @@ def test_features_only(name: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("order", [(1, 0), (-1, 0), (1, 1)])
+@pytest.mark.parametrize("feature_cls", ["getter", "hook"])
+def test_features_come_in_the_order_asked_for(name: str, feature_cls: str, order: tuple[int, int]) -> None:
+    """Each under its own entry of ``feature_info``, where timm's getter sorts the maps alone."""
+    if feature_cls == "hook" and order == (1, 1):
+        return  # timm's hooks see a module once
+    features = create_small(name, features_only=True, out_indices=order, feature_cls=feature_cls).eval()
+    whole = create_small(name).eval()
+    given = {key.removeprefix("body.").removeprefix("model."): x for key, x in features.state_dict().items()}
+    whole.load_state_dict({**whole.state_dict(), **given})
+    expected = [whole.forward_intermediates(images(), indices=[i], intermediates_only=True)[0] for i in order]
+    found = features(images())
+    assert features.feature_info.module_name() == [whole.feature_info[i]["module"] for i in order]
+    assert features.feature_info.channels() == [x.shape[1] for x in expected]
+    assert features.feature_info.reduction() == [64 // x.shape[2] for x in expected]
+    for one, other in zip(found, expected, strict=True):
+        if feature_cls == "getter":
+            torch.testing.assert_close(one, other)
+        elif not is_plain(name):  # of a plain model a hook sees tokens, the class token among them
+            torch.testing.assert_close(one.permute(0, 3, 1, 2), other)
+    several = whole.forward_intermediates(images(), indices=list(order), norm=True, stop_early=True)[1]
+    for i, one in zip(order, several, strict=True):
+        torch.testing.assert_close(one, whole.forward_intermediates(images(), indices=[i], norm=True)[1][0])
+
+
+@torch.no_grad()
 def test_pruning_keeps_what_is_asked_for(shallow: nn.Module) -> None:
     model = copy.deepcopy(shallow)
     expected = model.forward_intermediates(images(), indices=[1], intermediates_only=True)

@@ -177,7 +177,7 @@ class HierarchicalBackbone(StagedBackbone):
 
         Args:
             x: (b, in_chans, height, width).
-            indices: stages to take.
+            indices: stages to take; their maps come in this order.
             norm: apply the final norm to the last stage's map.
             stop_early: end with the last stage taken; the final features are then those of that stage,
                 without the final norm.
@@ -194,16 +194,17 @@ class HierarchicalBackbone(StagedBackbone):
         final = len(self.feature_info) - 1
         x = self._stem(x)
         x = x if replace is None else replace(x)
-        taken = []
+        taken: dict[int, Tensor] = {}
         for i in range(last + 1 if stop_early else len(self.stages)):
             entering = self._entering(i, x)
             x = self.stages[i](entering)
             if i in take:
                 feature = entering if tap == "input" else self.norm(x) if norm and i == final else x
-                taken.append(feature.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else feature)
+                taken[i] = feature.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else feature
+        maps = [taken[i] for i in take]
         if intermediates_only:
-            return taken
-        return (self.norm(x) if i == final else x), taken
+            return maps
+        return (self.norm(x) if i == final else x), maps
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -294,7 +294,7 @@ class PlainBackbone(Backbone):
 
         Args:
             x: (b, in_chans, height, width).
-            indices: blocks to take.
+            indices: blocks to take; their features come in this order.
             return_prefix_tokens: pair each feature with its class token (b, 1, embed_dim).
             norm: apply the final norm to each.
             stop_early: end with the last block taken; the final features are then those of that block.
@@ -310,7 +310,7 @@ class PlainBackbone(Backbone):
         take, last = feature_take_indices(len(self.blocks), indices)
         x, grid, tables = self._embed(x, replace)
         reduced = self._reduced_pass(grid, tables)
-        taken = []
+        taken: dict[int, Any] = {}
         for i in range(last + 1 if stop_early else len(self.blocks)):
             x, feature = self._through(i, x, grid, tables, reduced, branch and i in take)
             if i in take:
@@ -319,8 +319,9 @@ class PlainBackbone(Backbone):
                 patches = patches if reduced is None else reduced.on_grid(patches)
                 if output_fmt == "NCHW":
                     patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
-                taken.append((patches, prefix) if return_prefix_tokens and prefix is not None else patches)
-        return taken if intermediates_only else (self.norm(x if reduced is None else reduced.end(x)), taken)
+                taken[i] = (patches, prefix) if return_prefix_tokens and prefix is not None else patches
+        maps = [taken[i] for i in take]
+        return maps if intermediates_only else (self.norm(x if reduced is None else reduced.end(x)), maps)
 
     def forward_visible(self, x: Tensor, cells: Tensor) -> Tensor:
         """The normalised tokens of some patches, (b, m, embed_dim), where no block sees the others.

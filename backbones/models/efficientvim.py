@@ -96,11 +96,11 @@ class EfficientViM(StagedBackbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = True,
     ) -> list[Tensor]:
-        """Maps at the end of the stages of ``indices`` (the last n for a number, all for None), from the image on.
+        """Maps at the end of the stages of ``indices`` (the last n for a number, all for None).
 
         Args:
             x: (b, in_chans, height, width).
-            indices: stages.
+            indices: stages to take; their maps come in this order.
             output_fmt: "NCHW" or "NHWC".
             intermediates_only: True, as there are no features behind the maps.
 
@@ -113,11 +113,11 @@ class EfficientViM(StagedBackbone):
             raise ValueError("intermediates_only: got False, but EfficientViM's dense model ends in its maps")
         take, last = feature_take_indices(len(self.stages), indices)
         x = self.stem(x)
-        maps = []
+        taken: dict[int, Tensor] = {}
         for i in range(last + 1):
             if i > 0:
                 x = self.downsamples[i - 1](x)
             x = self.stages[i](x)
             if i in take:
-                maps.append(x if output_fmt == "NCHW" else x.permute(0, 2, 3, 1))
-        return maps
+                taken[i] = x if output_fmt == "NCHW" else x.permute(0, 2, 3, 1)
+        return [taken[i] for i in take]

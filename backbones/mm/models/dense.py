@@ -99,13 +99,12 @@ class DenseBackbone(BaseModule):
         if self.taps == "input":
             bottom, features = self.model.forward_intermediates(x, output_fmt="NHWC", tap="input")
             return tuple(x.permute(0, 3, 1, 2).contiguous() for x in (*features, bottom))
-        maps = {}
-        # The model returns its features from the image to the head, whatever the order of the indices.
-        for i, feature in zip(sorted(self.out_indices), self._features(x), strict=True):
+        maps = []
+        for i, feature in zip(self.out_indices, self._features(x), strict=True):
             if str(i) in self.out_norms:
                 feature = self.out_norms[str(i)](feature)
-            maps[i] = feature.permute(0, 3, 1, 2).contiguous()
-        return tuple(maps[i] for i in self.out_indices)
+            maps.append(feature.permute(0, 3, 1, 2).contiguous())
+        return tuple(maps)
 
     def train(self, mode: bool = True) -> DenseBackbone:
         """Sets training mode, except in what is frozen and, with ``norm_eval``, in batch norms."""
