@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import pickle
 import re
@@ -26,6 +27,7 @@ WEIGHT_KEYS = ("model", "state_dict", "model_ema", "state_dict_ema", "ema_model"
 WRAPPERS = ("module.", "_orig_mod.")  # what PyTorch puts before the names of a wrapped model
 _CLASSIFIER = "network."  # our own ImageClassifier and MaskedImageModelling
 _PRETRAINING = "pretraining."  # what the latter trains beside the network, of no use to any model
+INDEX = ".index.json"  # how the name of an index ends, which tells the files that weights are spread over
 # What a download leaves behind that went wrong.
 _NO_WEIGHTS = {"a web page": b"<", "a pointer of Git LFS": b"version https://git-lfs"}
 # What PyTorch's reader raises on damaged bytes, found by damaging some.
@@ -69,7 +71,8 @@ def read(path: str | Path, keys: Sequence[str] = WEIGHT_KEYS) -> Weights:
     """Reads the weights of a ``.safetensors`` file or of a PyTorch checkpoint, without running code from it.
 
     Args:
-        path: the file; a training state may hold an ``argparse.Namespace``, or a configuration of yacs.
+        path: the file; a training state may hold an ``argparse.Namespace``, or a configuration of yacs. Of weights that
+            are spread over several files, their index.
         keys: where a training state keeps its weights, the first that exists is taken; else the file itself
             is the dict.
 
@@ -155,6 +158,8 @@ def load(path: str | Path, map_location: Any = "cpu") -> Any:
     path = Path(path)
     if not path.is_file():
         raise NoWeightFileError(f"no weight file at {path}")
+    if path.name.endswith(INDEX):
+        return _load_parts(path, map_location)
     with path.open("rb") as file:
         start = file.read(64).lstrip()
     for what, mark in _NO_WEIGHTS.items():
@@ -171,6 +176,39 @@ def load(path: str | Path, map_location: Any = "cpu") -> Any:
     except _BROKEN as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"{path}: truncated or no weight file: {reason}") from error
+
+
+def parts(path: Path) -> dict[str, list[str]]:
+    """The files beside the index at ``path``, and the names of the weights that it expects in each.
+
+    Raises:
+        CheckpointError: this is no such index, or it points out of its folder.
+    """
+    try:
+        where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = {file: [name for name in where if where[name] == file] for file in dict.fromkeys(where.values())}
+        outside = [file for file in files if Path(file).name != file]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: no index of weights, expected a 'weight_map' of names and files") from error
+    if outside:
+        raise CheckpointError(f"{path}: expected files beside it, got {enumerate_names(outside)}")
+    return files
+
+
+def _load_parts(path: Path, map_location: Any) -> OrderedDict[str, Tensor]:
+    content: OrderedDict[str, Tensor] = OrderedDict()
+    for file, names in parts(path).items():
+        part = load(path.with_name(file), map_location)
+        if not isinstance(part, Mapping) or part.keys() != {*names}:
+            given = part.keys() if isinstance(part, Mapping) else set()
+            wrong = sorted(map(str, given ^ {*names}))
+            raise CheckpointError(
+                f"{path.with_name(file)}: other weights than {path.name} says: {enumerate_names(wrong)}"
+            )
+        content.update(part)
+        if metadata := getattr(part, "_metadata", None):
+            content._metadata = metadata  # type: ignore[attr-defined]
+    return content
 
 
 def _load_safetensors(path: Path) -> OrderedDict[str, Tensor]:

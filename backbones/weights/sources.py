@@ -16,11 +16,11 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError
 from timm.models import _hub
 
-from backbones.weights.files import NoWeightFileError
+from backbones.weights.files import INDEX, NoWeightFileError, parts
 from backbones.weights.rules import CheckpointError
 
-# What timm writes into the folder of a model that it saves, the first found is read.
-_SAVED = ("model.safetensors", "pytorch_model.bin")
+# What programs write into the folder of a model that they save, the first found is read.
+_SAVED = ("model.safetensors", "pytorch_model.bin", f"model.safetensors{INDEX}", f"pytorch_model.bin{INDEX}")
 _TIMEOUT = 10.0  # seconds without an answer
 
 
@@ -89,7 +89,7 @@ def _local(path: Path) -> Path:
     found = [path / name for name in _SAVED if (path / name).is_file()]
     found = found or sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".pth", ".bin"))
     if not found:
-        raise NoWeightFileError(f"no weight file in the folder {path}, expected {' or '.join(_SAVED)}")
+        raise NoWeightFileError(f"no weight file in the folder {path}, expected {' or '.join(_SAVED[:2])}")
     if found[0].name not in _SAVED and len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise CheckpointError(f"several weight files in the folder {path}, say which: {names}")
@@ -101,13 +101,23 @@ def _from_hub(repository: str, filename: str | None, cache_dir: str | Path | Non
     # huggingface_hub would try again for half a minute.
     offline: dict[str, Any] = {} if _reachable(constants.ENDPOINT) else {"local_files_only": True}
     names = (filename,) if filename else _SAVED
+
+    def download(name: str) -> Path:
+        return Path(_hub.hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, **offline))
+
     for name in names:
         try:
-            return Path(_hub.hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, **offline))
+            path = download(name)
         except EntryNotFoundError as error:
             missing = error
+            continue
+        if name.endswith(INDEX):
+            for part in parts(path):
+                download(part)  # into the index's folder
+        return path
     if offline:
-        raise EntryNotFoundError(f"{constants.ENDPOINT} does not answer, and {' or '.join(names)} is not in the cache")
+        wanted = " or ".join(names[:2])
+        raise EntryNotFoundError(f"{constants.ENDPOINT} does not answer, and {wanted} is not in the cache")
     raise missing
 
 
