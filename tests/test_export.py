@@ -222,6 +222,34 @@ def test_outputs_that_differ_are_not_written(
     assert not list(tmp_path.iterdir())
 
 
+class Moved(nn.Module):
+    """A model whose last output of the last image is off by a share of the largest of all."""
+
+    def __init__(self, model: nn.Module, share: float) -> None:
+        super().__init__()
+        self.model, self.share = model, share
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.model(x)
+        last = torch.ones_like(y).cumsum(0).cumsum(1) == y.shape[0] + y.shape[1] - 1
+        return torch.where(last, y + self.share * y.abs().max(), y)
+
+
+@pytest.mark.parametrize(("tolerances", "written"), [(0.3, True), (3, False), (-3, False), (float("nan"), False)])
+def test_an_error_of_the_tolerances_size_is_seen(
+    tool: ModuleType, tolerances: float, written: bool, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The limit is 1e-4 of the largest output; one that is no number is over it."""
+    monkeypatch.setattr(
+        tool, "export_program", lambda model, image: export_program(Moved(model, tolerances * 1e-4), image)
+    )
+    path = tmp_path / "model.pt2"
+    status = call(tool, monkeypatch, "efficientvmamba_tiny", "--num-classes", 5, "--img-size", 32, "--pt2", path)
+    assert (status, path.exists()) == ((0, True) if written else (2, False))
+    assert ("its outputs differ" in capsys.readouterr().err) is not written
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
