@@ -17,8 +17,12 @@ from backbones import conversion
 from backbones.weights import CheckpointError, files, rules
 from tests.scripts import load_tool
 
-NAMES = ["vim_tiny", "vim_tiny_stride8", "lbvim_tiny", "lbvim_528", "localvim_tiny", "localvim_tiny_midcls"]
-SMALL = {"depth": 1, "embed_dim": 48, "num_classes": 3, "patch_size": 4}
+NAMES = [
+    *("vim_tiny", "vim_tiny_stride8", "lbvim_tiny", "lbvim_528", "localvim_tiny", "localvim_tiny_midcls"),
+    *("plainmamba_l1", "adventurer_tiny"),
+]
+PLACES = {"first": lambda patches: 0, "middle": lambda patches: patches // 2, "last": lambda patches: patches}
+SMALL = {"depth": 1, "embed_dim": 64, "num_classes": 3, "patch_size": 4}
 
 
 def size_of(grid: tuple[int, int], name: str) -> tuple[int, int]:
@@ -30,7 +34,7 @@ def create(name: str, grid: tuple[int, int], **kwargs: object) -> nn.Module:
     """A model with this grid, whose position embedding is a plane that falls from left to right only."""
     extra = {"stride": 8} if "stride8" in name else {}
     model = timm.create_model(name, **{**SMALL, **extra, "img_size": size_of(grid, name), **kwargs})
-    if not kwargs.get("pretrained"):
+    if not kwargs.get("pretrained") and not kwargs.get("checkpoint_path"):
         with torch.no_grad():
             model.pos_embed.copy_(plane(model, grid))
     return model
@@ -40,18 +44,18 @@ def plane(model: nn.Module, grid: tuple[int, int]) -> Tensor:
     columns = (torch.arange(grid[1]) + 0.5) / grid[1]
     tokens = columns.expand(grid).reshape(-1)
     if model.num_prefix_tokens:
-        middle = len(tokens) // 2
-        tokens = torch.cat([tokens[:middle], torch.tensor([9.0]), tokens[middle:]])
-    return tokens[None, :, None].expand(1, -1, 48)
+        place = PLACES[model.class_token_position](len(tokens))
+        tokens = torch.cat([tokens[:place], torch.tensor([9.0]), tokens[place:]])
+    return tokens[None, :, None].expand(1, -1, 64)
 
 
 def assert_columns(model: nn.Module) -> None:
     """The plane of the source still falls from left to right, and not along the rows."""
     tokens = model.pos_embed.detach()[0, :, 0]
     if model.num_prefix_tokens:
-        middle = (len(tokens) - 1) // 2
-        assert tokens[middle] == 9.0
-        tokens = torch.cat([tokens[:middle], tokens[middle + 1 :]])
+        place = PLACES[model.class_token_position](len(tokens) - 1)
+        assert tokens[place] == 9.0
+        tokens = torch.cat([tokens[:place], tokens[place + 1 :]])
     values = tokens.view(model.grid_size)
     torch.testing.assert_close(values, values[:1].expand_as(values))
     assert (values[0].diff() > 0).all()
@@ -94,9 +98,10 @@ def test_files_of_ours_tell_their_grid(
     source: tuple[int, int], target: tuple[int, int], name: str, save: Callable[..., Path], tmp_path: Path
 ) -> None:
     file = save(create(name, source), tmp_path)
-    loaded = create(name, target, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
-    assert loaded.grid_size == target
-    assert_columns(loaded)
+    for way in ({"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}, {"checkpoint_path": file}):
+        loaded = create(name, target, **way)
+        assert loaded.grid_size == target
+        assert_columns(loaded)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,8 +147,9 @@ def test_a_grid_that_nobody_tells_is_refused(
 ) -> None:
     save_file(create("vim_tiny", source).state_dict(), tmp_path / "plain.safetensors")
     overlay = {"file": str(tmp_path / "plain.safetensors")}
-    with pytest.raises(CheckpointError, match=rf"pos_embed: {words}, and the file does not tell"):
-        create("vim_tiny", target, pretrained=True, pretrained_cfg_overlay=overlay)
+    for way in ({"pretrained": True, "pretrained_cfg_overlay": overlay}, {"checkpoint_path": overlay["file"]}):
+        with pytest.raises(CheckpointError, match=rf"pos_embed: {words}, and the file does not tell"):
+            create("vim_tiny", target, **way)
     # Unless the configuration states it.
     overlay["input_size"] = (3, *size_of(source, "vim_tiny"))
     loaded = create("vim_tiny", target, pretrained=True, pretrained_cfg_overlay=overlay)
@@ -164,11 +170,9 @@ def test_official_files_have_the_registered_size(tmp_path: Path) -> None:
         model.pos_embed.copy_(plane(model, (14, 14))[..., :1].expand(1, -1, 192))
     torch.save(rules.to_official(model.state_dict(), model.key_rules), tmp_path / "official.pth")
     for size in ((128, 512), (112, 448)):
-        overlay = {"file": str(tmp_path / "official.pth")}
-        loaded = timm.create_model(
-            "vim_tiny", True, pretrained_cfg_overlay=overlay, depth=1, num_classes=3, img_size=size
-        )
-        assert_columns(loaded)
+        path = str(tmp_path / "official.pth")
+        for way in ({"pretrained": True, "pretrained_cfg_overlay": {"file": path}}, {"checkpoint_path": path}):
+            assert_columns(timm.create_model("vim_tiny", depth=1, num_classes=3, img_size=size, **way))
 
 
 @pytest.mark.parametrize("grid", ["4 x 16", (4,), (4, 0), (4, 16, 1), (4.0, 16.0), [4, 16]])

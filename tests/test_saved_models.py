@@ -12,9 +12,10 @@ import pytest
 import timm
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import save_file
 from timm.models import _hub
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from backbones.weights import CheckpointError, rules, sources
 
@@ -35,6 +36,10 @@ MODELS = {
     "groupmamba_tiny": {**HIERARCHICAL, "distillation": False},
     "spatialmamba_tiny": HIERARCHICAL,
     "vssd_micro": HIERARCHICAL,
+    "localvmamba_tiny": HIERARCHICAL,
+    "adventurer_tiny": {"depth": 2, "img_size": (64, 32)},
+    "plainmamba_l1": {"depth": 1, "img_size": (32, 96)},
+    "plainmamba_l2": {"depth": 1, "img_size": (32, 32)},
 }
 NAMES = ["cat", "dog", "owl"]
 
@@ -64,7 +69,7 @@ def test_a_saved_folder_loads(name: str, safe: bool | str, tmp_path: Path) -> No
     assert json.loads((tmp_path / "config.json").read_text())["num_classes"] == 3
 
     features = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True, out_indices=(0,))
-    stem = "patch_embed.proj.weight" if hasattr(model, "patch_embed") else "stem"
+    stem = "patch_embed." if hasattr(model, "patch_embed") else "stem."
     inner = features.model.state_dict()
     assert any(key.startswith(stem) for key in inner)
     assert all(torch.equal(x, model.state_dict()[key]) for key, x in inner.items())
@@ -285,6 +290,133 @@ def test_timm_reads_the_file_itself(name: str, layout: str, tmp_path: Path) -> N
         fresh.load_state_dict({**weights, first: weights[first][..., :-1]})
     with pytest.raises(RuntimeError, match="size mismatch"):
         create(name, num_classes=4).load_state_dict(weights)
+
+
+# What else may wrap the names of a file, and how it may be stored.
+TWICE = [("module.", "ours"), ("_orig_mod.", "official"), ("module._orig_mod.", "state"), ("network.", "safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "kind"), [(name, *TWICE[i % len(TWICE)]) for i, name in enumerate(sorted(MODELS))]
+)
+def test_timm_does_not_drop_a_weight_that_stands_there_twice(name: str, prefix: str, kind: str, tmp_path: Path) -> None:
+    """timm takes the last of the two in silence."""
+    model, path = create(name), tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
+    weights = model.state_dict()
+    if kind in ("official", "state"):
+        weights = rules.to_official(weights, model.key_rules)
+    key, x = next(iter(weights.items()))
+    twice = {**weights, f"{prefix}{key}": x + 1}
+    if kind == "safetensors":
+        save_file({key: x.contiguous() for key, x in twice.items()}, path)
+    else:
+        torch.save({"state_dict_ema": twice} if kind == "state" else twice, path)
+    with pytest.raises(CheckpointError, match="expected every weight once, got") as error:
+        create(name, checkpoint_path=path)
+    assert key in str(error.value) and f"{prefix}{key}" in str(error.value)
+    for use_ema in (True, False):
+        with pytest.raises(CheckpointError, match="expected every weight once, got"):
+            timm.models.load_checkpoint(model, str(path), use_ema=use_ema)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_timms_route_names_what_does_not_fit(name: str, tmp_path: Path) -> None:
+    model, path = create(name), tmp_path / "weights.pth"
+    weights = model.state_dict()
+    first, x = next(iter(weights.items()))
+    for change, words in (
+        ({first: None}, f"missing: {first}"),
+        ({"extra.bias": x}, r"unknown: extra\.bias"),
+        ({first: x[..., :0]}, f"misshapen: {first}"),
+    ):
+        torch.save({key: y for key, y in {**weights, **change}.items() if y is not None}, path)
+        with pytest.raises(CheckpointError, match=words):
+            create(name, checkpoint_path=path)
+    torch.save(weights, path)
+    with pytest.raises(CheckpointError, match=r"misshapen: head\."):
+        create(name, num_classes=4, checkpoint_path=path)
+    with pytest.raises(CheckpointError, match=r"features_only=True .*pretrained_cfg_overlay"):
+        create(name, features_only=True, out_indices=[0], checkpoint_path=path)
+    maps = create(name, features_only=True, out_indices=[0])
+    torch.save(maps.state_dict(), path)
+    loaded = create(name, features_only=True, out_indices=[0], checkpoint_path=path).state_dict()
+    assert all(torch.equal(y, loaded[key]) for key, y in maps.state_dict().items())
+
+
+def test_averaged_weights_come_first_with_timm(tmp_path: Path) -> None:
+    plain, averaged = create("vim_tiny"), create("vim_tiny")
+    for key in ("state_dict_ema", "model_ema"):
+        torch.save({"model": plain.state_dict(), key: averaged.state_dict()}, tmp_path / "weights.pth")
+        assert_same(averaged, create("vim_tiny", checkpoint_path=tmp_path / "weights.pth"))
+        target = create("vim_tiny")
+        assert not any(timm.models.load_checkpoint(target, tmp_path / "weights.pth", use_ema=False))
+        assert_same(plain, target)
+
+
+def test_models_of_others_load_as_ever(tmp_path: Path) -> None:
+    model = timm.create_model("resnet10t")
+    weights = model.state_dict()
+    torch.save({"state_dict": {f"module.{key}": x for key, x in weights.items()}}, tmp_path / "weights.pth")
+    loaded = timm.create_model("resnet10t", checkpoint_path=tmp_path / "weights.pth").state_dict()
+    assert all(torch.equal(x, loaded[key]) for key, x in weights.items())
+    with pytest.raises(FileNotFoundError):
+        timm.create_model("resnet10t", checkpoint_path=tmp_path / "none.pth")
+
+
+def spread(weights: dict[str, Tensor], folder: Path, safe: bool) -> Path:
+    """Weights in two files, and their index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base, ending = ("model", "safetensors") if safe else ("pytorch_model", "bin")
+    files = [f"{base}-{i + 1:05d}-of-00002.{ending}" for i in range(2)]
+    where = {key: files[i % 2] for i, key in enumerate(weights)}
+    for file in files:
+        part = {key: x.contiguous() for key, x in weights.items() if where[key] == file}
+        save_file(part, folder / file) if safe else torch.save(part, folder / file)
+    index = folder / f"{base}.{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    return index
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_weights_in_several_files_load(safe: bool, hub: Path, tmp_path: Path) -> None:
+    model = create("efficientvmamba_tiny")
+    folder = hub / "user" / "mine" / "main"
+    _hub.save_for_hf(model, folder)
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        (folder / file).unlink(missing_ok=True)
+    index = spread(rules.to_official(model.state_dict(), model.key_rules), folder, safe)
+    overlay = {"file": str(index)}
+    for loaded in (
+        create("efficientvmamba_tiny", pretrained=True, pretrained_cfg_overlay=overlay),
+        create("efficientvmamba_tiny", checkpoint_path=index),
+        timm.create_model(f"local-dir:{folder}", pretrained=True),
+        timm.create_model("hf-hub:user/mine", pretrained=True),
+    ):
+        assert_same(model, loaded)
+    part = sorted(folder.glob("*-00002.*"))[1]
+    part.rename(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=f"no weight file at .*{part.name}"):
+        create("efficientvmamba_tiny", checkpoint_path=index)
+    shutil.copy(sorted(folder.glob("*-00002.*"))[0], part)
+    with pytest.raises(CheckpointError, match=rf"{part.name}: other weights than .*\.index\.json says: "):
+        create("efficientvmamba_tiny", checkpoint_path=index)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "no index of weights, expected a 'weight_map'"),
+        ("[]", "no index of weights"),
+        ('{"metadata": {}}', "no index of weights"),
+        ('{"weight_map": {"a": 1}}', "no index of weights"),
+        ('{"weight_map": {"a": "../other.bin"}}', r"expected files beside it, got \.\./other\.bin"),
+    ],
+)
+def test_a_damaged_index_is_named(text: str, words: str, tmp_path: Path) -> None:
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(text)
+    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin\.index\.json: {words}"):
+        create("efficientvmamba_tiny", checkpoint_path=index)
 
 
 def test_both_layouts_at_once_are_refused() -> None:

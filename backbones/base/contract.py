@@ -70,6 +70,7 @@ class Backbone(TakesOfficialLayout):
     head_hidden_size: int
     grad_checkpointing: bool = False
     feature_info: list[dict[str, Any]]
+    pretrained_cfg: dict[str, Any]  # timm's, of models that `create_model` built
 
     @classmethod
     def create(cls, arch: str, **kwargs: Any) -> Backbone:
