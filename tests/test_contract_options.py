@@ -168,6 +168,26 @@ def test_branches_are_computed_again_when_checkpointed(plain: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("reduced", [None, {"schedule": {1: 0.5}}, {"mode": "merge", "schedule": {1: 3}}])
+@pytest.mark.parametrize("plain", ["vim_tiny", "adventurer_tiny", "plainmamba_l1"])
+def test_hooks_on_blocks_fire_where_their_insides_are_looked_at(plain: str, reduced: dict | None) -> None:
+    """Branches are taken, or tokens leave by what a block added; a hook may also change what a block gives."""
+    model = create_small(plain, token_reduction=reduced).eval()
+    ways = [lambda: model.forward_intermediates(images(), branch=True)[0], lambda: model(images())]
+    for way in ways if reduced else ways[:1]:
+        expected = way()
+        seen: list[Tensor] = []
+        hooks = [x.register_forward_hook(lambda module, args, y, seen=seen: seen.append(y)) for x in model.blocks]
+        torch.testing.assert_close(way(), expected)
+        assert len(seen) == len(model.blocks)
+        assert {(y.dim(), y.shape[2]) for y in seen} == {(3, model.embed_dim)}
+        hooks.append(model.blocks[0].register_forward_hook(lambda module, args, y: y.flip(-1)))
+        assert (way() - expected).abs().max() > 1e-6
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("pool", ["avg", "max", "token", "map", ""])
 @pytest.mark.parametrize("plain", PLAIN)
 def test_plain_models_pool_patches_or_take_the_token(plain: str, pool: str) -> None:

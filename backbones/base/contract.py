@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NoReturn, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NoReturn, cast
 
 import timm
 import torch
@@ -16,24 +16,12 @@ from backbones.layers.weight_decay import no_weight_decay
 from backbones.weights import WEIGHT_KEYS, KeyRule, Weights
 from backbones.weights.loading import TakesOfficialLayout
 
-_Result = TypeVar("_Result")
 
-
-def run_block(
-    block: nn.Module, *args: Any, checkpointed: bool, function: Callable[..., _Result] | None = None
-) -> _Result:
-    """``block(*args)``, computed again in backward if ``checkpointed`` instead of keeping its activations.
-
-    Args:
-        block: what runs.
-        args: its arguments.
-        checkpointed: trade time for memory.
-        function: a method of the block to call instead.
-    """
-    call = function or block
+def run_block(block: nn.Module, *args: Any, checkpointed: bool) -> Any:
+    """``block(*args)``, computed again in backward if ``checkpointed`` instead of keeping its activations."""
     if checkpointed and torch.is_grad_enabled():
-        return checkpoint(with_half_weights, call, block, *args, use_reentrant=False)
-    return with_half_weights(call, block, *args)
+        return checkpoint(with_half_weights, block, block, *args, use_reentrant=False)
+    return with_half_weights(block, block, *args)
 
 
 @torch.compiler.assume_constant_result  # asked directly, torch.compile and torch.export answer no

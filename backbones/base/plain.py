@@ -374,8 +374,14 @@ class PlainBackbone(Backbone):
             return reduced.through(i, block, x, branch)
         x = rotate(x, *tables) if tables else x
         if branch:
-            feature = run_block(block, x, grid, checkpointed=self.grad_checkpointing, function=block.branch)
-            return block.join(x, feature, grid), feature
+            added: list[Tensor] = []
+
+            def keeping(block: Any, x: Tensor, grid: tuple[int, int], subset: None) -> Tensor:
+                added.append(block.branch(x, grid, subset))
+                return block.join(x, added[-1], grid, subset)
+
+            x = run_block(block, x, grid, None, keeping, checkpointed=self.grad_checkpointing)
+            return x, added[0]
         x = run_block(block, x, grid, checkpointed=self.grad_checkpointing)
         return x, x
 

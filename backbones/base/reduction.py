@@ -219,15 +219,22 @@ class ReducedPass:
         if gaps is None and not observed and not branch:
             x = run_block(block, x, grid, self.subset, checkpointed=self._checkpointed)
             return x, x
-        run = partial(self._run, block)
-        x, added, self._evidence = run_block(
-            block, x, grid, self.subset, gaps, observed, checkpointed=self._checkpointed, function=run
-        )
+        seen: list[tuple[Tensor, Tensor | None]] = []
+        run = partial(self._run, gaps, observed, seen)
+        x = run_block(block, x, grid, self.subset, run, checkpointed=self._checkpointed)
+        added, self._evidence = seen[0]  # backward may have the block run again
         return x, added if branch else x
 
     def _run(
-        self, block: Any, x: Tensor, grid: _Grid, subset: Subset | None, gaps: Tensor | None, observed: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self,
+        gaps: Tensor | None,
+        observed: bool,
+        seen: list[tuple[Tensor, Tensor | None]],
+        block: Any,
+        x: Tensor,
+        grid: _Grid,
+        subset: Subset | None,
+    ) -> Tensor:
         pruning = self._reduction.mode == "prune"
         per_order = observed and pruning and self._reduction.score == "out"
         gated = None
@@ -245,7 +252,8 @@ class ReducedPass:
                 evidence = gated.detach()[:, :, -1 if along_sequence else 0 :].sum((2, 3))
             elif pruning:
                 evidence = evidence.norm(dim=-1)
-        return block.join(x, branch, grid, subset), branch, evidence
+        seen.append((branch, evidence))
+        return block.join(x, branch, grid, subset)
 
     def _lose(self, cells: Tensor) -> None:
         self._cells = cells

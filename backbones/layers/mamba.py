@@ -1,5 +1,6 @@
 """The Mamba mixer over image tokens, as Vim and LBVim use it, and its residual block."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -192,14 +193,24 @@ class MambaBlock(nn.Module):
             return x
         return self.after(x, grid) if subset is None else self.after(x, grid, subset=subset)
 
-    def forward(self, x: Tensor, grid: tuple[int, int] | None = None, subset: Subset | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid: tuple[int, int] | None = None,
+        subset: Subset | None = None,
+        instead: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
         """(b, l, dim) to (b, l, dim).
 
         Args:
             x: tokens of the grid.
             grid: as the mixer takes it.
             subset: the tokens that x has, where some of the grid's are missing.
+            instead: called as ``instead(block, x, grid, subset)`` to do what the block does, by a caller that also
+                wants what is between :meth:`branch` and :meth:`join`; hooks of the block see its result.
         """
+        if instead is not None:
+            return instead(self, x, grid, subset)
         return self.join(x, self.branch(x, grid, subset), grid, subset)
 
     def chained(
