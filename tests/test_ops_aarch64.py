@@ -74,19 +74,20 @@ def memory_sizes(call: ScanCall) -> dict[str, int]:
     b, l, t, k, c, n, rank, window = (getattr(call, name) for name in ("b", "l", "t", "k", "c", "n", "rank", "window"))
     element = 2 if call.bf16 else 4
 
-    def span(strides: native.Strides, rows: int, width: int) -> int:
-        return ((b - 1) * strides.b + (rows - 1) * strides.l + (k - 1) * strides.k + width) * element
+    def span(name: str, rows: int, width: int) -> int:
+        of_batch, of_token, of_order = (getattr(call, f"s{name}_{axis}") for axis in "blk")
+        return ((b - 1) * of_batch + (rows - 1) * of_token + (k - 1) * of_order + width) * element
 
     image = b * l * (1 if call.u_shared else k) * c
     y = {0: b * l * c, 1: b * l * k * c, 2: b * t * k * c}[call.out]
     chunk = -(-cpu.CHUNK // window) * window if window > 1 else cpu.CHUNK
     states = b * k * (-(-t // chunk) - 1) * n * c
     return {
-        "u": span(call.su, l, c),
-        "delta": span(call.sdelta, l, rank or c),
-        "B": span(call.sB, l, n),
-        "C": span(call.sC, l, n),
-        "grad": span(call.sgrad, t if call.out == 2 else l, c),
+        "u": span("u", l, c),
+        "delta": span("delta", l, rank or c),
+        "B": span("B", l, n),
+        "C": span("C", l, n),
+        "grad": span("grad", t if call.out == 2 else l, c),
         "A": k * c * n * 4,
         "D": k * c * 4,
         "bias": k * c * 4,

@@ -38,21 +38,20 @@ class Record(ctypes.Structure):
     prefix: ClassVar[str]  # of the operator's functions: prefix_forward, prefix_backward and prefix_call_size
 
 
-class Strides(ctypes.Structure):
-    """Distances between batches, tokens and orders, in elements."""
-
-    _fields_ = _integers("b", "l", "k")
+def _strides(*names: str) -> list[tuple[str, Any]]:
+    """`Strides` in csrc/scan.h: distances between batches, tokens and orders, in elements."""
+    return _integers(*(f"{name}_{axis}" for name in names for axis in "blk"))
 
 
 class ScanCall(Record):
-    """`Call` in csrc/scan.h."""
+    """`Call` in csrc/scan.h; the fields of a nested struct carry its name in front."""
 
     __slots__ = ()
     operator, prefix = "selective_scan", "backbones_scan"
     _fields_ = [
         *_integers("b", "l", "t", "k", "c", "n", "bf16", "u_shared", "softplus", "out", "window", "threads"),
         *_pointers("u", "delta", "B", "C", "grad"),
-        *[(name, Strides) for name in ("su", "sdelta", "sB", "sC", "sgrad")],
+        *_strides("su", "sdelta", "sB", "sC", "sgrad"),
         *_pointers("A", "D", "bias", "dt_weight"),
         *_integers("rank"),
         *_pointers("orders", "y", "states", "du", "ddelta", "dB", "dC", "dA", "dD", "dbias"),

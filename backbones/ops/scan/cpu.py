@@ -24,36 +24,40 @@ def states_shape(b: int, t: int, k: int, c: int, n: int) -> tuple[int, ...]:
     return (b, k, (t - 1) // CHUNK, n, c)
 
 
-def _strides(x: Tensor | None) -> tuple[int, int, int]:
+def _strides(x: Tensor) -> tuple[int, int, int]:
     """Strides of the batch, token and order axes of (b, l, c) or (b, l, k, c)."""
-    if x is None:
-        return (0, 0, 0)
     strides = x.stride()
     return (strides[0], strides[1], strides[2] if len(strides) == 4 else 0)
 
 
-def _run(
-    direction: str, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
+def _described(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, orders: Tensor | None,
     delta_bias: Tensor | None, dt_weight: Tensor | None, delta_softplus: bool, out: str, local_window: int,
-    grad: Tensor | None = None, **results: Tensor | None,
-) -> None:  # fmt: skip
-    """Calls the kernel. ``results`` are the record's buffers by name: what it writes, and ``states``."""
-    b, l = u.shape[:2]
+) -> ScanCall:  # fmt: skip
+    """The record of a call, without what its direction adds."""
+    b, l = delta.shape[:2]
     k, c, n = A.shape
-    call = ScanCall(
+    su_b, su_l, su_k = _strides(u)
+    sdelta_b, sdelta_l, sdelta_k = delta.stride()[:3]
+    sB_b, sB_l, sB_k = B.stride()[:3]
+    sC_b, sC_l, sC_k = C.stride()[:3]
+    return ScanCall(
         b=b, l=l, t=l if orders is None else orders.shape[1], k=k, c=c, n=n,
         bf16=u.dtype == torch.bfloat16, u_shared=u.dim() == 3, softplus=delta_softplus, out=_OUT[out],
         window=local_window, threads=torch.get_num_threads(),
-        u=u.data_ptr(), delta=delta.data_ptr(), B=B.data_ptr(), C=C.data_ptr(), grad=pointer(grad),
-        su=_strides(u), sdelta=_strides(delta), sB=_strides(B), sC=_strides(C), sgrad=_strides(grad),
+        u=u.data_ptr(), delta=delta.data_ptr(), B=B.data_ptr(), C=C.data_ptr(),
+        su_b=su_b, su_l=su_l, su_k=su_k, sdelta_b=sdelta_b, sdelta_l=sdelta_l, sdelta_k=sdelta_k,
+        sB_b=sB_b, sB_l=sB_l, sB_k=sB_k, sC_b=sC_b, sC_l=sC_l, sC_k=sC_k,
         A=A.data_ptr(), D=pointer(D), bias=pointer(delta_bias), dt_weight=pointer(dt_weight),
         rank=0 if dt_weight is None else dt_weight.shape[2], orders=pointer(orders),
-        **{name: pointer(x) for name, x in results.items()},
     )  # fmt: skip
+
+
+def _run(direction: str, call: ScanCall, orders: Tensor | None) -> None:
     if not run(direction, call):
         assert orders is not None
-        found = orders[(orders < 0) | (orders >= l)][0].item()
-        raise ValueError(f"orders: found token {found}, expected 0..{l - 1} (delta has {l} tokens)")
+        found = orders[(orders < 0) | (orders >= call.l)][0].item()
+        raise ValueError(f"orders: found token {found}, expected 0..{call.l - 1} (delta has {call.l} tokens)")
 
 
 def forward(
@@ -62,7 +66,7 @@ def forward(
     visits: list[bool] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and, when `save`, the states for `backward`. Raises ValueError for an order outside 0..l-1."""
-    u, delta, B, C = (contiguous_rows(x) for x in (u, delta, B, C))
+    u, delta, B, C = contiguous_rows(u), contiguous_rows(delta), contiguous_rows(B), contiguous_rows(C)
     b, l = u.shape[:2]
     k, c, n = A.shape
     t = l if orders is None else orders.shape[1]
@@ -70,10 +74,9 @@ def forward(
     # A window moves the saved states to its multiples, which may leave slots at the end unused.
     shape = states_shape(b, t, k, c, n) if save else (0,)
     states = (A.new_zeros if local_window > 1 else A.new_empty)(shape)
-    _run(
-        "forward", u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, local_window,
-        y=y, states=states,
-    )  # fmt: skip
+    call = _described(u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, local_window)
+    call.y, call.states = y.data_ptr(), states.data_ptr()
+    _run("forward", call, orders)
     return y, states
 
 
@@ -83,17 +86,20 @@ def backward(
     local_window: int, visits: list[bool] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of u, delta, A, B, C, D, delta_bias and dt_weight, contiguous; (0,)-shaped for absent arguments."""
-    grad, u, delta, B, C = (contiguous_rows(x) for x in (grad, u, delta, B, C))
+    u, delta, B, C = contiguous_rows(u), contiguous_rows(delta), contiguous_rows(B), contiguous_rows(C)
+    grad = contiguous_rows(grad)
     du, dB, dC = (x.new_empty(x.shape) for x in (u, B, C))
     dA = A.new_empty(A.shape)
     # Of the projected step sizes, where there is a projection.
     ddelta = delta.new_empty(delta.shape) if dt_weight is None else A.new_empty((*delta.shape[:3], A.shape[1]))
     dD = A.new_empty((0,) if D is None else D.shape)
     dbias = A.new_empty((0,) if delta_bias is None else delta_bias.shape)
-    _run(
-        "backward", u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, local_window, grad,
-        states=states, du=du, ddelta=ddelta, dB=dB, dC=dC, dA=dA, dD=dD, dbias=dbias,
-    )  # fmt: skip
+    call = _described(u, delta, A, B, C, D, orders, delta_bias, dt_weight, delta_softplus, out, local_window)
+    call.grad, call.states = grad.data_ptr(), states.data_ptr()
+    call.sgrad_b, call.sgrad_l, call.sgrad_k = _strides(grad)
+    call.du, call.ddelta, call.dB, call.dC = du.data_ptr(), ddelta.data_ptr(), dB.data_ptr(), dC.data_ptr()
+    call.dA, call.dD, call.dbias = dA.data_ptr(), dD.data_ptr(), dbias.data_ptr()
+    _run("backward", call, orders)
     if dt_weight is None:
         return du, ddelta, dA, dB, dC, dD, dbias, A.new_empty((0,))
     ddelta, ddt_weight = projection_gradients(ddelta, delta, dt_weight)
