@@ -168,20 +168,31 @@ def dispatch_keys() -> None:
     library = torch.library.Library("private_torch_test", "DEF")
     library.define("double(Tensor x) -> Tensor")
     op = torch.ops.private_torch_test.double.default
-    seen = []
+    seen, keysets, redispatched = [], [], []
 
     def kernel(x: Tensor) -> Tensor:
-        seen.append(x.requires_grad)
+        seen.append(x.is_neg())
         return x * 2
 
     def autograd(keys, x):  # type: ignore[no-untyped-def]
-        return tracing.below_autograd(op, keys, x)
+        keysets.append(keys & torch._C._after_autograd_keyset)
+        return tracing.below_autograd(op, kernel, keys, x)
+
+    class Counter(tracing.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            redispatched.append(func)
+            return func(*args)
 
     library.impl("double", kernel, "CompositeExplicitAutograd")
     library.impl("double", autograd, "Autograd", with_keyset=True)
     y = op(torch.ones(2, requires_grad=True))
+    op(torch.ones(2, dtype=torch.complex64).conj().imag)  # negated when it is read
+    with Counter():
+        op(torch.ones(2))
     library._destroy()
-    assert seen == [True], "redispatch: expected the kernel behind autograd to run once"
+    assert seen == [False] * 3, "redispatch: expected the kernel behind autograd to run once a call, on plain numbers"
+    assert keysets[0] == tracing._CPU_ALONE, "DispatchKeySet: expected nothing between autograd and the CPU's kernel"
+    assert op in redispatched, "DispatchKeySet: expected a mode to see the operator"
     assert y.tolist() == [2, 2]
     assert not y.requires_grad, "_AutoDispatchBelowAutograd: expected nothing to be recorded below autograd"
 
@@ -288,7 +299,7 @@ ASSUMED = {
     ("peek_interpreter_stack", "is_gradtrackingtensor", "is_functorch_wrapped_tensor", "_DisableFuncTorch"): functorch,
     ("_len_torch_dispatch_stack", "TorchDispatchMode", "_disable_current_modes"): modes,
     ("_get_tracing_state", "_set_tracing_state"): jit_trace,
-    ("_AutoDispatchBelowAutograd", "_after_autograd_keyset"): dispatch_keys,
+    ("CPU", "DispatchKey", "DispatchKeySet", "_AutoDispatchBelowAutograd", "_after_autograd_keyset"): dispatch_keys,
     ("simple_registry", "find", "singleton", "_registration_handles"): fakes,
     ("statically_known_true",): symbolic_sides,
     (

@@ -22,6 +22,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
+_CPU_ALONE = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
 __all__ = [
     "BatchNorm",  # of any number of dimensions, over all processes or one
     "RunningNorm",  # and instance norms, which may keep statistics as well
@@ -100,10 +102,14 @@ def untraced() -> Iterator[None]:
             torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
-def below_autograd(op: Any, keys: Any, *args: Any) -> Any:
-    """Runs an operator's kernels, out of its implementation for autograd that got ``keys``."""
+def below_autograd(op: Any, kernel: Callable[..., Any], keys: Any, *args: Any) -> Any:
+    """Runs an operator out of its implementation for autograd that got ``keys``: its ``kernel``, or first what PyTorch
+    puts in between, such as a mode that counts operations.
+    """
+    below = keys & torch._C._after_autograd_keyset
     with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+        # A second round through the dispatcher takes as long as a small kernel.
+        return kernel(*args) if below == _CPU_ALONE else op.redispatch(below, *args)
 
 
 def register_fake(library: torch.library.Library, op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

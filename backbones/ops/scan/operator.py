@@ -61,7 +61,7 @@ scan_backward_op = torch.ops.backbones.selective_scan_backward.default
 
 
 @torch.library.impl(_library, "selective_scan", "CompositeExplicitAutograd")
-def _(*args):  # type: ignore[no-untyped-def]
+def _forward(*args):  # type: ignore[no-untyped-def]
     return _MODULES[args[-1]].forward(*args[:-1])
 
 
@@ -93,7 +93,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        y, states = below_autograd(scan_op, keys, *args)
+        y, states = below_autograd(scan_op, _forward, keys, *args)
         *tensors, ctx.delta_softplus, ctx.out, ctx.local_window, _, ctx.visits, ctx.backend = args
         ctx.save_for_backward(*tensors, states)
         ctx.set_materialize_grads(False)
@@ -118,7 +118,7 @@ class _Scan(torch.autograd.Function):
 
 def _with_autograd(keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
     differentiable = torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in args])
-    return _Scan.apply(keys, *args) if differentiable else below_autograd(scan_op, keys, *args)
+    return _Scan.apply(keys, *args) if differentiable else below_autograd(scan_op, _forward, keys, *args)
 
 
 _library.impl("selective_scan", _with_autograd, "Autograd", with_keyset=True)
