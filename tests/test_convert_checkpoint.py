@@ -23,12 +23,11 @@ from backbones.weights import CheckpointError, files, rules
 from tests.scripts import load_tool
 
 ROOT = Path(__file__).parents[1]
-# One of every generation of every family; files of the larger ones take long to write.
+# One of every family; files of the larger ones take long to write.
 LARGER = ["vanilla_vmamba_tiny", "vmamba_tiny_s1l8", "msvmambav3_tiny", "groupmamba_tiny", "spatialmamba_tiny"]
-SMALLEST = [
-    *("vim_tiny", "lbvim_tiny", "msvmamba_nano", "efficientvmamba_tiny"),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in LARGER),
-]
+SMALL = ["vim_tiny", "lbvim_tiny", "msvmamba_nano", "efficientvmamba_tiny", "plainmamba_l1"]
+LARGE = [*LARGER, "localvim_tiny_midcls", "localvmamba_tiny", "vssd_micro", "adventurer_tiny"]
+SMALLEST = [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
 NAMES = sorted(name for module in family_names() for name in timm.list_models(module=module))
 Tool = Callable[..., str]
 
@@ -86,6 +85,10 @@ def test_every_model_is_recognised_in_both_layouts(name: str) -> None:
         assert found.arguments == {"num_classes": 7}
         assert found.weights.keys() == model.state_dict().keys()
         assert found.dropped == ()
+
+
+def test_every_family_is_here() -> None:
+    assert {timm.model_entrypoint(name).__module__.rpartition(".")[2] for name in (*SMALL, *LARGE)} == {*family_names()}
 
 
 @pytest.mark.parametrize("name", SMALLEST)

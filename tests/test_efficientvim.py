@@ -1,5 +1,6 @@
 """EfficientViM, whose model is timm's: its mixer and its dense backbone against the original, and what that loads."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ from torch import nn
 
 pytest.importorskip("mmengine")
 
+from backbones.export import export_onnx
 from backbones.models import GUESTS
 from backbones.models.efficientvim import EfficientViM
 from backbones.weights import CheckpointError
 from backbones.zoo import load_family
-from tests.tolerances import DOUBLE_INPUT_GRADIENT, DOUBLE_LOGITS
+from tests.tolerances import DOUBLE_INPUT_GRADIENT, DOUBLE_LOGITS, EFFICIENTVIM_AUTOCAST, SAME_FUNCTION
 from tools import recordings
 from tools.parity import build, official_file, relative
 
@@ -73,6 +75,58 @@ def test_a_dense_backbone_gives_the_maps_of_timm_s_model() -> None:
         expected = model.forward_intermediates(image, intermediates_only=True)
         for found, other in zip(backbone(image), expected, strict=True):
             assert torch.equal(found, other)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> nn.Module:
+    """The dense backbone with the weights of its recording; tests leave it as it is."""
+    backbone = build(M1).eval()
+    backbone.model.load_state_dict(recordings.load("efficientvim_m1_backbone_200x273").weights())
+    return backbone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(57, 83), (16, 160), (160, 16), (1, 70)])
+def test_images_of_any_shape(recorded: nn.Module, size: tuple[int, int]) -> None:
+    image = torch.randn(2, 3, *size)
+    for found, expected in zip(recorded(image), copy.deepcopy(recorded).double()(image.double()), strict=True):
+        assert found.isfinite().all()
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(recorded: nn.Module, dtype: torch.dtype) -> None:
+    image = torch.randn(2, 3, 200, 273)
+    exact = recorded(image)
+    with torch.autocast("cpu", dtype):
+        maps = recorded(image)
+    for found, expected in zip(maps, exact, strict=True):
+        error = (found - expected).float().square().mean().sqrt() / expected.square().mean().sqrt()
+        assert error <= EFFICIENTVIM_AUTOCAST[str(dtype).removeprefix("torch.")]
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_onnx_agrees_for_any_batch_size(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = timm.create_model("efficientvim_m1", num_classes=10, **SMALL).eval()
+    export_onnx(model, torch.zeros(1, 3, 50, 37), tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        image = torch.randn(batch, 3, 50, 37)
+        (logits,) = session.run(None, {"image": image.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(image), rtol=0, atol=SAME_FUNCTION)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_compiles_whole() -> None:
+    torch.compiler.reset()
+    backbone, image = build(M1, model_args=SMALL).eval(), torch.randn(2, 3, 64, 96)
+    compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")(image)
+    for found, expected in zip(compiled, backbone(image), strict=True):
+        torch.testing.assert_close(found, expected, rtol=SAME_FUNCTION, atol=SAME_FUNCTION)
 
 
 @pytest.mark.parametrize("name", ["efficientvim_m1_224", "efficientvim_m1_dist_224"])

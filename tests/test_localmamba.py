@@ -149,19 +149,46 @@ def test_rotation_turns_pairs_of_channels_by_row_and_column(grid: tuple[int, int
         RotaryEmbedding(6, grid)
 
 
-def test_the_stream_is_turned_before_every_block_and_a_class_token_never() -> None:
-    """Also of Vim, whose dense models of the authors use it."""
-    model = timm.create_model("vim_tiny", img_size=48, depth=3, rope=True).eval().double()
+def turned(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The patches x (b, l, d) of a grid, channels in pairs as complex numbers, turned as EVA-02 states it."""
+    rows, columns = torch.meshgrid(*(torch.arange(side).double() * 14 / side for side in grid), indexing="ij")
+    pairs = torch.arange(x.shape[-1] // 4).double()
+    frequencies = 10000 ** (-2 * pairs / (x.shape[-1] / 2))
+    angles = torch.cat([place.flatten()[:, None] * frequencies for place in (rows, columns)], dim=1)
+    complex_x = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(complex_x * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("class_token", [True, False])
+def test_the_stream_is_turned_before_every_block_and_a_class_token_never(class_token: bool) -> None:
+    """Of Vim, whose dense models of the authors use it. There is no recording of them: this is their formula.
+
+    They turn what a block adds and the residual stream, each for itself: together the sum of both.
+    """
+    pool = {} if class_token else {"class_token": False, "global_pool": "avg"}
+    model = timm.create_model("vim_tiny", img_size=48, depth=3, rope=True, **pool).eval().double()
+    model.rope = RotaryEmbedding(192, (3, 3), dtype=torch.float64)  # the model's own was made in single precision
     image = torch.randn(2, 3, 48, 48, dtype=torch.float64)
     x, grid = model.patch_embed(image), model.grid_size
-    x = torch.cat([x[:, :4], model.cls_token.expand(2, -1, -1), x[:, 4:]], dim=1) + model.pos_embed
+    if class_token:
+        x = torch.cat([x[:, :4], model.cls_token.expand(2, -1, -1), x[:, 4:]], dim=1)
+    x = x + model.pos_embed
+    branch, stream = x, torch.zeros_like(x)
     for block in model.blocks:
-        patches = rotate(torch.cat([x[:, :4], x[:, 5:]], dim=1), model.rope.freqs_cos, model.rope.freqs_sin)
-        x = torch.cat([patches[:, :4], x[:, 4:5], patches[:, 4:]], dim=1)
-        x = x + block.mixer(block.norm(x), grid)
-    torch.testing.assert_close(model.forward_features(image), model.norm(x))
+        for part in (branch, stream):
+            if class_token:
+                patches = turned(torch.cat([part[:, :4], part[:, 5:]], dim=1), grid)
+                part.copy_(torch.cat([patches[:, :4], part[:, 4:5], patches[:, 4:]], dim=1))
+            else:
+                part.copy_(turned(part, grid))
+        stream = branch + stream
+        branch = block.mixer(block.norm(stream), grid)
+    torch.testing.assert_close(model.forward_features(image), model.norm(branch + stream))
     maps = model.forward_intermediates(image, indices=[2], norm=True, intermediates_only=True)
-    torch.testing.assert_close(maps[0].flatten(2).transpose(1, 2), model._split_class_token(model.norm(x))[0])
+    expected = model.norm(branch + stream)
+    expected = model._split_class_token(expected)[0] if class_token else expected
+    torch.testing.assert_close(maps[0].flatten(2).transpose(1, 2), expected)
 
 
 @pytest.mark.parametrize("name", ["localvim_tiny", "vim_tiny"])

@@ -1,7 +1,10 @@
-"""Dense backbones: the order of their maps, and the exact parts that ``frozen_stages`` freezes."""
+"""Dense backbones: the order of their maps, images of any shape, half precision, compilation, and the exact parts that
+``frozen_stages`` freezes.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +17,11 @@ pytest.importorskip("mmengine")
 
 from mmengine.registry import MODELS
 
+from backbones.layers import set_backend
 from backbones.mm import DenseBackbone, PlainDenseBackbone, UserError
+from backbones.models import FAMILIES
 from tests.small_models import SMALLEST, is_plain
+from tests.tolerances import AUTOCAST, SAME_FUNCTION
 
 ARCHS = {
     "Vim": "vim_tiny",
@@ -58,6 +64,50 @@ def test_maps_come_in_the_order_asked(family: str, order: Sequence[int]) -> None
     assert len(found) == len(order)
     for i, x in zip(order, found, strict=True):
         torch.testing.assert_close(x, expected[i], rtol=0, atol=0)
+
+
+def test_every_family_is_here() -> None:
+    assert BACKBONES.keys() == {family.__name__ for family in FAMILIES}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(57, 83), (32, 160), (160, 32), (16, 80)])
+@pytest.mark.parametrize("family", BACKBONES)
+def test_images_of_any_shape(family: str, size: tuple[int, int]) -> None:
+    """Maps one cell high or wide among them; their truth is plain PyTorch in double precision."""
+    backbone, image = build(family), torch.randn(2, 3, *size)
+    if size == (16, 80) and not is_plain(ARCHS[family]):
+        with pytest.raises(ValueError, match="x: got an image of 16 x 80 pixels, expected at least 32 x 32"):
+            backbone(image)
+        return
+    exact = copy.deepcopy(backbone).double()
+    set_backend(exact, "naive")
+    for found, expected in zip(backbone(image), exact(image.double()), strict=True):
+        assert found.isfinite().all()
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", BACKBONES)
+def test_autocast(family: str, dtype: torch.dtype) -> None:
+    backbone, image = build(family), torch.randn(2, 3, 64, 96)
+    exact = backbone(image)
+    with torch.autocast("cpu", dtype):
+        maps = backbone(image)
+    for found, expected in zip(maps, exact, strict=True):
+        error = (found - expected).float().square().mean().sqrt() / expected.square().mean().sqrt()
+        assert error <= AUTOCAST[str(dtype).removeprefix("torch.")]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [x if x == "Vim" else pytest.param(x, marks=pytest.mark.slow) for x in BACKBONES])
+def test_compiles_whole(family: str) -> None:
+    torch.compiler.reset()
+    backbone, image = build(family), torch.randn(2, 3, 64, 96)
+    compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(image), backbone(image), strict=True):
+        torch.testing.assert_close(found, expected, rtol=SAME_FUNCTION, atol=SAME_FUNCTION)
 
 
 @pytest.mark.parametrize("family", ["Vim", "VMamba"])
