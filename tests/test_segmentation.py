@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from backbones.layers.multi_head_scan import HEADS
 from backbones.layers.patch_expand import pixel_blocks
 from backbones.patterns import get_pattern
 from backbones.segmentation import UNetDecoder
-from backbones.segmentation.decoder import fitted
+from backbones.segmentation.decoder import MERGES, Level, fitted
 from backbones.weights import CheckpointError
 from backbones.weights.rules import to_official, to_ours
 from tests import tolerances
@@ -262,6 +263,78 @@ def test_checkpointing_changes_nothing() -> None:
         net(image).square().mean().backward()
         grads.append(net.encoder.stem.conv1.weight.grad.clone())
     torch.testing.assert_close(grads[0], grads[1])
+
+
+class Doubled(nn.Module):
+    """Every cell four times."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, 1).repeat_interleave(2, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merge", MERGES)
+def test_what_a_level_joins(merge: str) -> None:
+    join = nn.Linear(6, 3) if merge == "concat" else nn.Identity()
+    level = Level(Doubled(), join, nn.ModuleList(), merge)
+    x, here, skip = torch.randn(1, 2, 2, 3), torch.randn(1, 2, 2, 3), torch.randn(1, 4, 4, 3)
+    wide = Doubled()(x)
+    expected = {
+        "concat": lambda: torch.cat([wide, skip], -1) @ join.weight.T + join.bias,
+        "add": lambda: wide + skip,
+        "add_before": lambda: Doubled()(x + here),
+    }[merge]()
+    torch.testing.assert_close(level(x, here, skip), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merge", MERGES)
+def test_hooks_fire_on_every_part_of_the_decoder(merge: str) -> None:
+    model = backbones.unet("vmamba_tiny_s1l8", **THIN, taps="input" if merge == "add_before" else "output", merge=merge)
+    idle = {f"levels.{i}.join" for i in range(3)} if merge != "concat" else set()
+    watched = {key for key, x in model.decoder.named_modules() if not isinstance(x, nn.ModuleList)} - idle
+    seen: set[str] = set()
+    for key in watched:
+        model.decoder.get_submodule(key).register_forward_hook(lambda module, args, y, key=key: seen.add(key))
+    model.eval()(torch.zeros(1, 3, 64, 64))
+    assert watched - seen == set()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [vm_unet, partial(backbones.mhs_vm, depths=(1, 1, 1, 1)), backbones.msvm_unet])
+def test_changed_linear_layers_of_a_network_act(make: Callable[..., nn.Module]) -> None:
+    """Hooks that double every linear layer give what doubled weights give."""
+    model = make(num_classes=2).eval().double()
+    image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    plain, doubled = model(image), copy.deepcopy(model)
+    for name, linear in model.named_modules():
+        if isinstance(linear, nn.Linear):
+            linear.register_forward_hook(lambda module, args, y: 2 * y)
+            for parameter in doubled.get_submodule(name).parameters():
+                parameter.mul_(2)
+    expected = doubled(image)
+    assert relative(plain, expected) > 1e-3
+    assert relative(model(image), expected) <= tolerances.GATED_DOUBLE
+
+
+def test_naive_reaches_every_operator_of_a_network() -> None:
+    """A product with the Hessian is what differences of gradients give; kernels refuse it."""
+    model = vm_unet(num_classes=2, scan_backend="naive").eval().double()
+    x, direction = torch.randn(2, 1, 3, 32, 32, dtype=torch.float64)
+
+    def gradient(model: nn.Module, x: Tensor, create_graph: bool = False) -> Tensor:
+        x = x.requires_grad_()
+        return torch.autograd.grad(model(x).square().sum(), x, create_graph=create_graph)[0]
+
+    (found,) = torch.autograd.grad(gradient(model, x, create_graph=True), x, direction)
+    step = 1e-7
+    ahead, behind = (gradient(model, x.detach() + sign * step * direction) for sign in (1, -1))
+    expected = (ahead - behind) / (2 * step)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    kernels = vm_unet(num_classes=2).eval()
+    x = x.detach().float()
+    with pytest.raises(NotImplementedError, match="scan_backend='naive'"):
+        gradient(kernels, x, create_graph=True).square().sum().backward()
 
 
 def test_drop_path_falls_from_the_bottom() -> None:

@@ -132,11 +132,8 @@ class UNetDecoder(nn.Module):
         self.bottom = blocks(widths[0], depths[0])
         self.levels: Any = nn.ModuleList()
         for wide, width, depth in zip(widths[:-1], widths[1:], depths[1:], strict=True):
-            level = nn.Module()
-            level.up = new_up(wide, width, 2, **dd)
-            level.join = nn.Linear(2 * width, width, **dd) if merge == "concat" else nn.Identity()
-            level.blocks = blocks(width, depth)
-            self.levels.append(level)
+            join = nn.Linear(2 * width, width, **dd) if merge == "concat" else nn.Identity()
+            self.levels.append(Level(new_up(wide, width, 2, **dd), join, blocks(width, depth), merge))
         self.final_up = new_up(dims[0], self.out_dim, scale, **dd)
         init_linears(self)
 
@@ -151,21 +148,48 @@ class UNetDecoder(nn.Module):
         Returns:
             (b, scale height, scale width, out_dim).
         """
-        x = self._refined(self.bottom, x)
-        before = self.merge == "add_before"
+        x = _refined(self.bottom, x, self.grad_checkpointing)
         for level, here, skip in zip(self.levels, reversed(skips[1:]), reversed(skips[:-1]), strict=True):
-            x = fitted(level.up(x + here if before else x), skip.shape[1], skip.shape[2])
-            if self.merge == "concat":
-                x = level.join(torch.cat([x, skip], dim=-1))
-            elif not before:
-                x = x + skip
-            x = self._refined(level.blocks, x)
+            x = level(x, here, skip, self.grad_checkpointing)
         return self.final_up(x)
 
-    def _refined(self, blocks: Any, x: Tensor) -> Tensor:
-        for block in blocks:
-            x = run_block(block, x, checkpointed=self.grad_checkpointing)
-        return x
+
+class Level(nn.Module):
+    """One resolution of the decoder: the map below is widened, joined with the encoder's, and refined.
+
+    Args:
+        up: doubles the sides.
+        join: from both maps' channels to one's, where ``merge`` is "concat".
+        blocks: refine the map.
+        merge: see :class:`UNetDecoder`.
+    """
+
+    def __init__(self, up: nn.Module, join: nn.Module, blocks: nn.ModuleList, merge: str) -> None:
+        super().__init__()
+        self.up, self.join, self.blocks, self.merge = up, join, blocks, merge
+
+    def forward(self, x: Tensor, here: Tensor, skip: Tensor, checkpointed: bool = False) -> Tensor:
+        """The map of this level, (b, h, w, c).
+
+        Args:
+            x: the map of the level below.
+            here: the encoder's map with the sides of ``x``, read where ``merge`` is "add_before".
+            skip: the encoder's map of this level.
+            checkpointed: compute the blocks again in backward.
+        """
+        before = self.merge == "add_before"
+        x = fitted(self.up(x + here if before else x), skip.shape[1], skip.shape[2])
+        if self.merge == "concat":
+            x = self.join(torch.cat([x, skip], dim=-1))
+        elif not before:
+            x = x + skip
+        return _refined(self.blocks, x, checkpointed)
+
+
+def _refined(blocks: Any, x: Tensor, checkpointed: bool) -> Tensor:
+    for block in blocks:
+        x = run_block(block, x, checkpointed=checkpointed)
+    return x
 
 
 def fitted(x: Tensor, height: int, width: int) -> Tensor:
