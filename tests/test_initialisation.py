@@ -226,8 +226,9 @@ def test_steps_start_between_a_thousandth_and_a_tenth(mixer: str) -> None:
 
 def test_steps_have_a_floor() -> None:
     ssm = SelectiveSSM(64, num_orders=2)
-    ssm.reset_parameters(dt_min=1e-6, dt_max=1e-5, dt_floor=1e-4)
-    torch.testing.assert_close(F.softplus(ssm.dt_proj_bias), torch.full((2, 64), 1e-4), rtol=1e-3, atol=0)
+    for floor, given in ((1e-4, {}), (1e-3, {"dt_floor": 1e-3})):
+        ssm.reset_parameters(dt_min=1e-6, dt_max=1e-5, **given)
+        torch.testing.assert_close(F.softplus(ssm.dt_proj_bias), torch.full((2, 64), floor), rtol=1e-3, atol=0)
     ssm.reset_parameters(dt_min=1e-2, dt_max=1.0)
     holds_steps(ssm.dt_proj_bias, 1e-2, 1.0)
 

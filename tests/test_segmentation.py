@@ -16,6 +16,7 @@ import backbones
 from backbones.layers import SS2D, MultiHeadScan, PatchExpand
 from backbones.layers.multi_head_scan import HEADS
 from backbones.layers.patch_expand import pixel_blocks
+from backbones.layers.vss_block import VSSBlock
 from backbones.patterns import get_pattern
 from backbones.segmentation import UNetDecoder
 from backbones.segmentation.decoder import MERGES, Level, fitted
@@ -253,15 +254,21 @@ def test_a_grey_image_is_repeated() -> None:
     assert backbones.unet("vmamba_tiny_s1l8", in_chans=1, **THIN)(image).shape == (1, 1, 32, 32)
 
 
-def test_checkpointing_changes_nothing() -> None:
+def test_checkpointing_computes_blocks_again_and_changes_nothing() -> None:
     net = backbones.unet("vmamba_tiny_s1l8", **THIN)
     image = torch.randn(1, 3, 32, 32)
+    blocks = [x for x in net.modules() if isinstance(x, VSSBlock)]
+    calls: list[nn.Module] = []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, args: calls.append(module))
     grads = []
-    for enable in (False, True):
+    for enable, times in ((False, 1), (True, 2)):
         net.set_grad_checkpointing(enable)
         net.zero_grad()
+        calls.clear()
         net(image).square().mean().backward()
         grads.append(net.encoder.stem.conv1.weight.grad.clone())
+        assert [sum(module is block for module in calls) for block in blocks] == [times] * len(blocks)
     torch.testing.assert_close(grads[0], grads[1])
 
 
