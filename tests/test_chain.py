@@ -67,4 +67,7 @@ def test_only_blocks_that_mean_it_are_chained() -> None:
 
     assert _has_chained(VSSBlock) and _has_chained(AdventurerBlock)
     assert not _has_chained(Other) and not _has_chained(nn.Linear)
-    assert not can_chain([VSSBlock(8)], torch.randn(1, 2, 3, 8))  # a CPU gains nothing
+    x = torch.randn(1, 2, 3, 8)
+    assert can_chain([VSSBlock(8)], x)
+    assert not can_chain([VSSBlock(8), Other(8)], x)
+    assert not can_chain([VSSBlock(8)], x.to("meta"))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
-from backbones.ops import backends, depthwise_conv, rms_norm, selective_scan, silu_gate
+from backbones.ops import backends, depthwise_conv, layer_norm, rms_norm, selective_scan, silu_gate
 from backbones.patterns import CROSS, REVERSE
 from backbones.patterns.taps import causal_taps
 
@@ -62,6 +62,10 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], Callable[[torch.dtype], list[T
         lambda x, w, backend="naive": rms_norm(x, w, 1e-5, backend=backend),
         lambda dtype: [leaf(2, 3, dtype=dtype), leaf(3, dtype=dtype)],
     ),
+    "layer_norm": (
+        lambda x, w, b, backend="naive": layer_norm(x, w, b, 1e-5, backend=backend),
+        lambda dtype: [leaf(2, 3, dtype=dtype), leaf(3, dtype=dtype), leaf(3, dtype=dtype, seed=1)],
+    ),
 }
 
 
@@ -113,7 +117,7 @@ def test_kernels_are_right_or_refuse_forward_mode(name: str) -> None:
     function, leaves = OPERATORS[name]
     inputs = tuple(x.detach() for x in leaves(torch.float32))
     tangents = tuple(torch.ones_like(x) for x in inputs)
-    if name in ("gate", "rms_norm"):  # PyTorch's own operations take over, but for a kernel that was asked for
+    if name in ("gate", "rms_norm", "layer_norm"):  # PyTorch's own take over, but for a kernel that was asked for
         _, found = torch.func.jvp(partial(function, backend=None), inputs, tangents)
         torch.testing.assert_close(found, torch.func.jvp(function, inputs, tangents)[1], rtol=1e-4, atol=1e-5)
     with pytest.raises(NotImplementedError, match=WAY_OUT):

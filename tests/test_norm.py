@@ -54,10 +54,12 @@ def test_reads_rows_of_any_strides_and_writes_another_dtype() -> None:
     assert error(y, F.layer_norm(x.double(), (6,)).cpu()) <= OPERATOR["bfloat16"]
 
 
-def test_is_pytorchs_own_on_the_cpu() -> None:
-    norm = LayerNorm(6, eps=1e-3)
+@pytest.mark.parametrize("backend", ["naive", None])
+def test_other_dtypes_are_pytorchs_own_on_the_cpu(backend: str | None) -> None:
+    norm = LayerNorm(6, eps=1e-3, dtype=torch.float64)
+    norm.backend = backend
     torch.nn.init.normal_(norm.weight)
-    x = torch.randn(2, 3, 6)
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
     assert torch.equal(norm(x), F.layer_norm(x, (6,), norm.weight, norm.bias, 1e-3))
 
 

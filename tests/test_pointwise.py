@@ -1,4 +1,4 @@
-"""The gate and RMSNorm against PyTorch's in float64, where the kernel runs and where PyTorch takes over."""
+"""The gate and the norms against PyTorch's in float64, where the kernel runs and where PyTorch takes over."""
 
 import pytest
 import torch
@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones import ops
-from backbones.layers.norm import RMSNorm
-from backbones.ops import native, rms_norm, silu_gate
+from backbones.layers.norm import LayerNorm, RMSNorm
+from backbones.ops import layer_norm, native, rms_norm, silu_gate
 from backbones.ops.fused.gate import operator as gate
-from backbones.ops.fused.rms_norm import operator as norm
+from backbones.ops.fused.layer_norm import cpu as norm
 from tests.test_ops_cpu import ISAS, instruction_set, threads
 from tests.tolerances import OPERATOR
 
@@ -42,14 +42,64 @@ def check_gate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert error(a, b) < OPERATOR[str(dtype).split(".")[1]]
 
 
-def check_norm(shape: tuple[int, ...]) -> None:
-    x, _, weight, grad = leaves(shape, torch.float32)
-    exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, weight))
-    y, expected = rms_norm(x, weight, EPS), F.rms_norm(exact_x, weight.shape, exact_weight, EPS)
-    found = torch.autograd.grad(y, (x, weight), grad)
-    exact = torch.autograd.grad(expected, (exact_x, exact_weight), grad.double())
-    for a, b in zip((y, *found), (expected, *exact), strict=True):
-        assert error(a, b) < OPERATOR["float32"]
+def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool) -> Tensor:
+    if centred:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+    return F.rms_norm(x, x.shape[-1:], weight, EPS)
+
+
+def limit(*tensors: Tensor | None) -> float:
+    """Of all tensors that are read or written, the tolerance of the coarsest dtype."""
+    return OPERATOR["bfloat16" if any(t is not None and t.dtype == torch.bfloat16 for t in tensors) else "float32"]
+
+
+def check_norm(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, out: torch.dtype | None = None) -> None:
+    """Both norms as users call them, of rows with gaps between them, far from mean 0."""
+    x, other, weight, grad = leaves(shape, dtype)
+    bias = other[(0,) * (other.dim() - 1)].detach().float().requires_grad_()
+    x = (x.detach() + 3).requires_grad_()
+    grad = grad if out is None else grad.to(out)
+    for centred in (True, False):
+        given = [x, weight, bias] if centred else [x, weight]
+        exact = [t.detach().double().requires_grad_() for t in given]
+        y = layer_norm(*given, EPS, dtype=out) if centred else rms_norm(*given, EPS, dtype=out or dtype)
+        expected = normalised(*exact, *([] if centred else [None]), centred)
+        assert y.dtype == (out or dtype)
+        found = torch.autograd.grad(y, given, grad)
+        wanted = torch.autograd.grad(expected, exact, grad.double())
+        for a, b in zip((y, *found), (expected, *wanted), strict=True):
+            assert error(a, b) < limit(x, y)
+
+
+@needs_kernel
+@pytest.mark.parametrize("half", ["", "x", "branch", "y", "weight", "x branch y weight"])
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norm_of_a_residual_sum(shape: tuple[int, ...], centred: bool, half: str) -> None:
+    g = torch.Generator().manual_seed(0)
+
+    def random(name: str, *size: int) -> Tensor:
+        x = torch.randn(size, generator=g)
+        return x.to(torch.bfloat16 if name in half.split() else torch.float32).requires_grad_()
+
+    x, branch, grad, stream = random("x", *shape), random("branch", *shape), random("y", *shape), random("x", *shape)
+    weight, bias = random("weight", shape[-1]), random("weight", shape[-1]) if centred else None
+    given = [t for t in (x, branch, weight, bias) if t is not None]
+    total, y = norm.normalise(x, branch, weight, bias, EPS, centred, grad.dtype)
+    assert total.dtype == x.dtype and y.dtype == grad.dtype
+    torch.testing.assert_close(total, (x.float() + branch.float()).to(x.dtype), rtol=0, atol=0)
+    found = torch.autograd.grad((total, y), given, (stream.detach(), grad.detach()))
+
+    exact = [t.detach().double().requires_grad_() for t in given]
+    rounded = exact[0] + exact[1] + (total.detach().double() - exact[0].detach() - exact[1].detach())
+    expected = normalised(rounded, exact[2], exact[3] if centred else None, centred)
+    wanted = torch.autograd.grad((rounded, expected), exact, (stream.double(), grad.double()))
+    for a, b in zip((y, *found), (expected, *wanted), strict=True):
+        assert error(a, b) < limit(x, branch, y, weight)
+
+    alone = norm.normalise(x, branch, weight, bias, EPS, centred, grad.dtype)[0]  # whose norm nobody reads
+    (dx, dbranch) = torch.autograd.grad(alone, (x, branch), stream.detach())
+    assert torch.equal(dx, stream.to(x.dtype)) and torch.equal(dbranch, stream.to(branch.dtype))
 
 
 @needs_kernel
@@ -60,12 +110,15 @@ def test_kernel(shape: tuple[int, ...], isa: str) -> None:
         check_gate(shape, torch.float32)
         check_gate(shape, torch.bfloat16)
         check_norm(shape)
+        check_norm(shape, torch.bfloat16)
+        check_norm(shape, torch.float32, torch.bfloat16)
 
 
 def test_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "unavailable_reason", lambda: "no compiler was found")
     check_gate((3, 50, 24), torch.float32)
     check_norm((3, 50, 24))
+    check_norm((3, 50, 24), torch.float32, torch.bfloat16)
 
 
 @needs_kernel
@@ -97,11 +150,24 @@ def test_threads_change_nothing() -> None:
 
 
 @needs_kernel
-@pytest.mark.parametrize("name", ["gate", "rms_norm"])
-def test_registration(name: str) -> None:
+def test_registration() -> None:
     x, z, weight, _ = leaves((2, 5, 12), torch.float32)
-    op = getattr(torch.ops.backbones, name).default
-    torch.library.opcheck(op, (x, z, SCALE) if name == "gate" else (x, weight, EPS))
+    torch.library.opcheck(gate.gate_op, (x, z, SCALE))
+    rows = (x.detach(), z.detach(), weight.detach(), None)
+    torch.library.opcheck(norm.norm_op, (*rows, EPS, True, torch.bfloat16))
+    statistics = norm.norm_op(*rows, EPS, False, torch.float32)[2]
+    torch.library.opcheck(norm.norm_backward_op, (*rows[:2], x.detach(), rows[2], statistics, False, torch.bfloat16))
+
+
+@needs_kernel
+def test_norms_round_for_the_product_behind_them() -> None:
+    x = torch.randn(2, 5, 12)
+    for kind in (LayerNorm, RMSNorm):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert kind(12, autocast_out=True)(x).dtype == torch.bfloat16
+            assert kind(12, autocast_out=True, dtype=torch.float64)(x.double()).dtype == torch.float64
+            assert kind(12)(x).dtype == torch.float32
+        assert kind(12, autocast_out=True)(x).dtype == torch.float32
 
 
 @needs_kernel
@@ -118,6 +184,8 @@ def test_who_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         silu_gate(x, z)
     with pytest.raises(AssertionError, match="kernel was called"):
         RMSNorm(12)(x)
+    with pytest.raises(AssertionError, match="kernel was called"):
+        LayerNorm(12)(x)
     torch.testing.assert_close(silu_gate(x, z, backend="naive"), expected)
     assert silu_gate(x.double(), z.double()).dtype == torch.float64
     assert torch.compile(silu_gate, fullgraph=True, backend="eager")(x, z).shape == x.shape

@@ -1,6 +1,6 @@
 """Blocks behind one another, of which each leaves its last residual sum to the norm that comes next.
 
-On a GPU the sum and the norm are one launch, and so are their gradients, with the conversion for the branch.
+The sum and the norm are one pass through memory, and so are their gradients, with the conversion for the branch.
 """
 
 import functools
@@ -16,10 +16,10 @@ _PARTS = {"forward", "branch", "join"}  # of which ``chained`` is another form
 
 
 def can_chain(blocks: Iterable[nn.Module], x: Tensor) -> bool:
-    """Whether :func:`run_chain` computes what calls of the blocks would: on a GPU in eager mode, if all have a method
+    """Whether :func:`run_chain` computes what calls of the blocks would: in eager mode, if all have a method
     ``chained``, and nothing else stands for their ``forward`` or waits for their outputs.
     """
-    if not isinstance(x, Tensor) or not x.is_cuda or not runs_eagerly(x):
+    if not isinstance(x, Tensor) or not runs_eagerly(x):
         return False
     return all([_is_as_written(block) for block in blocks])
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backbones.layers.autocast import autocast_dtype
 from backbones.ops.tracing import is_hooked, is_replaced
 
 
@@ -18,6 +19,8 @@ def linear_parts(linear: nn.Module, x: Tensor, sizes: Sequence[int]) -> Sequence
     if x.is_cuda or not _is_plain(linear, nn.Linear):
         return linear(x).split(list(sizes), dim=-1)
     assert isinstance(linear, nn.Linear)
+    half = autocast_dtype(x)
+    x = x if half is None else x.to(half)  # once, not for each of them
     weights = linear.weight.split(list(sizes))
     biases = [None] * len(sizes) if linear.bias is None else linear.bias.split(list(sizes))
     return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]

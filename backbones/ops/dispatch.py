@@ -52,7 +52,7 @@ OPERATORS = {
         Operator("depthwise_conv", _SCANS, slow=True),
         Operator("silu_gate", {"cpu": "cpu", "cuda": "triton"}),
         Operator("rms_norm", {"cpu": "cpu", "cuda": "triton"}),
-        Operator("layer_norm", {"cuda": "triton"}),
+        Operator("layer_norm", {"cpu": "cpu", "cuda": "triton"}),
         Operator("decay_rates", {"cuda": "triton"}),
         Operator("ssd", {}, names=("naive", "chunked"), otherwise="chunked"),
     )

@@ -89,12 +89,12 @@ class NormCall(Record):
     """`NormCall` in csrc/pointwise.h."""
 
     __slots__ = ()
-    operator, prefix = "rms_norm", "backbones_rms_norm"
+    operator, prefix = "layer_norm", "backbones_norm"
     _fields_ = [
-        *_integers("rows", "c", "threads"),
-        *_pointers("x", "grad"),
-        *_integers("x_row", "grad_row"),
-        *_pointers("weight", "y", "dx", "dweight"),
+        *_integers("rows", "c", "threads", "centred", "x_bf16", "branch_bf16", "y_bf16", "weight_bf16"),
+        *_pointers("x", "branch", "grad", "stream"),
+        *_integers("x_row", "branch_row", "grad_row", "stream_row"),
+        *_pointers("weight", "bias", "total", "y", "dx", "dbranch", "statistics", "dweight", "dbias"),
         ("eps", c_double),
     ]
 

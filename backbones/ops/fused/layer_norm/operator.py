@@ -1,4 +1,4 @@
-"""LayerNorm, and RMSNorm, for the GPUs on which PyTorch's own is slow on narrow rows."""
+"""LayerNorm, and RMSNorm: PyTorch's own is slow on narrow rows, and takes several passes through memory."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from backbones.ops.derivatives import first_order
 from backbones.ops.dispatch import choose_for
-from backbones.ops.fused.layer_norm import naive
+from backbones.ops.fused.layer_norm import cpu, naive
 from backbones.ops.tracing import runs_eagerly
 
 
@@ -29,9 +29,9 @@ def layer_norm(
         eps: added to the variance.
         dtype: of the result; None is that of PyTorch's own, which is the dtype of x and, under autocast on a GPU,
             float32.
-        backend: "naive" is PyTorch's operation, "triton" a kernel for GPUs, "cpu" PyTorch's operation, as there is no
-            kernel. None takes the fastest that runs on the tensors' device. Compiled and exported programs hold
-            PyTorch's operation, which compilers fuse.
+        backend: "naive" is PyTorch's operation, "cpu" a C++ kernel for float32 and bfloat16 in one pass through
+            memory, "triton" a kernel for GPUs. None takes the fastest that runs on the tensors' device. Compiled and
+            exported programs hold PyTorch's operation, which compilers fuse.
 
     Returns:
         (..., c).
@@ -39,8 +39,8 @@ def layer_norm(
     Raises:
         ValueError: ``weight`` or ``bias`` has another shape, or only one is given; ``backend`` is given and cannot
             run.
-        NotImplementedError: forward-mode or ``torch.func`` derivatives through "triton" where it is given, or second
-            derivatives through it.
+        NotImplementedError: forward-mode or ``torch.func`` derivatives through a kernel that is named, or second
+            derivatives through one.
     """
     if (weight is None) != (bias is None):
         raise ValueError(f"bias: got {'none' if bias is None else 'one'}, expected one exactly where there is a weight")
@@ -50,6 +50,8 @@ def layer_norm(
                 f"{name}: got shape {tuple(given.shape)}, expected {tuple(x.shape[-1:])}, the last axis of x"
             )
     chosen, _ = choose_for("layer_norm", backend, x, weight, bias)
+    if chosen == "cpu" and cpu.reads(x, x.dtype if dtype is None else dtype, None, weight, bias):
+        return cpu.normalise(x, None, weight, bias, eps, True, x.dtype if dtype is None else dtype)[1]
     if chosen != "triton" or not runs_eagerly(x):
         return naive.forward(x, weight, bias, eps, dtype)
     if dtype is None:
