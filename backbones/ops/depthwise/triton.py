@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from backbones.ops.column_sums import column_sums
 from backbones.ops.rows import contiguous_rows
 from backbones.ops.scan.triton.common import LOG2_E
 from backbones.ops.triton_host import Launch, cdiv, check_device, device_of, empty, next_power_of_2, remember
@@ -166,7 +167,7 @@ def backward(
         run, shape = found
         sums = empty(shape, torch.float32, x.device)
         run(x, g, taps, sums)
-        dweight, dbias = sums.sum(0).split([k * c * j, k * c])
+        dweight, dbias = column_sums(sums).split([k * c * j, k * c])
         return dx, dweight.view(k, c, j), dbias.new_empty(0) if bias is None else dbias.view(k, c)
 
 

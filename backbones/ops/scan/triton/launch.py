@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbones.ops.column_sums import column_sums
 from backbones.ops.rows import contiguous_rows
 from backbones.ops.scan.triton import CHUNK
 from backbones.ops.scan.triton.common import (
@@ -418,7 +419,7 @@ def backward(
         tensors = _as_kernels_read(u, delta, A, B, C, D, orders, delta_bias)
         scan = _Scan.of(tensors, delta_softplus, out, local_window, visits)
         du, ddelta, partials, all_parts = scan.backward(contiguous_rows(grad), tensors, states)
-        sums = [_split_sums(parts.sum(0), scan) for parts in all_parts]
+        sums = [_split_sums(column_sums(parts), scan) for parts in all_parts]
         dA, dD, dbias = sums[0]
         if scan.window > 1:  # whose walk has no D
             dA += sums[1][0]
