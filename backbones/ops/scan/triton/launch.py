@@ -14,8 +14,8 @@ backward                     2 e (delta, again from the cache in the second leve
 ===========================  ==========================================================================
 
 B, C and their gradients are n/c of that: the gradients are summed over c in the kernel, and the partial sums of the
-blocks of channels in float32 by atomic addition, or, under ``torch.use_deterministic_algorithms``, in buffers that are
-summed in a fixed order. Nothing else depends on timing. States are float32 throughout. With ``local_window``
+blocks of channels in float32 by atomic addition, or, with one state, where they are few, and under
+``torch.use_deterministic_algorithms``, in buffers that are summed in a fixed order. Nothing else depends on timing. States are float32 throughout. With ``local_window``
 everything is read twice and outputs are accumulated in float32 buffers; so are they where an order repeats tokens:
 its visits are written by step and gathered by token, since a sum over repeats inside a running scan would be
 neither parallel nor reproducible.
@@ -344,7 +344,7 @@ class _Scan:
             walks.append(window_walk)
 
         blocks = cdiv(self.c, config.BLOCK_C)
-        atomic = blocks > 1 and not torch.are_deterministic_algorithms_enabled()
+        atomic = blocks > 1 and self.n > 1 and not torch.are_deterministic_algorithms_enabled()
         du = self.buffer(self.c, merged=self.shared, order_by_order=order_by_order)
         ddelta = self.buffer(self.c, merged=False, order_by_order=order_by_order)
         partials = _partials(self, 1 if atomic else blocks, atomic, B.dtype)

@@ -1,7 +1,7 @@
 """The selective scan with its projections on a GPU: products by cuBLAS, and what stands between them in few launches.
 
 An operation of its own for each step, with autograd's bookkeeping, keeps the host busy for longer than the GPU. Here
-forward takes a product, a block-diagonal weight (where all orders read the same u), a product, the decay rates, the
+forward takes a product, the decay rates with a block-diagonal weight (where all orders read the same u), a product, the
 scan and the sum of its orders; backward the scan, three products with their weights' gradients, and one launch that
 takes partial sums to the gradients of B, C, A_log, D and bias.
 """
@@ -19,38 +19,51 @@ from backbones.ops.rows import contiguous_rows
 from backbones.ops.scan.triton.decay import negative_exp_of
 from backbones.ops.scan.triton.launch import _Scan
 from backbones.ops.scan.visits import Visits
-from backbones.ops.triton_host import Launch, cdiv, check_device, device_of, empty, launch
+from backbones.ops.triton_host import Launch, cdiv, check_device, device_of, empty, remember
 
-_CONVERTED = 1024  # numbers of the gradients of B and C to a program
+_CONVERTED = 1024  # numbers that are only copied or converted to a program
 _SUMMED = 128  # columns of the partial sums to a program
 _ROWS = 32  # and rows at once
+_PARTS = 16  # of the tokens, whose weight gradients are batches of their own
+_WIDENS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 8)  # products of half precision into float32
+
+_launches: dict[tuple, Launch] = {}
 
 
 @triton.jit
-def block_diagonal_kernel(weight, blocks, count, k, o, r, width, BLOCK: tl.constexpr):
-    """blocks (k o, k width): the i-th block begins with the r columns of the i-th of ``weight`` (k, o, r), 0 elsewhere.
+def parameters_kernel(weight, blocks, A_log, A, count, k, o, r, width, numbers, n, spreading, BLOCK: tl.constexpr):
+    """What the products and the scan read of two parameters, BLOCK numbers to a program.
 
-    BLOCK of ``count`` numbers to a program.
+    The first ``spreading`` programs write ``blocks`` (k o, k width), of ``count`` numbers: its i-th block begins with
+    the r columns of the i-th of ``weight`` (k, o, r), and all else is 0. The others write A (k, n, o) = -exp(A_log), of
+    ``numbers`` from A_log (k, o, n).
     """
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = at // (k * width)
-    column = at % (k * width)
-    inside = (column // width == row // o) & (column % width < r) & (at < count)
-    value = tl.load(weight + row * r + column % width, mask=inside, other=0.0)
-    tl.store(blocks + at, value.to(blocks.dtype.element_ty), mask=at < count)
+    if tl.program_id(0) < spreading:
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        row = at // (k * width)
+        column = at % (k * width)
+        inside = (column // width == row // o) & (column % width < r) & (at < count)
+        value = tl.load(weight + row * r + column % width, mask=inside, other=0.0)
+        tl.store(blocks + at, value.to(blocks.dtype.element_ty), mask=at < count)
+    else:
+        rate_at = (tl.program_id(0) - spreading) * BLOCK + tl.arange(0, BLOCK)
+        source = (rate_at // (o * n) * o + rate_at % o) * n + rate_at // o % n
+        log = tl.load(A_log + source, mask=rate_at < numbers, other=0.0)
+        tl.store(A + rate_at, -tl.exp(log), mask=rate_at < numbers)
 
 
 @triton.jit
 def gradients_kernel(
-    partials, parts, A, dx, dA_log, dD, dbias,
-    tokens, k, n, c, of_order, of_row, first, blocks, rows, converting,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    partials, parts, A, product, dx, dA_log, dD, dbias, ddt_weight,
+    tokens, k, n, c, of_order, of_row, first, blocks, rows, converting, summing,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """Two unrelated ends of a backward pass in one launch.
+    """Unrelated ends of a backward pass in one launch.
 
     The first ``converting`` programs sum partials (2, blocks, tokens, k, n), gradients of B and C, over blocks, and
-    write them to the columns from ``first`` on of the rows of dx. The others sum parts (rows, k c (n + 2)), gradients
-    of A (k, n, c), D and bias (k, c) one behind the other, over rows. Both in a fixed order.
+    write them to the columns from ``first`` on of the rows of dx. The next ``summing`` ones sum parts
+    (rows, k c (n + 2)), gradients of A (k, n, c), D and bias (k, c) one behind the other, over rows. Both in a fixed
+    order. With DIAGONAL the others take ddt_weight (k, c, first) out of the blocks of product (k c, of_row).
     """
     if tl.program_id(0) < converting:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -64,7 +77,7 @@ def gradients_kernel(
             total += tl.load(source + i * each, mask=mask, other=0.0).to(tl.float32)
         target = dx + row % k * of_order + row // k * of_row + first + column
         tl.store(target, total.to(dx.dtype.element_ty), mask=mask)
-    else:
+    elif tl.program_id(0) < converting + summing:
         column_at = (tl.program_id(0) - converting) * COLUMNS + tl.arange(0, COLUMNS)
         of_A = k * n * c
         width = of_A + 2 * k * c
@@ -79,6 +92,12 @@ def gradients_kernel(
         tl.store(dA_log + place, sums * rate, mask=column_at < of_A)
         tl.store(dD + column_at - of_A, sums, mask=(column_at >= of_A) & (column_at < of_A + k * c))
         tl.store(dbias + column_at - of_A - k * c, sums, mask=(column_at >= of_A + k * c) & (column_at < width))
+    elif DIAGONAL:
+        taken_at = (tl.program_id(0) - converting - summing) * BLOCK + tl.arange(0, BLOCK)
+        taken = taken_at < k * c * first
+        block_row = (taken_at // first).to(tl.int64)
+        place_in = block_row * of_row + block_row // c * of_order + taken_at % first
+        tl.store(ddt_weight + taken_at, tl.load(product + place_in, mask=taken, other=0.0), mask=taken)
 
 
 @dataclass
@@ -109,17 +128,12 @@ def forward(
             x = torch.bmm(_per_order(u), x_weight.transpose(1, 2))
             delta = torch.bmm(x[:, :, :r], dt_weight.transpose(1, 2))
             delta = delta.as_strided((b, length, k, o), (length * o, o, b * length * o, 1))
-            blocks = dt_weight
+            blocks, A = dt_weight, negative_exp_of(A_log)
         else:
             width = x_weight.shape[1]
             x = torch.mm(u.reshape(b * length, -1), x_weight.view(k * width, -1).t())
-            blocks = empty((k * o, k * width), u.dtype, u.device)
-            launch(
-                block_diagonal_kernel, (cdiv(blocks.numel(), 1024),), (dt_weight, blocks),
-                (blocks.numel(), k, o, r, width), 4, BLOCK=1024,
-            )  # fmt: skip
+            blocks, A = _prepared(dt_weight, A_log, width)
             delta = torch.mm(x, blocks.t()).view(b, length, k, o)
-        A = negative_exp_of(A_log)
         tensors = (contiguous_rows(u), delta, A, *_weights(x, x_weight, b, length, r), D, orders, bias)
         y, states = _Scan.of(tensors, True, out, window, visits).forward(tensors, save)
         return y, Saved(x, blocks, delta, A, states) if states is not None else None
@@ -145,31 +159,30 @@ def backward(
         if u.dim() == 4:
             ddelta = _per_order(ddelta)
             torch.bmm(ddelta, dt_weight, out=dx[:, :, :r])
-            ddt_weight = _product_per_order(ddelta, saved.x[:, :, :r], dt_weight)
-            of_order, of_row = tokens * i, i
+            product, ddt_weight = None, _product_per_order(ddelta, saved.x[:, :, :r], b)
+            of_order, of_row, taking = tokens * i, i, 0
         else:
             ddelta = ddelta.view(tokens, k * o)
             torch.mm(ddelta, saved.blocks, out=dx)
-            blocks = torch.mm(ddelta.t(), saved.x)
-            ddt_weight = blocks.as_strided((k, o, r), (o * k * i + i, k * i, 1)).contiguous()
-            of_order, of_row = i, k * i
+            product, ddt_weight = torch.mm(ddelta.t(), saved.x), torch.empty_like(dt_weight)
+            of_order, of_row, taking = i, k * i, cdiv(dt_weight.numel(), _CONVERTED)
 
         dA_log = empty((k, o, n), torch.float32, u.device)
         dD, dbias = (empty((k, o), torch.float32, u.device) for _ in range(2))
-        converting = cdiv(tokens * k * 2 * n, _CONVERTED)
+        converting, summing = cdiv(tokens * k * 2 * n, _CONVERTED), cdiv(k * o * (n + 2), _SUMMED)
         run = scan.launches.get(("gradients", of_order, partials.shape[1], partials.dtype))
         if run is None:
             run = Launch(
-                gradients_kernel, (converting + cdiv(k * o * (n + 2), _SUMMED),),
-                (tokens, k, n, o, of_order, of_row, r, partials.shape[1], parts.shape[0], converting), 4,
-                BLOCK=_CONVERTED, COLUMNS=_SUMMED, ROWS=_ROWS,
+                gradients_kernel, (converting + summing + taking,),
+                (tokens, k, n, o, of_order, of_row, r, partials.shape[1], parts.shape[0], converting, summing), 4,
+                BLOCK=_CONVERTED, COLUMNS=_SUMMED, ROWS=_ROWS, DIAGONAL=product is not None,
             )  # fmt: skip
             scan.launches["gradients", of_order, partials.shape[1], partials.dtype] = run
-        run(partials, parts, saved.A, dx, dA_log, dD, dbias)
+        run(partials, parts, saved.A, product, dx, dA_log, dD, dbias, ddt_weight if product is not None else None)
 
         if u.dim() == 4:
             rows = _per_order(u)
-            dx_weight = _product_per_order(dx, rows, x_weight)
+            dx_weight = _product_per_order(dx, rows, b)
             _per_order(du).baddbmm_(dx, x_weight)
         else:
             rows = u.reshape(tokens, -1)
@@ -195,9 +208,34 @@ def _per_order(x: Tensor) -> Tensor:
     return x.permute(2, 0, 1, 3).reshape(k, b * length, c)
 
 
-def _product_per_order(grad: Tensor, x: Tensor, like: Tensor) -> Tensor:
-    """(k, o, i), sums over m of grad (k, m, o) times x (k, m, i): batched, cuBLAS does not split sums over tokens."""
-    y = torch.empty_like(like)
-    for g, rows, product in zip(grad.transpose(1, 2).unbind(0), x.unbind(0), y.unbind(0), strict=True):
-        torch.mm(g, rows, out=product)
-    return y
+def _product_per_order(grad: Tensor, x: Tensor, b: int) -> Tensor:
+    """(k, o, i), sums over m of grad (k, m, o) times x (k, m, i), in their dtype.
+
+    cuBLAS does not split the sums of batched products, which leaves most of a GPU idle: tokens of ``b`` images are
+    batches of their own, up to 16 for each order.
+    """
+    parts = min(b & -b, _PARTS)  # a power of two
+    batches = [t.unflatten(1, (parts, -1)).flatten(0, 1) for t in (grad, x)]
+    wide = {"out_dtype": torch.float32} if _WIDENS and grad.is_cuda and grad.dtype != torch.float32 else {}
+    product = torch.bmm(batches[0].transpose(1, 2), batches[1], **wide)
+    return product.unflatten(0, (-1, parts)).sum(1, dtype=grad.dtype)
+
+
+def _prepared(dt_weight: Tensor, A_log: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The block-diagonal weight and A, see `parameters_kernel`."""
+    k, o, r = dt_weight.shape
+    n = A_log.shape[2]
+    key = (k, o, r, width, n, dt_weight.dtype)
+    run = _launches.get(key)
+    count, numbers = k * o * k * width, k * o * n
+    if run is None:
+        spreading = cdiv(count, _CONVERTED)
+        made = Launch(
+            parameters_kernel, (spreading + cdiv(numbers, _CONVERTED),),
+            (count, k, o, r, width, numbers, n, spreading), 4, BLOCK=_CONVERTED,
+        )  # fmt: skip
+        run = remember(_launches, key, made)
+    blocks = empty((k * o, k * width), dt_weight.dtype, dt_weight.device)
+    A = empty((k, n, o), torch.float32, dt_weight.device)
+    run(dt_weight, blocks, A_log, A)
+    return blocks, A
