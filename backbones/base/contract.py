@@ -98,4 +98,9 @@ class Backbone(TakesOfficialLayout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Image (b, in_chans, height, width) to logits (b, num_classes)."""
+        if torch.is_grad_enabled():  # gradients of weights come block by block, for what waits for them
+            return self._logits(x)
+        return with_half_weights(self._logits, self, x)
+
+    def _logits(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from backbones.ops.tracing import casts, is_hooked_before, own_weight
+from backbones.ops.tracing import casts, is_hooked_before, is_watched, own_weight
 
 Result = TypeVar("Result")
 
@@ -43,13 +43,17 @@ def with_half_weights(function: Callable[..., Result], block: nn.Module, *args: 
 
 def _weights(block: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     found: list[tuple[nn.Module, str, Tensor]] = []
+    # Plain tensors are parameters of `torch.func.functional_call`; what its transforms follow is left to autocast.
+    kinds = (nn.Parameter,) if is_watched() else (nn.Parameter, Tensor)
     for module in block.modules():
         if is_hooked_before(module):  # pruning and sharding put other weights in place so
             return []
         names = ("weight", "bias") if type(module) in _PRODUCTS else getattr(type(module), "autocast_weights", ())
         for name in names:
+            if type(vars(module).get(name)) is Tensor:  # put there for a larger part of the model
+                return []
             weight = own_weight(module, name)
-            if type(weight) is not nn.Parameter:  # such as a sharded or quantized tensor
+            if weight is None or type(weight) not in kinds:  # such as a sharded or quantized tensor
                 continue
             if weight.device.type == _DEVICE and weight.dtype == torch.float32:
                 found.append((module, name, weight))
