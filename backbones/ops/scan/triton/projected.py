@@ -25,7 +25,6 @@ _CONVERTED = 1024  # numbers that are only copied or converted to a program
 _SUMMED = 128  # columns of the partial sums to a program
 _ROWS = 32  # and rows at once
 _PARTS = 16  # of the tokens, whose weight gradients are batches of their own
-_WIDENS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 8)  # products of half precision into float32
 
 _launches: dict[tuple, Launch] = {}
 
@@ -216,9 +215,8 @@ def _product_per_order(grad: Tensor, x: Tensor, b: int) -> Tensor:
     """
     parts = min(b & -b, _PARTS)  # a power of two
     batches = [t.unflatten(1, (parts, -1)).flatten(0, 1) for t in (grad, x)]
-    wide = {"out_dtype": torch.float32} if _WIDENS and grad.is_cuda and grad.dtype != torch.float32 else {}
-    product = torch.bmm(batches[0].transpose(1, 2), batches[1], **wide)
-    return product.unflatten(0, (-1, parts)).sum(1, dtype=grad.dtype)
+    product = torch.bmm(batches[0].transpose(1, 2), batches[1])
+    return product.unflatten(0, (-1, parts)).sum(1)
 
 
 def _prepared(dt_weight: Tensor, A_log: Tensor, width: int) -> tuple[Tensor, Tensor]:
