@@ -100,3 +100,45 @@ def test_gradients_can_be_differentiated_again(together: None) -> None:
     block = Block()
     (grad,) = torch.autograd.grad(run(block).float().square().sum(), block.fc.weight, create_graph=True)
     assert grad.requires_grad and torch.autograd.grad(grad.sum(), block.fc.weight)[0].abs().sum() > 0
+
+
+class Run(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return contract.run_block(self.block, x, checkpointed=False)
+
+
+def test_parameters_of_functional_call_are_cast_unless_a_transform_follows_them(together: None) -> None:
+    block = Block()
+    values = {name: x.detach().clone().requires_grad_() for name, x in block.named_parameters()}
+
+    def call(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.func.functional_call(Run(block), values, (torch.ones(2, 3),)).float().sum()
+
+    values = {f"block.{name}": x for name, x in values.items()}
+    call(values).backward()
+    assert block.seen.pop() == torch.bfloat16
+    assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in values.values())
+    found = torch.func.grad(call)({name: x.detach() for name, x in values.items()})
+    assert block.seen.pop() == torch.float32
+    for name, x in values.items():
+        torch.testing.assert_close(found[name], x.grad, rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+def test_without_gradients_a_model_is_cast_once(together: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = create_shallow("vim_tiny").eval()
+    calls = []
+    cast = half_weights.casts
+    monkeypatch.setattr(
+        half_weights, "casts", lambda weights, dtype: calls.append(len(weights)) or cast(weights, dtype)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(images(1, 3, 64, 64))
+        assert len(calls) == 1 and calls[0] > 4 * len(model.blocks)
+        monkeypatch.setattr(half_weights, "_DEVICE", "cuda")
+        torch.testing.assert_close(found, model(images(1, 3, 64, 64)), rtol=2e-2, atol=2e-2)

@@ -87,6 +87,15 @@ def test_norm_of_a_residual_sum(branch_dtype: torch.dtype | None, centred: bool,
 
 
 @needs_kernels
+@pytest.mark.parametrize("shape", [(1, 3), (7, 16), (300, 40)])
+def test_column_sums(shape: tuple[int, int]) -> None:
+    from backbones.ops.column_sums import column_sums
+
+    parts = torch.randn(shape)
+    assert error(column_sums(parts.to(DEVICE)), parts.double().sum(0)) <= OPERATOR["float32"]
+
+
+@needs_kernels
 def test_decay_rates() -> None:
     from backbones.ops.scan.triton.decay import negative_exp
 

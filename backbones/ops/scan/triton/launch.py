@@ -15,10 +15,10 @@ backward                     2 e (delta, again from the cache in the second leve
 
 B, C and their gradients are n/c of that: the gradients are summed over c in the kernel, and the partial sums of the
 blocks of channels in float32 by atomic addition, or, with one state, where they are few, and under
-``torch.use_deterministic_algorithms``, in buffers that are summed in a fixed order. Nothing else depends on timing. States are float32 throughout. With ``local_window``
-everything is read twice and outputs are accumulated in float32 buffers; so are they where an order repeats tokens:
-its visits are written by step and gathered by token, since a sum over repeats inside a running scan would be
-neither parallel nor reproducible.
+``torch.use_deterministic_algorithms``, in buffers that are summed in a fixed order. Nothing else depends on timing.
+States are float32 throughout. With ``local_window`` everything is read twice and outputs are accumulated in float32
+buffers; so are they where an order repeats tokens: its visits are written by step and gathered by token, since a sum
+over repeats inside a running scan would be neither parallel nor reproducible.
 
 Sums over orders add, in float32, per-order values rounded to the dtype of u: of four orders in bfloat16, the sum has a
 relative RMS error of 2.4e-3, and one rounded only once 1.7e-3. Per-order values in float32 would double what the scan
