@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -73,8 +74,9 @@ def _rows(name: str, modes: tuple[str, ...], batch: int, size: int, rounds: int)
     for mode, contestant in small.items():
         found[mode]["launches_inference"] = _kernels(contestant.infer)[0]
         found[mode]["launches_training"] = _kernels(contestant.train)[0]
-    del small
+    del small, contestant
     for mode in modes:  # alone in memory
+        gc.collect()  # models with graphs are cycles
         contestant = Contestant(name, mode, batch, size)
         found[mode]["peak_inference_mib"] = _peak(contestant.infer)
         found[mode]["peak_training_mib"] = _peak(contestant.train)
