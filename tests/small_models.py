@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from backbones.base import PlainBackbone
+from backbones.base import Backbone, PlainBackbone
 from backbones.models import FAMILIES, family_names
 
 PLAIN = [module for family, module in zip(FAMILIES, family_names(), strict=True) if issubclass(family, PlainBackbone)]
@@ -17,8 +17,8 @@ SMALLEST: dict[str, dict[str, Any]] = {
     "vim_tiny": {"embed_dim": 40, "depth": 4},
     "lbvim_tiny": {"embed_dim": 40, "depth": 4},
     "lbvim_528": {"embed_dim": 36, "depth": 2},
-    "vanilla_vmamba_tiny": _SHAPE,
     "vmamba_tiny_s1l8": _SHAPE,
+    "vanilla_vmamba_tiny": _SHAPE,
     "msvmamba_nano": _SHAPE,
     "msvmambav3_tiny": _SHAPE,
     "efficientvmamba_tiny": _SHAPE,
@@ -32,6 +32,12 @@ SMALLEST: dict[str, dict[str, Any]] = {
     "plainmamba_l1": {"embed_dim": 40, "depth": 2},
     "plainmamba_l2": {"embed_dim": 40, "depth": 2},
 }
+
+
+def smallest_of(family: type[Backbone]) -> str:
+    """The first of `SMALLEST` that is a model of this family."""
+    module = family.__module__.rpartition(".")[2]
+    return next(name for name in SMALLEST if timm.models.is_model_in_modules(name, [module]))
 
 
 def is_plain(name: str) -> bool:

@@ -18,21 +18,14 @@ from mmengine.registry import MODELS
 import backbones.mm  # noqa: F401  (registers the backbones)
 from backbones.models import FAMILIES, GUESTS
 from backbones.weights import CheckpointError, rules
+from tests.small_models import SMALLEST, is_plain, smallest_of
 
-PLAIN = {"depth": 2, "embed_dim": 24, "img_size": 64}
 SMALL = {
-    "Vim": ("vim_tiny", PLAIN),
-    "LBVim": ("lbvim_tiny", PLAIN),
-    "VMamba": ("vmamba_tiny_s1l8", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}),
-    "MSVMamba": ("msvmamba_nano", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}),
-    "EfficientVMamba": ("efficientvmamba_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}),
-    "GroupMamba": ("groupmamba_tiny", {"depths": (1, 1, 1, 1), "dims": (16, 16, 16, 32), "stem_dim": 8}),
-    "LocalVim": ("localvim_tiny", PLAIN),
-    "LocalVMamba": ("localvmamba_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}),
-    "PlainMamba": ("plainmamba_l1", PLAIN),
-    "VSSD": ("vssd_micro", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "d_state": 4}),
-    "Adventurer": ("adventurer_tiny", {**PLAIN, "embed_dim": 32}),
-    "SpatialMamba": ("spatialmamba_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}),
+    **{
+        family.__name__: (name, {**SMALLEST[name], **({"img_size": 64} if is_plain(name) else {})})
+        for family in FAMILIES
+        for name in [smallest_of(family)]
+    },
     "EfficientViM": ("efficientvim_m1", {"depths": (1, 1, 1), "embed_dim": (8, 16, 24), "state_dim": (4, 3, 2)}),
 }
 

@@ -127,7 +127,7 @@ FAMILIES: dict[str, list[tuple[str, Rule]]] = {
     "msvmamba": chained({r"\.mlp\.fc[12]\.weight$": FAN_IN, r"\.mlp\.fc[12]\.bias$": ("bias", 0.0)}, NARROW, SSM),
     "spatialmamba": chained({r"\.fusion\.(weight|alpha)$": ONE}, NARROW, SSM),
     "vssd": chained({r"\.A_log$": RANDOM_DECAY, r"\.dt_bias$": STEP}, NARROW, SSM),
-    **dict.fromkeys(("vanilla_vmamba", "vmamba", "efficientvmamba", "localvmamba"), chained(NARROW, SSM)),
+    "": chained(NARROW, SSM),  # hierarchies that start as VMamba does
 }
 # Mixers with a head or channel for each of many decays and steps.
 HEADS = 512

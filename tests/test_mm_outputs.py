@@ -20,25 +20,13 @@ from mmengine.registry import MODELS
 from backbones.layers import set_backend
 from backbones.mm import DenseBackbone, PlainDenseBackbone, UserError
 from backbones.models import FAMILIES
-from tests.small_models import SMALLEST, is_plain
+from tests.small_models import SMALLEST, is_plain, smallest_of
 from tests.tolerances import AUTOCAST, SAME_FUNCTION
 
-ARCHS = {
-    "Vim": "vim_tiny",
-    "LBVim": "lbvim_tiny",
-    "VMamba": "vmamba_tiny_s1l8",
-    "MSVMamba": "msvmamba_nano",
-    "EfficientVMamba": "efficientvmamba_tiny",
-    "GroupMamba": "groupmamba_tiny",
-    "SpatialMamba": "spatialmamba_tiny",
-    "LocalVim": "localvim_tiny",
-    "LocalVMamba": "localvmamba_tiny",
-    "PlainMamba": "plainmamba_l1",
-    "VSSD": "vssd_micro",
-    "Adventurer": "adventurer_tiny",
-}
 BACKBONES = {
-    family: (arch, {**SMALLEST[arch], **({"depth": 4} if is_plain(arch) else {})}) for family, arch in ARCHS.items()
+    family.__name__: (arch, {**SMALLEST[arch], **({"depth": 4} if is_plain(arch) else {})})
+    for family in FAMILIES
+    for arch in [smallest_of(family)]
 }
 
 
@@ -76,7 +64,7 @@ def test_every_family_is_here() -> None:
 def test_images_of_any_shape(family: str, size: tuple[int, int]) -> None:
     """Maps one cell high or wide among them; their truth is plain PyTorch in double precision."""
     backbone, image = build(family), torch.randn(2, 3, *size)
-    if size == (16, 80) and not is_plain(ARCHS[family]):
+    if size == (16, 80) and not is_plain(BACKBONES[family][0]):
         with pytest.raises(ValueError, match="x: got an image of 16 x 80 pixels, expected at least 32 x 32"):
             backbone(image)
         return

@@ -18,25 +18,18 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from backbones.weights import CheckpointError, rules, sources
+from tests.small_models import SMALLEST, is_plain
 
 # One of every generation of every family, shallow.
 HIERARCHICAL = {"depths": (1, 1, 1, 1)}
 MODELS = {
+    **{name: {"depth": 1, "img_size": (64, 32)} if is_plain(name) else HIERARCHICAL for name in SMALLEST},
     "vim_tiny": {"depth": 2, "img_size": (64, 128)},
     "vim_tiny_stride8": {"depth": 1, "img_size": (48, 32)},
     "lbvim_tiny": {"depth": 2, "img_size": (32, 96)},
     "lbvim_528": {"depth": 1, "img_size": 64},
     "localvim_tiny": {"depth": 2, "img_size": (32, 96)},
-    "localvim_tiny_midcls": {"depth": 1, "img_size": (64, 32)},
-    "vanilla_vmamba_tiny": HIERARCHICAL,
-    "vmamba_tiny_s1l8": HIERARCHICAL,
-    "msvmamba_nano": HIERARCHICAL,
-    "msvmambav3_tiny": HIERARCHICAL,
-    "efficientvmamba_tiny": HIERARCHICAL,
     "groupmamba_tiny": {**HIERARCHICAL, "distillation": False},
-    "spatialmamba_tiny": HIERARCHICAL,
-    "vssd_micro": HIERARCHICAL,
-    "localvmamba_tiny": HIERARCHICAL,
     "adventurer_tiny": {"depth": 2, "img_size": (64, 32)},
     "plainmamba_l1": {"depth": 1, "img_size": (32, 96)},
     "plainmamba_l2": {"depth": 1, "img_size": (32, 32)},
