@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import timm
-import yaml
 
-import backbones.mm
 from backbones import zoo
 from backbones.base import Backbone
 from backbones.models import FAMILIES, GUESTS, family_names
@@ -73,16 +71,6 @@ def test_key_rules_and_recordings(module: str) -> None:
 
 
 def test_configs_and_card(module: str) -> None:
-    class Loader(yaml.SafeLoader):
-        """mkdocs names Python functions in its settings."""
-
-    Loader.add_multi_constructor("tag:yaml.org,2002:python/name:", lambda loader, suffix, node: suffix)
-    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    pages = str(yaml.load(settings, Loader=Loader)["nav"])
-    assert f"``{family_named(module).__name__}``" in str(backbones.mm.__doc__), step(
-        6, module, "its name in backbones.mm"
-    )
-    assert f"model_cards/{module}.md" in pages, step(6, module, "its page in mkdocs.yml")
     assert (ROOT / "model_cards" / f"{module}.md").is_file(), step(6, module, "its card, by make docs")
     names = timm.list_models(module=module)
     configs = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "configs").rglob("*.py"))

@@ -1,8 +1,7 @@
 """The mmengine side of the library; importing it fills mmengine's root registries.
 
-They get a dense backbone for each of :data:`backbones.models.FAMILIES` and ``GUESTS``, under its name: ``Vim``,
-``LBVim``, ``VMamba``, ``MSVMamba``, ``EfficientVMamba``, ``GroupMamba``, ``SpatialMamba``, ``LocalVim``,
-``LocalVMamba``, ``PlainMamba``, ``VSSD``, ``Adventurer`` and ``EfficientViM``.
+They get a dense backbone for each of :data:`backbones.models.FAMILIES` and ``GUESTS``, under its class's name, such as
+``VMamba``.
 
 They also get ``PlainMambaAdapter``, the necks ``SimpleFeaturePyramid`` and ``FinerFPN``, the models
 ``ImageClassifier``, ``HardDistillation``, ``SelfDistillation``, ``MaskedImageModelling``, ``ImagePreprocessor`` and

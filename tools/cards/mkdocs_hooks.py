@@ -12,6 +12,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from backbones import zoo
+from backbones.models import family_names
+
 ROOT = Path(__file__).resolve().parents[2]
 _PAGES = (
     "*.md",
@@ -23,6 +26,12 @@ _PAGES = (
     "LICENSE",
     "CITATION.cff",
 )
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Puts the families' cards, in the order of all tables, under "Models" of the navigation."""
+    (models,) = [entry["Models"] for entry in config.nav or [] if "Models" in entry]
+    models += [{zoo.load_family(name)["title"]: f"model_cards/{name}.md"} for name in family_names(guests=True)]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
