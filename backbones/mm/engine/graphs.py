@@ -8,6 +8,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from backbones.graphs import cuda_graphs
+from backbones.mm.engine.sharding import is_sharded
 from backbones.mm.errors import UserError
 
 
@@ -19,10 +20,13 @@ class CudaGraphsHook(Hook):
     detection that means pipelines that resize or crop to one fixed size.
 
     Raises:
-        UserError: the run is not on a GPU, or the model has neither a network nor a backbone.
+        UserError: the run is not on a GPU, the model has neither a network nor a backbone, or processes hold shares
+            of it.
     """
 
     def before_train(self, runner: Runner) -> None:
+        if is_sharded(runner.model):
+            raise UserError("CudaGraphsHook: a graph cannot gather the weights of a FullyShardedModel; use one of both")
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         network = getattr(model, "network", None) or getattr(model, "backbone", None)
         if network is None:

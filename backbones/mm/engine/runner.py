@@ -32,6 +32,7 @@ from backbones.mm.engine.checkpoints import (
 )
 from backbones.mm.engine.hooks import ClassWeightsHook, LabelRangeHook
 from backbones.mm.engine.resume import overridden, read_settings, require_same_groups, require_same_kind
+from backbones.mm.engine.sharding import FullyShardedModel, GatherHook, is_sharded, share, share_state
 from backbones.mm.errors import UserError
 from backbones.weights import CheckpointError
 
@@ -105,6 +106,7 @@ class Runner(mmengine.runner.Runner):
         super().register_default_hooks(hooks)
         self.register_hook(LabelRangeHook())
         self.register_hook(ClassWeightsHook())
+        self.register_hook(GatherHook())
 
     scaled_lr: tuple[float, int, int] | None = None
     """Factor of the learning rate, images of a step, and those of the recipe, if ``auto_scale_lr`` is enabled."""
@@ -148,7 +150,14 @@ class Runner(mmengine.runner.Runner):
             if self.cfg.get("optim_wrapper", {}).get("accumulative_counts", 1) > 1:
                 # Schedules count batches, so they come before the first step of the optimizer.
                 warnings.filterwarnings("ignore", r"Detected call of `scheduler\.step\(\)` before", UserWarning)
+            if isinstance(self.model, FullyShardedModel):
+                super()._init_model_weights()  # needs whole weights, and the optimizer their shares
+                self.model.shard()
             return super().train()
+
+    def _init_model_weights(self) -> None:
+        if not is_sharded(self.model):
+            super()._init_model_weights()
 
     def val(self) -> dict[str, float]:
         """Validate; returns the metrics."""
@@ -178,6 +187,15 @@ class Runner(mmengine.runner.Runner):
                 "find_unused_parameters": self.cfg.get("find_unused_parameters", False),
             }
         return super().wrap_model(model_wrapper_cfg, model)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As mmengine's, which the first process alone runs; shares are gathered by all of them."""
+        if not is_sharded(self.model):
+            super().save_checkpoint(*args, **kwargs)
+            return
+        if not is_main_process():
+            kwargs["backend_args"] = {"backend": "nothing"}
+        mmengine.runner.Runner.save_checkpoint.__wrapped__(self, *args, **kwargs)
 
     def _compare_classes(self, dataset_meta: dict[str, Any], filename: str) -> None:
         for name, loop in (("train", self._train_loop), ("val", self._val_loop), ("test", self._test_loop)):
@@ -245,6 +263,8 @@ class Runner(mmengine.runner.Runner):
         """
         if not strict or revise_keys:
             raise ValueError("strict=False and revise_keys are not supported; set load_ignore in the config")
+        if is_sharded(self.model):
+            map_location = "cpu"  # the whole is not to be on every GPU
         try:
             checkpoint = read_checkpoint(filename, map_location)
         except CheckpointError as error:
@@ -252,8 +272,10 @@ class Runner(mmengine.runner.Runner):
             if before is None:
                 raise
             raise CheckpointError(f"{error}; the checkpoint before it is whole: --resume {before}") from None
-        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model = self.model.module if is_model_wrapper(self.model) else self.model
+        if is_sharded(self.model):
+            share(checkpoint, model)
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         ignore = () if self._resume else self.cfg.get("load_ignore", ())
         meta = checkpoint.get("meta")
         # Tells at once what a checkpoint that does not fit is made for.
@@ -274,6 +296,8 @@ class Runner(mmengine.runner.Runner):
             self._compare_classes((meta or {}).get("dataset_meta") or {}, filename)
         if self._resume:
             self._compare_settings(checkpoint, filename)
+            if is_sharded(self.model):
+                share_state(checkpoint["optimizer"], self.optim_wrapper.optimizer)
         self._has_loaded = True
         self.logger.info(f"loaded {filename}")
         return checkpoint
