@@ -196,6 +196,15 @@ def test_a_config_that_does_not_exist_is_named() -> None:
 def test_two_processes_against_one() -> None:
     options = ["--device", "cpu", "--size", "32", "--batch", "1", "--rounds", "1"]
     args = benchmark.parse_args(["scaling", "vim_tiny", *options])
-    (row,) = args.run(args, Progress(disable=True))
-    assert row["gpus"] == 2
-    assert row["speedup"] == pytest.approx(row["all_img_s"] / row["one_img_s"])
+    args.modes = ["eager", "sharded"]
+    rows = args.run(args, Progress(disable=True))
+    assert [row["mode"] for row in rows] == ["eager", "sharded"]
+    for row in rows:
+        assert row["gpus"] == 2 and row["peak_mib"] is None  # known of GPUs alone
+        assert row["speedup"] == pytest.approx(row["all_img_s"] / row["one_img_s"])
+
+
+def test_graphs_on_a_cpu_are_refused() -> None:
+    args = benchmark.parse_args(["scaling", "vim_tiny", "--device", "cpu", "--modes", "graphs"])
+    with pytest.raises(measure.ParityError, match="graphs need a GPU"):
+        args.run(args, Progress(disable=True))

@@ -33,7 +33,7 @@ from backbones.commands.bench.gpu import bench_gpu
 from backbones.commands.bench.measure import ParityError, conditions
 from backbones.commands.bench.models import COMPANIONS, KINDS, bench_model
 from backbones.commands.bench.operator import bench_limits, bench_op
-from backbones.commands.bench.scaling import bench_scaling
+from backbones.commands.bench.scaling import MODES, bench_scaling
 from backbones.commands.bench.shapes import SHAPES
 from backbones.commands.bench.tokens import bench_tokens
 from backbones.commands.outputs import unwritable, unwritable_folder
@@ -139,6 +139,9 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     scaling.set_defaults(run=bench_scaling, dtype="bfloat16 autocast")
     scaling.add_argument("names", nargs="+", help="models of this library or of timm")
     scaling.add_argument("--gpus", type=_positive, default=2)
+    scaling.add_argument(
+        "--modes", nargs="+", choices=MODES, metavar="MODE", help=f"{', '.join(MODES)} (default: the first two)"
+    )
     scaling.add_argument("--size", type=_positive, default=224, help="side of the images in pixels")
     scaling.add_argument("--batch", type=_positive, default=128, help="images per step and GPU")
     scaling.add_argument("--device", choices=["cpu", "cuda"], default="cuda")

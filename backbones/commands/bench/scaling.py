@@ -1,4 +1,4 @@
-"""Data-parallel training on several GPUs of one machine against one of them, in turns."""
+"""Data-parallel training on several GPUs of one machine against one of them, in turns, and the memory of a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import backbones
 from backbones.commands.bench.measure import ROOT, ParityError, train_step, wait
 from backbones.commands.bench.models import options_of
 
-MODES = ("eager", "graphs")
+MODES = ("eager", "graphs", "sharded")  # the last in eager mode, with FullyShardedModel
 WARM_UP = 5
 STEPS = 5  # in a round: the host runs ahead of the GPU as in training
 
@@ -30,7 +30,9 @@ def bench_scaling(args: argparse.Namespace, progress: Progress) -> list[dict[str
     """A row for each model and mode."""
     if args.device == "cuda" and torch.cuda.device_count() < args.gpus:
         raise ParityError(f"scaling: PyTorch sees {torch.cuda.device_count()} GPUs, --gpus is {args.gpus}")
-    modes = MODES if args.device == "cuda" else MODES[:1]
+    modes = args.modes or (MODES[:2] if args.device == "cuda" else MODES[:1])
+    if args.device == "cpu" and "graphs" in modes:
+        raise ParityError("scaling: graphs need a GPU, choose other --modes")
     jobs = [(name, mode) for name in args.names for mode in modes]
     return [_row(name, mode, args) for name, mode in progress.track(jobs, description="models")]
 
@@ -43,7 +45,7 @@ def _row(name: str, mode: str, args: argparse.Namespace) -> dict[str, object]:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ParityError(f"scaling: {name}, {mode}: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
-    one, several = json.loads(done.stdout.splitlines()[-1])
+    one, several, peak = json.loads(done.stdout.splitlines()[-1])
     return {
         "model": name,
         "mode": mode,
@@ -52,22 +54,36 @@ def _row(name: str, mode: str, args: argparse.Namespace) -> dict[str, object]:
         "one_img_s": args.batch / one,
         "all_img_s": args.gpus * args.batch / several,
         "speedup": args.gpus * one / several,
+        "peak_mib": peak,
     }
 
 
 class Training:
     """A model's training steps: forward and backward in bfloat16 autocast, averaged gradients, fused AdamW."""
 
-    def __init__(self, name: str, mode: str, device: torch.device, batch: int, size: int, averaged: bool) -> None:
+    def __init__(self, name: str, mode: str, device: torch.device, batch: int, size: int) -> None:
         torch.manual_seed(0)
         self.model: nn.Module = timm.create_model(name, **options_of(name, size)).to(device).train()
         if mode == "graphs":
             backbones.cuda_graphs(self.model)
-        if averaged:
-            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.images = torch.randn(batch, 3, size, size, device=device)
         self.device = device.type
+
+    def spread(self, mode: str) -> Training:
+        """Over all processes."""
+        if mode == "sharded":
+            from backbones.mm.engine.sharding import FullyShardedModel  # needs mmengine
+
+            self.model = FullyShardedModel(self.model)
+            self.model.shard()
+        else:
+            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        return self
+
+    def ready(self) -> Training:
+        """With an optimizer of the parameters as they are now."""
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+        return self
 
     def run(self, steps: int) -> float:
         """Seconds of a step, once everything before is done."""
@@ -80,16 +96,18 @@ class Training:
 
 
 def measure(name: str, mode: str, device_type: str, batch: int, size: int, rounds: int) -> None:
-    """In each process of torchrun; the first prints the median seconds of a step, alone and of all together."""
-    rank = int(os.environ["LOCAL_RANK"])
+    """In each process of torchrun; the first prints the median seconds of a step, alone and of all together, and the
+    MiB that the last process, which trains together only, had allocated at most.
+    """
+    rank, last = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]) - 1
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    alone = Training(name, mode, device, batch, size, averaged=False) if rank == 0 else None
-    together = Training(name, mode, device, batch, size, averaged=True)
+    together = Training(name, mode, device, batch, size).spread(mode).ready()
+    alone = Training(name, mode, device, batch, size).ready() if rank == 0 else None
     times: dict[str, list[float]] = {"alone": [], "together": []}
     for steps in (WARM_UP, *[STEPS] * rounds):
         if alone is not None:
@@ -97,8 +115,13 @@ def measure(name: str, mode: str, device_type: str, batch: int, size: int, round
         dist.barrier()  # the other GPUs rest meanwhile
         times["together"].append(together.run(steps))
         dist.barrier()
+        if len(times["together"]) == 1 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+    peak = torch.cuda.max_memory_allocated() >> 20 if device.type == "cuda" else None
+    peaks: list[int | None] = [None] * (last + 1)
+    dist.all_gather_object(peaks, peak)
     if rank == 0:
-        print(json.dumps([statistics.median(values[1:]) for values in times.values()]))
+        print(json.dumps([*(statistics.median(values[1:]) for values in times.values()), peaks[last]]))
     dist.destroy_process_group()
 
 
