@@ -208,3 +208,22 @@ def test_graphs_on_a_cpu_are_refused() -> None:
     args = benchmark.parse_args(["scaling", "vim_tiny", "--device", "cpu", "--modes", "graphs"])
     with pytest.raises(measure.ParityError, match="graphs need a GPU"):
         args.run(args, Progress(disable=True))
+
+
+@pytest.mark.slow
+def test_the_training_command_is_timed_beside_its_parts() -> None:
+    pytest.importorskip("mmengine")
+    arguments = ["training", "vim-narrow_digits", "--device", "cpu", "--workers", "2", "--batch", "2", "--steps", "2"]
+    (row,) = (args := benchmark.parse_args(arguments)).run(args, Progress(disable=True))
+    assert row["mode"] == "eager" and row["workers"] == 2
+    assert 80 < row["jpeg_kib"] < 140  # as those of ImageNet
+    assert 0 < row["read_ms"] < row["core_ms"]
+    assert row["of_bare"] == pytest.approx(row["command_img_s"] / row["bare_img_s"])
+    assert row["loader_img_s"] > 0
+
+
+def test_training_that_reads_no_image_folder_is_refused() -> None:
+    pytest.importorskip("mmdet.models")
+    args = benchmark.parse_args(["training", "mask-rcnn_vmamba-tiny-s1l8_fpn_digits", "--device", "cpu"])
+    with pytest.raises(measure.ParityError, match="does not train on an ImageFolder"):
+        args.run(args, Progress(disable=True))

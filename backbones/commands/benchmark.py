@@ -7,6 +7,7 @@
     ssm-backbones benchmark gpu vim_tiny              launches, host time, throughput: eager mode and CUDA graphs
     ssm-backbones benchmark dense configs/coco/*_1x_* a training step of detectors and segmentors: time, peak memory
     ssm-backbones benchmark scaling vim_tiny          training on two GPUs (--gpus) against one
+    ssm-backbones benchmark training CONFIG           the whole training command against its loader and a bare loop
 
 Whatever fails parity is not timed. With --csv, the rows are also written to a file whose header states the
 conditions.
@@ -20,6 +21,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -99,7 +101,7 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="limits|op|model|tokens|gpu|dense|scaling")
+    commands = parser.add_subparsers(required=True, metavar="limits|op|model|tokens|gpu|dense|scaling|training")
     limits = commands.add_parser("limits", help="measure this machine's limits")
     limits.set_defaults(run=bench_limits)
     op = commands.add_parser("op", help="time the operator's backends")
@@ -145,7 +147,16 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     scaling.add_argument("--size", type=_positive, default=224, help="side of the images in pixels")
     scaling.add_argument("--batch", type=_positive, default=128, help="images per step and GPU")
     scaling.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    for command in (limits, op, model, tokens, gpu, dense, scaling):
+    training = commands.add_parser("training", help="time the training command with its loader, on made JPEG files")
+    training.set_defaults(run=_bench_training, dtype="bfloat16 autocast")
+    training.add_argument("config", help="of a classifier, such as vmamba-tiny-s1l8_8xb128_in1k")
+    training.add_argument("--workers", nargs="+", type=_positive, default=[8], help="data loading processes")
+    training.add_argument("--modes", nargs="+", choices=MODES[:2], metavar="MODE", help=f"{', '.join(MODES[:2])}")
+    training.add_argument("--batch", type=_positive, help="images per step (default: the config's, per GPU)")
+    training.add_argument("--steps", type=_positive, default=50, help="timed steps")
+    training.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    training.add_argument("--cfg-options", nargs="+", action=_Options, metavar="KEY=VALUE", help="change the config")
+    for command in (limits, op, model, tokens, gpu, dense, scaling, training):
         command.add_argument("--threads", type=_positive, default=1)
         command.add_argument("--rounds", type=_positive, default=7, help="timed repetitions of each contestant")
         command.add_argument("--csv", type=Path, help="also write the rows to this file")
@@ -156,6 +167,21 @@ def _bench_dense(args: argparse.Namespace, progress: Progress) -> list[dict[str,
     from backbones.commands.bench.dense import bench_dense  # only this one needs OpenMMLab
 
     return bench_dense(args, progress)
+
+
+def _bench_training(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
+    from backbones.commands.bench.training import bench_training
+
+    return bench_training(args, progress)
+
+
+class _Options(argparse.Action):
+    """mmengine's, which the other benchmarks do without."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
+        from mmengine.config import DictAction
+
+        DictAction(self.option_strings, self.dest, nargs=self.nargs)(parser, *arguments)
 
 
 def _positive(text: str) -> int:
