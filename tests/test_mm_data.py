@@ -32,6 +32,24 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    "policy", ["rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5", "original-mstd0.5", "v0-mstd0.5", "augmix"]
+)
+def test_every_strength_of_augmentation_is_drawn(policy: str) -> None:
+    """The recipes' policy draws its strength: the most that posterisation gets keeps no bits."""
+    settings = {"input_size": 8, "is_training": True, "auto_augment": policy}
+    (step,) = (x for x in ImageFolder.make_transform(settings).transforms if hasattr(x, "ops") or hasattr(x, "policy"))
+    image = Image.effect_noise((12, 8), 50).convert("RGB")
+    ops = step.ops if hasattr(step, "ops") else [op for pair in step.policy for op in pair]
+    for op in ops:
+        op.prob, op.magnitude_std = 1.0, 0.0
+        for op.magnitude in range(11):
+            assert op(image).size == image.size
+    if "inc1" in policy:
+        (strongest,) = (op for op in ops if op.name == "PosterizeIncreasing")
+        assert strongest(image).getextrema() == ((0, 0),) * 3  # black, as before Pillow 13
+
+
 def test_items_and_classes(root: Path) -> None:
     dataset = ImageFolder(str(root), "val", TRANSFORM, num_classes=3)
     assert dataset.metainfo == {"classes": ("2", "9", "10")}

@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -17,7 +17,8 @@ from mmengine.dataset import BaseDataset
 from mmengine.dist import get_rank, get_world_size
 from mmengine.logging import print_log
 from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
-from timm.data import DEFAULT_CROP_PCT, create_transform
+from PIL import Image
+from timm.data import DEFAULT_CROP_PCT, auto_augment, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
@@ -101,7 +102,12 @@ class ImageFolder(BaseDataset):
     @classmethod
     def make_transform(cls, settings: dict[str, Any]) -> Callable[[Any], Tensor]:
         """From what `read` gives to a tensor."""
-        return cast(Any, create_transform(**settings))
+        transform: Any = create_transform(**settings)
+        for step in getattr(transform, "transforms", ()):
+            for op in (*getattr(step, "ops", ()), *chain.from_iterable(getattr(step, "policy", ()))):
+                if op.aug_fn is auto_augment.posterize:
+                    op.aug_fn = _posterize
+        return transform
 
     def read(self, path: str) -> Any:
         """The image of a file."""
@@ -207,6 +213,11 @@ class ArrayFolder(ImageFolder):
         """Of each channel."""
         normalise: Any = cast(v2.Compose, self.transform).transforms[-1]
         return normalise.mean
+
+
+def _posterize(image: Image.Image, bits: int, **fill: Any) -> Image.Image:
+    """timm's, also for no bits at all, which the strongest level of RandAugment keeps and Pillow refuses since 13."""
+    return auto_augment.posterize(image, bits, **fill) if bits >= 1 else image.point(lambda _: 0)
 
 
 def _array_transform(
