@@ -154,6 +154,7 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     training.add_argument("--modes", nargs="+", choices=MODES[:2], metavar="MODE", help=f"{', '.join(MODES[:2])}")
     training.add_argument("--batch", type=_positive, help="images per step (default: the config's, per GPU)")
     training.add_argument("--steps", type=_positive, default=50, help="timed steps")
+    training.add_argument("--loader-only", action="store_true", help="train nothing: what the images cost")
     training.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     training.add_argument("--cfg-options", nargs="+", action=_Options, metavar="KEY=VALUE", help="change the config")
     for command in (limits, op, model, tokens, gpu, dense, scaling, training):

@@ -77,7 +77,8 @@ class Training:
             self.model = FullyShardedModel(self.model)
             self.model.shard()
         else:
-            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            # Buffers stay each process's own, as in training.
+            self.model = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
         return self
 
     def ready(self) -> Training:
@@ -115,8 +116,6 @@ def measure(name: str, mode: str, device_type: str, batch: int, size: int, round
         dist.barrier()  # the other GPUs rest meanwhile
         times["together"].append(together.run(steps))
         dist.barrier()
-        if len(times["together"]) == 1 and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
     peak = torch.cuda.max_memory_allocated() >> 20 if device.type == "cuda" else None
     peaks: list[int | None] = [None] * (last + 1)
     dist.all_gather_object(peaks, peak)

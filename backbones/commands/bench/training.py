@@ -36,8 +36,8 @@ CORE_IMAGES = 100
 
 def bench_training(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
     """A row for each mode and number of workers."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ParityError("training: PyTorch sees no GPU")
+    if args.device == "cuda" and not args.loader_only and not torch.cuda.is_available():
+        raise ParityError("training: PyTorch sees no GPU; --loader-only needs none")
     modes = args.modes or (MODES if args.device == "cuda" else MODES[:1])
     with tempfile.TemporaryDirectory() as folder:
         config = _config(args, Path(folder))
@@ -46,15 +46,17 @@ def bench_training(args: argparse.Namespace, progress: Progress) -> list[dict[st
         size = make_photographs(Path(folder, "images", dataset.split), dataset.num_classes, images)
         core = _core_ms(config)
         rows: list[dict[str, object]] = []
-        jobs = [(mode, workers) for mode in modes for workers in args.workers]
+        jobs = [(mode, workers) for mode in (["none"] if args.loader_only else modes) for workers in args.workers]
         for mode, workers in progress.track(jobs, description="modes and workers"):
             config.train_dataloader.num_workers = workers
             row: dict[str, object] = {"mode": mode, "workers": workers, "jpeg_kib": size / 1024, **core}
             row["loader_img_s"] = _loader(config)
+            rows.append(row)
+            if args.loader_only:
+                continue
             row["bare_img_s"] = _bare(config, mode, args)
             row["command_img_s"] = _command(config, mode, args, Path(folder, f"{mode}_{workers}"))
             row["of_bare"] = row["command_img_s"] / row["bare_img_s"]  # type: ignore[operator]
-            rows.append(row)
     return rows
 
 
