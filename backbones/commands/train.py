@@ -3,7 +3,7 @@
 ssm-backbones train vim-tiny_digits
 ssm-backbones train --data FOLDER --model vmamba_tiny_s1l8
 ssm-backbones train mask-rcnn_vmamba-tiny-s1l8_fpn_digits --resume auto
-torchrun --nproc_per_node=2 -m ssm_backbones train CONFIG --launcher pytorch
+torchrun --standalone --nproc_per_node=2 -m ssm_backbones train CONFIG --launcher pytorch
 srun --ntasks-per-node=8 --gres=gpu:8 ssm-backbones train CONFIG --launcher slurm
 """
 
