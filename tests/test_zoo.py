@@ -70,6 +70,84 @@ def test_what_is_reported_names_its_source(family: str) -> None:
         assert len(facts.get("weights", {}).keys() & {"url", "page", "hf_hub_id"}) <= 1
 
 
+# Copied a second time, from the authors' READMEs and papers: top-1 of ImageNet in percent, and their GFLOPs.
+SECOND_SOURCE: dict[str, tuple[float, float | None]] = {
+    "vim_tiny": (76.1, None),
+    "vim_tiny_stride8": (78.3, None),
+    "vim_small": (80.5, None),
+    "vim_small_stride8": (81.6, None),
+    "vim_base": (81.9, None),
+    "vanilla_vmamba_tiny": (82.2, 5.6),
+    "vanilla_vmamba_small": (83.5, 11.2),
+    "vanilla_vmamba_base": (83.7, 18.0),
+    "vmamba_tiny_s2l5": (82.5, 4.9),
+    "vmamba_small_s2l15": (83.6, 8.7),
+    "vmamba_base_s2l15": (83.9, 15.4),
+    "vmamba_tiny_s1l8": (82.6, 4.9),
+    "vmamba_small_s1l20": (83.3, 8.6),
+    "vmamba_base_s1l20": (83.8, 15.2),
+    "msvmamba_nano": (77.3, 0.9),
+    "msvmamba_micro": (79.8, 1.5),
+    "msvmamba_tiny": (82.8, 4.6),
+    "msvmambav3_tiny": (83.0, 5.0),
+    "msvmambav3_small": (84.1, 8.8),
+    "msvmambav3_base": (84.4, 16.3),
+    "efficientvmamba_tiny": (76.5, 0.8),
+    "efficientvmamba_small": (78.7, 1.3),
+    "efficientvmamba_base": (81.8, 4.0),
+    "groupmamba_tiny": (83.3, 4.6),
+    "groupmamba_small": (83.9, 7.0),
+    "groupmamba_base": (84.5, 14.0),
+    "spatialmamba_tiny": (83.5, 4.5),
+    "spatialmamba_small": (84.6, 7.1),
+    "spatialmamba_base": (85.3, 15.8),
+    "localvim_tiny": (76.2, None),
+    "localvim_tiny_midcls": (77.8, None),
+    "localvim_tiny_unsearched": (75.8, None),
+    "localvim_small": (81.2, None),
+    "localvim_small_unsearched": (81.0, None),
+    "localvmamba_tiny": (82.7, 5.7),
+    "localvmamba_small": (83.7, 11.4),
+    "plainmamba_l1": (77.9, None),
+    "plainmamba_l2": (81.6, None),
+    "plainmamba_l3": (82.3, None),
+    "vssd_micro": (82.5, 2.3),
+    "vssd_tiny": (83.6, 4.5),
+    "vssd_small": (84.1, 7.4),
+    "vssd_base": (84.7, 16.1),
+    "adventurer_tiny": (78.2, None),
+    "adventurer_small": (81.8, None),
+    "adventurer_base": (82.6, None),
+    "adventurer_base_patch8": (83.9, None),
+    "adventurer_large": (83.4, None),
+    "efficientvim_m1": (72.9, 0.239),
+    "efficientvim_m2": (75.4, 0.355),
+    "efficientvim_m3": (77.6, 0.656),
+    "efficientvim_m4": (79.4, 1.111),
+    "efficientvim_m1_dist": (74.6, None),
+    "efficientvim_m2_dist": (76.7, None),
+    "efficientvim_m3_dist": (79.1, None),
+    "efficientvim_m4_dist": (80.7, None),
+}
+
+
+def test_published_figures_agree_with_a_second_source() -> None:
+    found = {
+        name: (figures["top1"], figures.get("gflops"))
+        for family in family_names(guests=True)
+        for name, entry in zoo.load_family(family)["models"].items()
+        if (figures := entry.get("reported", {}).get("imagenet", {}))
+    }
+    assert found == SECOND_SOURCE
+
+
+def test_files_are_called_by_the_accuracy_that_is_reported() -> None:
+    """Vim's are, such as vim_t_midclstok_76p1acc.pth."""
+    for name, entry in zoo.load_family("vim")["models"].items():
+        stated = re.findall(r"(\d+)p(\d)acc", str(entry))
+        assert {float(f"{whole}.{tenth}") for whole, tenth in stated} == {SECOND_SOURCE[name][0]}, name
+
+
 def test_a_figure_from_memory_is_no_fact() -> None:
     folder = files("backbones.zoo")
     for family in family_names(guests=True):
