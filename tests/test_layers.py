@@ -27,11 +27,14 @@ from backbones.layers import (
     OnTokens,
     PositionalBlock,
     Scan,
+    SelectiveSSM,
     StructureAwareSSM,
     VSSBlock,
     no_weight_decay,
+    unprunable,
 )
 from backbones.patterns import FORWARD, HILBERT, LOCAL_WINDOWS_2
+from tests.small_models import SMALLEST, create_small
 from tests.test_docs import ROOT, blocks
 
 DIM = 32
@@ -180,3 +183,20 @@ def test_replaced_layers_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 assert all(p.grad is not None and p.grad.any() for p in layer.parameters())
             networks += 1
     assert networks == 5
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_what_a_pruner_may_touch_stands_in_nothing_that_it_leaves_alone(name: str) -> None:
+    """torch-pruning passes over all that is inside of its ``ignored_layers``."""
+    model = create_small(name, device="meta")
+    kept = {part for layer in unprunable(model) for part in layer.modules()}
+    scans = [part for x in model.modules() if isinstance(x, SelectiveSSM) for part in x.modules()]
+    classifiers = model.get_classifier()
+    assert {*scans, *(classifiers if isinstance(classifiers, tuple) else (classifiers,))} <= kept
+    if getattr(model, "rope", None) is not None:
+        assert kept >= {*model.modules()}
+        return
+    free = {key for key, x in model.named_modules() if isinstance(x, nn.Linear | nn.Conv2d) and x not in kept}
+    hidden = {key for key, _ in model.named_modules() if key.endswith((".mlp.fc1", ".mlp.dwconv"))}
+    assert hidden <= free and free
+    assert name != "groupmamba_tiny" or free == hidden

@@ -23,7 +23,8 @@ def unprunable(model: nn.Module) -> list[nn.Module]:
         names = getattr(module, "prunable", None)
         if names is not None:
             free = {part for name in names for part in module.get_submodule(name).modules()}
-            kept.update((part, None) for part in module.modules() if part is not module and part not in free)
+            # A pruner also leaves alone what is inside of the modules that it is given.
+            kept.update((part, None) for part in module.modules() if free.isdisjoint(part.modules()))
     find: Any = getattr(model, "get_classifier", tuple)
     classifiers = find()
     kept.update(dict.fromkeys(classifiers if isinstance(classifiers, tuple) else (classifiers,)))

@@ -253,6 +253,14 @@ class GroupMamba(HierarchicalBackbone):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    @property
+    def prunable(self) -> tuple[str, ...]:
+        """See :func:`backbones.unprunable`: hidden channels of feed-forward layers.
+
+        The mixers stack groups of the stream's channels and shuffle them, which torch-pruning follows without end.
+        """
+        return tuple(name for name, _ in self.named_modules() if name.endswith((".mlp.fc1", ".mlp.dwconv")))
+
     def set_distilled_training(self, enable: bool = True) -> None:
         """Returns both classifiers' logits in training, for a loss that has a teacher.
 

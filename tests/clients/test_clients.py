@@ -180,7 +180,6 @@ def test_torchao(name: str) -> None:
     close(quantized(images()), rounded(images()))
 
 
-@pytest.mark.parametrize("name", [name for name in SMALLEST if not name.startswith("groupmamba")])  # never returns
 def test_torch_pruning(name: str) -> None:
     """Half of the channels that may go do, those of the scans stay, and what is left trains.
 
