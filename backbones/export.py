@@ -16,6 +16,7 @@ from torch.onnx import ONNXProgram
 
 from backbones.ops.depthwise import onnx as depthwise
 from backbones.ops.scan import onnx as scan
+from backbones.ops.ssd import onnx as ssd
 
 OPSET = 20
 
@@ -79,4 +80,5 @@ def _translations() -> dict[Callable, Callable]:
     return {
         torch.ops.backbones.selective_scan.default: scan.translation(op),
         torch.ops.backbones.depthwise_conv.default: depthwise.translation(op),
+        torch.ops.aten.index_add.default: ssd.index_add_translation(op),
     }

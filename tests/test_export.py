@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 
 from backbones.export import export_onnx, export_program, to_onnx
-from backbones.ops import selective_scan
+from backbones.ops import selective_scan, ssd
 from backbones.patterns import CROSS, MULTI_SCALE
 from backbones.weights.rules import to_official
 from tests.scripts import load_tool
@@ -138,6 +138,26 @@ def test_operator_in_onnx(case: str, tmp_path: Path) -> None:
     inputs = scan.inputs(3)
     with torch.no_grad():
         torch.testing.assert_close(run_onnx(path, *inputs)[0], scan(*inputs), rtol=0, atol=TOLERANCE)
+
+
+class Duality(nn.Module):
+    """State-space duality along an order that visits some of 7 tokens twice and one never."""
+
+    def forward(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        orders = torch.tensor([3, 0, 1, 6, 6, 2, 5, 0])
+        return ssd(x, dt, -torch.arange(1.0, 4.0), B, C, torch.ones(3), orders=orders, chunk=3)
+
+
+def test_duality_in_onnx(tmp_path: Path) -> None:
+    def inputs(batch: int) -> tuple[Tensor, ...]:
+        return torch.randn(batch, 7, 3, 4), torch.rand(batch, 7, 3), *torch.randn(2, batch, 7, 1, 5)
+
+    layer, path = Duality().eval(), tmp_path / "duality.onnx"
+    batch = torch.export.Dim("batch")
+    to_onnx(torch.export.export(layer, inputs(2), dynamic_shapes=({0: batch},) * 4), ["x", "dt", "B", "C"]).save(path)
+    assert not {"Loop", "Scan", "If", "ScatterND"} & {node.op_type for node in onnx.load(path).graph.node}
+    x = inputs(3)
+    torch.testing.assert_close(run_onnx(path, *x)[0], layer(*x), rtol=0, atol=TOLERANCE)
 
 
 def test_program_is_saved_reloaded_and_equal(tmp_path: Path) -> None:
