@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
 import json
 import shutil
 import socket
@@ -344,6 +346,22 @@ def test_averaged_weights_come_first_with_timm(tmp_path: Path) -> None:
         target = create("vim_tiny")
         assert not any(timm.models.load_checkpoint(target, tmp_path / "weights.pth", use_ema=False))
         assert_same(plain, target)
+
+
+def test_timm_resumes_from_no_file_with_a_weight_twice(tmp_path: Path) -> None:
+    model, path = create("vim_tiny"), tmp_path / "checkpoint.pth.tar"
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    state = {"epoch": 4, "version": 2, "optimizer": optimizer.state_dict(), "args": argparse.Namespace(lr=0.1)}
+    torch.save({**state, "state_dict": model.state_dict()}, path)
+    other = create("vim_tiny")
+    assert timm.models.resume_checkpoint(other, path, optimizer, log_info=False) == 5
+    assert_same(model, other)
+    torch.save({**state, "state_dict": {**model.state_dict(), "module.norm.weight": torch.ones(192)}}, path)
+    fresh = create("vim_tiny")
+    before = copy.deepcopy(fresh)
+    with pytest.raises(CheckpointError, match=r"expected every weight once, got norm\.weight and module\.norm\.weight"):
+        timm.models.resume_checkpoint(fresh, path)
+    assert_same(before, fresh)
 
 
 def test_models_of_others_load_as_ever(tmp_path: Path) -> None:

@@ -1,14 +1,14 @@
 """The way into a model through timm's ``load_checkpoint``, which ``create_model(checkpoint_path=)`` calls.
 
 Before a model sees the weights, timm drops a second name for the same weight, and the grid of a position embedding.
-No method of a model could tell. So importing this package puts :func:`load_checkpoint` in the place of timm's function
-of that name. Models of others still reach timm's own.
+No method of a model could tell. So importing this package puts the functions below in the place of timm's of the same
+names. Models of others still reach timm's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from backbones.weights.files import load as load_file
 from backbones.weights.files import select
 from backbones.weights.rules import CheckpointError
 
-_timms = _helpers.load_checkpoint
+_timms, _timms_resume = _helpers.load_checkpoint, _helpers.resume_checkpoint
 _AVERAGED = ("state_dict_ema", "model_ema")  # what timm takes first
 
 
@@ -77,7 +77,17 @@ def load_checkpoint(
     return model.load_state_dict(weights, strict=strict)
 
 
+@wraps(_timms_resume)
+def resume_checkpoint(model: nn.Module, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """timm's function; of a model of ours, a weight that the file holds twice is refused before anything is loaded."""
+    if isinstance(model, Backbone):
+        select(load_file(checkpoint_path), checkpoint_path, ("state_dict",))
+    return _timms_resume(model, checkpoint_path, *args, **kwargs)
+
+
 def install() -> None:
-    """Puts :func:`load_checkpoint` where timm's programs and ``create_model`` look for it."""
+    """Puts these functions where timm's programs and ``create_model`` look for them."""
     for module in (timm.models, _factory, _helpers):
-        vars(module)["load_checkpoint"] = load_checkpoint
+        for function in (load_checkpoint, resume_checkpoint):
+            if function.__name__ in vars(module):
+                vars(module)[function.__name__] = function
