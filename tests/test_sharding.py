@@ -201,6 +201,13 @@ def test_a_model_without_such_lists_is_refused() -> None:
         FullyShardedModel(nn.Sequential(nn.Linear(2, 2)), units=("layers",)).shard()
 
 
+def test_scalar_parameters_are_named() -> None:
+    model = nn.Module()
+    model.blocks, model.scale = nn.ModuleList([nn.Linear(2, 2)]), nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(UserError, match="FullyShardedModel: parameter scale is a scalar"):
+        FullyShardedModel(model).shard()
+
+
 def test_graphs_of_a_sharded_model_are_refused() -> None:
     model = FullyShardedModel(nn.Sequential(nn.Linear(2, 2)))
     model.sharded = True

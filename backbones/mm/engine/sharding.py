@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from backbones.mm.errors import UserError
 from backbones.weights.files import WRAPPERS
 
 _WRAPPED = re.compile("^(" + "|".join(map(re.escape, WRAPPERS)) + ")+")
@@ -50,7 +51,13 @@ class FullyShardedModel(nn.Module):
 
         Raises:
             ValueError: the model has none of the lists ``units``.
+            UserError: a parameter is a scalar, as FCOS's head has them, which cannot be divided.
         """
+        if scalars := [name for name, x in self.module.named_parameters() if x.ndim == 0]:
+            raise UserError(
+                f"FullyShardedModel: parameter {scalars[0]} is a scalar, which cannot be divided; "
+                "leave model_wrapper_cfg away to train copies of this model"
+            )
         lists = [x for name, x in self.module.named_modules() if name.rpartition(".")[2] in self.units]
         if not any(isinstance(x, nn.ModuleList | nn.Sequential) for x in lists):
             raise ValueError(f"units: got {self.units}, {type(self.module).__name__} has no such list of modules")
