@@ -82,7 +82,7 @@ def resume_checkpoint(model: nn.Module, checkpoint_path: str | Path, *args: Any,
     """timm's function; of a model of ours, a weight that the file holds twice is refused before anything is loaded."""
     if isinstance(model, Backbone):
         select(load_file(checkpoint_path), checkpoint_path, ("state_dict",))
-    return _timms_resume(model, checkpoint_path, *args, **kwargs)
+    return _timms_resume(model, str(checkpoint_path), *args, **kwargs)
 
 
 def install() -> None:
