@@ -234,3 +234,16 @@ def test_training_that_reads_no_image_folder_is_refused() -> None:
     args = benchmark.parse_args(["training", "mask-rcnn_vmamba-tiny-s1l8_fpn_digits", "--device", "cpu"])
     with pytest.raises(measure.ParityError, match="does not train on an ImageFolder"):
         args.run(args, Progress(disable=True))
+
+
+def test_models_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"vim_tiny": 2.0, "vim_tiny amp": 1.0, "deit_tiny_patch16_224": 1.0, "deit_tiny_patch16_224 amp": 0.5}
+    monkeypatch.setattr(models, "medians", lambda calls, *args: {name: seconds[name] for name in calls})
+    command = ["model", "vim_tiny", "--against", "deit_tiny_patch16_224", "--size", "32", "--batch", "4", "--amp"]
+    args = benchmark.parse_args(command)
+    ours, other = models.bench_model(args, Progress(disable=True))
+    for kind in models.KINDS:
+        assert ours[f"{kind} img/s"] == 4 and other[f"{kind} img/s"] == 8
+        assert ours[f"{kind} over float32"] == other[f"{kind} over float32"] == 2
+        assert ours[f"{kind} over deit"] == 0.5
+    assert measure.conditions(args)["dtype"] == "bfloat16 autocast"

@@ -6,6 +6,7 @@ import functools
 import importlib.machinery
 import importlib.metadata as metadata
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,7 @@ def test_this_installation_is_well(
     assert f"torch {metadata.version('torch')}" in printed
     assert f"cpu: {native.instruction_set()}" in printed
     assert "cpu: values and gradients within" in printed
+    assert re.search(r"bfloat16: a product takes \S+ times as long as in float32", printed)
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def conditions(args: argparse.Namespace) -> dict[str, object]:
         "cpu": _cpu_name(),
         "instruction set": native.instruction_set() if ops.backends()["cpu"] is None else "no kernel",
         "threads": torch.get_num_threads(),
-        "dtype": getattr(args, "dtype", "float32"),
+        "dtype": "bfloat16 autocast" if getattr(args, "amp", False) else getattr(args, "dtype", "float32"),
         "allocator": "keeps freed memory" if "MALLOC_TRIM_THRESHOLD_" in os.environ else "default",
         "torch": torch.__version__,
         "backbones": backbones.__version__,
