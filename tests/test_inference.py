@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,23 @@ def test_predictions(
             assert labels.shape[1:] == size
             most = int(labels.flatten().mode().values)
             assert f": {predictor.classes[most]} {(labels == most).float().mean():.1%}" in line
+
+
+@pytest.mark.parametrize("task", CONFIGS)
+def test_in_half_precision(
+    task: str,
+    checkpoint: Callable[[str], Path],
+    images: list[Path],
+    tool: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tool(images[0], "--config", CONFIGS[task], "--checkpoint", checkpoint(task), "--amp")
+    assert capsys.readouterr().out.startswith(f"{images[0]}: ")
+    predictor = load_predictor(read_config(task), checkpoint(task))
+    if task == "classification":
+        whole, half = predictor(images[0]), replace(predictor, amp=True)(images[0]).float()
+        assert not torch.equal(whole, half)
+        torch.testing.assert_close(half, whole, rtol=0, atol=3e-2)
 
 
 def test_formats(

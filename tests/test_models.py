@@ -308,6 +308,25 @@ def test_autocast(shallow: nn.Module, dtype: torch.dtype) -> None:
     assert error <= AUTOCAST[str(dtype).removeprefix("torch.")]
 
 
+@torch.no_grad()
+def test_weights_of_half_precision(shallow: nn.Module) -> None:
+    expected = shallow(images())
+    found = copy.deepcopy(shallow).to(torch.bfloat16)(images().bfloat16())
+    assert found.dtype == torch.bfloat16
+    error = (found - expected).float().square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error <= AUTOCAST["bfloat16"]
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_gradients_of_loud_images_in_half_precision(shallow: nn.Module, autocast: bool) -> None:
+    model = copy.deepcopy(shallow) if autocast else copy.deepcopy(shallow).to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(100 * images() if autocast else 100 * images().bfloat16())
+    logits.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert any(p.grad is not None for p in model.parameters())
+
+
 def test_device_and_dtype_of_construction(name: str) -> None:
     assert {p.device.type for p in create_small(name, device="meta").parameters()} == {"meta"}
     assert {p.dtype for p in create_small(name, dtype=torch.float64).parameters()} == {torch.float64}

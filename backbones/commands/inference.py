@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--format", choices=[x[1:] for x in PICTURE_SUFFIXES], help="of pictures (default: png)")
     parser.add_argument("--score", type=float, default=pictures.SCORE, help="of boxes at least (default: %(default)s)")
     parser.add_argument("--topk", type=int, default=5, help="classes of an image (default: %(default)s)")
+    parser.add_argument("--amp", action="store_true", help="bfloat16, where `ssm-backbones doctor` says that it pays")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="change the config")
     return run_tool(parser.prog, run, parser.parse_args(argv))
 
@@ -114,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
     config = read_config(args.config, options=args.cfg_options)
     checkpoint = Path(args.checkpoint)
     predictor = load_predictor(config, find_best(checkpoint) if checkpoint.is_dir() else checkpoint)
+    predictor = replace(predictor, amp=args.amp)
     if not single:
         args.out.mkdir(parents=True, exist_ok=True)
     for path in args.images:

@@ -35,12 +35,14 @@ class Predictor:
         model: an ``ImageClassifier``, or a detector of mmdet or a segmentor of mmseg.
         colors: names and colours by label.
         pipeline: from the path of an image to what the model's ``test_step`` takes, for one image.
+        amp: predict under autocast to bfloat16.
     """
 
     task: str
     model: Any
     colors: ClassColors
     pipeline: Any
+    amp: bool = False
 
     @property
     def classes(self) -> Sequence[str]:
@@ -58,7 +60,9 @@ class Predictor:
         """
         read_image(path)
         data = self.pipeline(path)
-        result = self.model.test_step(data)[0]
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.amp):
+            result = self.model.test_step(data)[0]
         return result["scores"] if self.task == "classification" else result
 
 
