@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models import _hub
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -405,6 +405,13 @@ def test_weights_in_several_files_load(safe: bool, hub: Path, tmp_path: Path) ->
     ):
         assert_same(model, loaded)
     part = sorted(folder.glob("*-00002.*"))[1]
+    whole = part.read_bytes()
+    kept = load_file(part) if safe else torch.load(part)
+    more = {**kept, "extra.bias": torch.zeros(1)}
+    save_file(more, part) if safe else torch.save(more, part)
+    with pytest.raises(CheckpointError, match=rf"{part.name}: other weights than .*\.index\.json says: extra\.bias"):
+        create("efficientvmamba_tiny", checkpoint_path=index)
+    part.write_bytes(whole)
     part.rename(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match=f"no weight file at .*{part.name}"):
         create("efficientvmamba_tiny", checkpoint_path=index)
