@@ -277,7 +277,24 @@ def test_a_certificate_is_what_replaying_gives(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == "certify.py: error: folder no/such/folder does not exist\n"
 
 
-def test_certificates_name_their_run() -> None:
-    run = zoo.load_measured()["run"]
+@pytest.mark.parametrize("family", family_names(guests=True))
+def test_certificates_name_their_run(family: str) -> None:
+    run = zoo.load_measured()["runs"][family]
     assert all(run.values())
-    assert f"at commit `{run['commit']}`, torch {run['torch']}" in card.card("vim")
+    text = (ROOT / "model_cards" / f"{family}.md").read_text(encoding="utf-8")
+    assert f"on {run['date']} at commit `{run['commit']}`, torch {run['torch']}, {run['device']}." in text
+
+
+def test_other_families_keep_their_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = zoo.load_measured()
+    monkeypatch.setattr(certify, "_replay", lambda name, model: {"recording": name})
+    monkeypatch.setattr(certify, "compute", lambda name: {"size": 1})
+    assert certify.main(["lbmamba", "--out", str(tmp_path / "measured.yml")]) == 0
+    after = yaml.safe_load((tmp_path / "measured.yml").read_text(encoding="utf-8"))
+    assert list(after["models"]) == list(before["models"])
+    assert after["runs"].pop("lbmamba")["command"] == "python tools/certify.py lbmamba"
+    assert after["runs"].items() <= before["runs"].items()
+    changed = {name for name, facts in after["models"].items() if facts != before["models"][name]}
+    assert changed == set(zoo.load_family("lbmamba")["models"])
+    with pytest.raises(SystemExit):
+        certify.main(["mamba"])

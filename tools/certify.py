@@ -4,7 +4,9 @@ Parity: the recordings in tests/data are replayed through timm's route or as an 
 the official layout; errors are against what the original computed. Compute: operations of one image, counted as the
 papers count them by backbones.analysis.flops.
 
-    python tools/certify.py [--out FILE]
+    python tools/certify.py [FAMILY ...] [--out FILE]
+
+The other families keep what an earlier run measured: every family has the facts of its own run.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,13 +48,15 @@ def compute(name: str) -> dict[str, int]:
     return {"size": size, "flops": cost.flops, "scan": cost.scan, "activations": cost.activations}
 
 
-def replay_all() -> dict[str, list[dict[str, Any]]]:
-    """Errors against every recording of a whole model, by model."""
+def replay_all(models: Collection[str]) -> dict[str, list[dict[str, Any]]]:
+    """Errors against every recording of one of these models as a whole, by model."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name, model in (parity.MODELS | parity.GUESTS).items():
-        found.setdefault(model, []).append(_replay(name, model))
+        if model in models:
+            found.setdefault(model, []).append(_replay(name, model))
     for name, config in parity.RECORDED.items():
-        found.setdefault(config["arch"], []).append(_replay(name, config))
+        if config["arch"] in models:
+            found.setdefault(config["arch"], []).append(_replay(name, config))
     return found
 
 
@@ -88,13 +93,13 @@ def _rounded(x: Tensor) -> float:
     return float(f"{x.item():.1e}")
 
 
-def run_facts() -> dict[str, str]:
-    """When, where and with what this was measured."""
+def run_facts(family: str) -> dict[str, str]:
+    """When, where and with what a family was measured."""
     kernel = "no C++" if native.unavailable_reason() else native.instruction_set()
     code = ["--", "backbones", ":!backbones/zoo"]
     commit = _git("rev-parse", "--short", "HEAD") or "unknown"
     return {
-        "command": "python tools/certify.py",
+        "command": f"python tools/certify.py {family}",
         "date": datetime.date.today().isoformat(),
         "commit": commit + ("-dirty" if _git("status", "--porcelain", *code) else ""),
         "torch": str(torch.__version__),
@@ -109,18 +114,30 @@ def _git(*args: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="families to measure, all unless given")
     parser.add_argument("--out", type=Path, default=ROOT / "backbones" / "zoo" / "measured.yml", help="file to write")
     args = parser.parse_args(argv)
+    known = family_names(guests=True)
+    if unknown := sorted({*args.families} - {*known}):
+        parser.error(f"got {', '.join(unknown)}, expected some of {', '.join(known)}")
     if not args.out.parent.is_dir():
         print(f"certify.py: error: folder {args.out.parent} does not exist", file=sys.stderr)
         return 2
     MMLogger.get_current_instance().setLevel("WARNING")  # the names of weights that a backbone has no use for
-    certified = replay_all()
-    names = [name for family in family_names(guests=True) for name in zoo.load_family(family)["models"]]
-    models = {name: {"compute": compute(name), "parity": certified.get(name, [])} for name in names}
-    text = yaml.safe_dump({"run": run_facts(), "models": models}, sort_keys=False, default_flow_style=None, width=200)
+    families = args.families or known
+    measured = [name for family in families for name in zoo.load_family(family)["models"]]
+    certified = replay_all(measured)
+    fresh = {name: {"compute": compute(name), "parity": certified.get(name, [])} for name in measured}
+    kept = zoo.load_measured() if args.families else {"runs": {}, "models": {}}
+    runs, models = kept["runs"] | {family: run_facts(family) for family in families}, kept["models"] | fresh
+    names = [name for family in known for name in zoo.load_family(family)["models"] if name in models]
+    content = {
+        "runs": {family: dict(runs[family]) for family in known if family in runs},
+        "models": {name: models[name] for name in names},
+    }
+    text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=200)
     args.out.write_text(HEADER + text, encoding="utf-8")
-    print(f"{args.out}: {len(models)} models, {sum(map(len, certified.values()))} recordings")
+    print(f"{args.out}: {len(fresh)} of {len(models)} models, {sum(map(len, certified.values()))} recordings")
     return 0
 
 

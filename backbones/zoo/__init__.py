@@ -136,13 +136,15 @@ def load_family(name: str) -> dict[str, Any]:
 
 @lru_cache
 def load_measured() -> dict[str, Any]:
-    """The checked content of ``measured.yml``: how it was measured (``run``), and ``models`` by name.
+    """The checked content of ``measured.yml``: how each family was measured (``runs``), and ``models`` by name.
 
     Raises:
         ValueError: a field is unknown, missing or of another type; the message names it.
     """
     content = _load("measured.yml")
-    _check("measured.yml", content, {"run": _RUN, "models": dict})
+    _check("measured.yml", content, {"runs": dict, "models": dict})
+    for family, run in content["runs"].items():
+        _check(f"measured.yml, {family}", run, _RUN)
     for model, facts in content["models"].items():
         _check(f"measured.yml, {model}", facts, _MEASURED)
     return content

@@ -50,7 +50,7 @@ def card(family: str) -> str:
         ade20k=_dense(entries, "ade20k", ("miou", "miou_ms")),
         throughput=_throughput(entries),
         certificate=_certificate(family, entries),
-        run=zoo.load_measured()["run"],
+        run=zoo.load_measured()["runs"][family],
         weight_notes=[(name, x["weights"]["notes"]) for name, x in entries.items() if "notes" in x.get("weights", {})],
         recipe=table(["setting", "value"], _settings(facts["recipe"])),
         recipes=_recipes(entries),
