@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from backbones.ops.tracing import copies, tree_map
+from backbones.ops.tracing import captured, copies, tree_map
 
 _MOST_GRAPHS = 4  # training and inference, each with two sets of trained parameters; every graph keeps its activations
 _WARMUP = 3  # passes before a capture: they compile kernels and let cuDNN choose
@@ -161,7 +161,7 @@ class _Graph:
             # Captured on aliases: the parameters' own nodes of accumulation belong to the streams of eager passes.
             aliases = [x.detach().requires_grad_() for x in self.trained]
             arguments = (self.image, *aliases)
-            self.forward: Any = torch.cuda.make_graphed_callables(run, arguments, _WARMUP, allow_unused_input=True)
+            self.forward: Any = captured(run, arguments, _WARMUP)
             return
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -170,7 +170,7 @@ class _Graph:
                 forward(self.image)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self.graph):
+        with torch.no_grad(), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.outputs = forward(self.image)
 
     def __call__(self, image: Tensor) -> Any:

@@ -3,6 +3,8 @@
 import copy
 import gc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import pytest
@@ -127,6 +129,28 @@ def test_outputs_of_a_graph_are_the_callers_own() -> None:
     model(second)
     torch.testing.assert_close(kept, model(first))
     assert not torch.equal(kept, model(second))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_another_thread_may_pin_memory_during_a_capture(training: bool) -> None:
+    _, model = pair("vim_tiny")
+    image, captured = images(2, 3, 64, 64).cuda(), Event()
+
+    def pin() -> list[torch.Tensor]:
+        kept = []  # so that every turn allocates anew
+        while not captured.is_set() and len(kept) < 1000:
+            kept.append(torch.empty(4096 + len(kept)).pin_memory())
+        return kept
+
+    with ThreadPoolExecutor(1) as pool:
+        pinned = pool.submit(pin)
+        try:
+            with torch.set_grad_enabled(training):
+                model.train(training)(image)
+        finally:
+            captured.set()
+        assert pinned.result()
+    assert len(model.forward.graphs) == 1
 
 
 @torch.no_grad()

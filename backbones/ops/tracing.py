@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "RunningNorm",  # and instance norms, which may keep statistics as well
     "TorchDispatchMode",
     "below_autograd",
+    "captured",
     "casts",
     "copies",
     "has_static_value",
@@ -47,6 +49,25 @@ __all__ = [
     "tree_map",
     "untraced",
 ]
+
+
+def captured(function: Callable[..., Any], arguments: tuple[Tensor, ...], warmup: int) -> Any:
+    """``function`` with its passes captured as CUDA graphs, by ``torch.cuda.make_graphed_callables``.
+
+    The captures are held to the calls of their own thread. By default any thread that asks something of CUDA meanwhile
+    ends them with an error, and itself: a loader that pins memory does. PyTorch lets its callers choose from 2.14 on;
+    before, the mode is set where it begins a capture.
+    """
+    cuda: Any = torch.cuda
+    make = partial(cuda.make_graphed_callables, function, arguments, warmup, allow_unused_input=True)
+    if "capture_error_mode" in signature(cuda.make_graphed_callables).parameters:
+        return make(capture_error_mode="thread_local")
+    graph = cuda.graph
+    cuda.graph = partial(graph, capture_error_mode="thread_local")
+    try:
+        return make()
+    finally:
+        cuda.graph = graph
 
 
 def is_transformed(*tensors: Any) -> bool:
