@@ -38,19 +38,6 @@ SCAN_INLINE Pack<U> exp2(Pack<U> x) {
   return scale(s * r * ((0x1.c6b08ep-5f * r + 0x1.ebfff4p-3f) * r + 0x1.62e43p-1f) + s, x - r);
 }
 
-// 2^x to 6.5e-6, for what comes from bfloat16, which is rounded to 2e-3: 2^r for r = x - floor(x), three instructions less.
-// The polynomial is exact at 0 and 1, and has the slope of 2^r at 1: the slower a decay, the smaller its error.
-template <int U>
-SCAN_INLINE Pack<U> exp2_coarse(Pack<U> x) {
-  Pack<U> r;
-  for (int i = 0; i < U; i++) r.v[i] = (vf)_mm512_maskz_reduce_ps(-1, (__m512)x.v[i], _MM_FROUND_TO_NEG_INF | 8);
-  Pack<U> p = 0x1.cfc958p-7f * r + 0x1.a14736p-5f;
-  p = p * r + 0x1.ef8824p-3f;
-  p = p * r + 0x1.62ca5ep-1f;
-  p = p * r + 1.0f;
-  return scale(p, x);
-}
-
 // e^x for x <= 0 with r = x - n log(2), |r| <= log(2)/32, accurate however small: the rounding of x log2(e) does not
 // enter.
 template <int U>

@@ -30,10 +30,6 @@ SCAN_INLINE Pack<U> exp2(Pack<U> x) {
   return power.times(p);
 }
 
-// Where less accuracy would do. A shorter polynomial saves nothing to speak of here.
-template <int U>
-SCAN_INLINE Pack<U> exp2_coarse(Pack<U> x) { return exp2(x); }
-
 // e^x for x <= 0, accurate to the last digits however small: the rounding of x log2(e) does not enter.
 template <int U>
 SCAN_INLINE Pack<U> exp_negative(Pack<U> x) {

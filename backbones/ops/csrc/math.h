@@ -11,17 +11,10 @@
 namespace scan {
 namespace {
 
-// exp(dt A) from dt A2, as accurate as inputs of type E are.
-template <class E, int U>
-SCAN_INLINE Pack<U> decay(Pack<U> x) {
-  if constexpr (sizeof(E) < sizeof(float)) return exp2_coarse(x);
-  return exp2(x);
-}
-template <class E>
-SCAN_INLINE vf decay(vf x) {
+SCAN_INLINE vf exp2(vf x) {
   Pack<1> p;
   p.v[0] = x;
-  return decay<E>(p).v[0];
+  return exp2(p).v[0];
 }
 
 // log(1 + exp(x)). Above 20 this equals x in float32, PyTorch's threshold.

@@ -118,7 +118,7 @@ SCAN_INLINE void for_group(const F& body) {
   unrolled<G>([&](auto g) SCAN_FLAT { unrolled<kVecs>([&](auto v) SCAN_FLAT { body(g, v, g * kStrip + v * W); }); });
 }
 
-template <class E, int G>
+template <int G>
 __attribute__((noinline)) void recompute(const Sweep& sweep) {
   const Sweep s = sweep;  // a copy that no store can alias: its fields stay in registers
   vf h[G][kVecs];
@@ -128,7 +128,7 @@ __attribute__((noinline)) void recompute(const Sweep& sweep) {
     unrolled<kVecs>([&](auto v) SCAN_FLAT {
       const vf dt = load(s.dt + i * kStrip + v * W), dtu = load(s.dtu + i * kStrip + v * W);
       unrolled<G>([&](auto g) SCAN_FLAT {
-        const vf a = decay<E>(dt * load(s.A2 + g * kStrip + v * W));
+        const vf a = exp2(dt * load(s.A2 + g * kStrip + v * W));
         h[g][v] = a * h[g][v] + dtu * s.B[i * s.n + g];
         store(s.decay + (i * G + g) * kStrip + v * W, a);
         store(s.h + ((i + 1) * G + g) * kStrip + v * W, h[g][v]);
@@ -247,7 +247,7 @@ void strip_states(const Chunk& chunk, int64_t strip, int64_t j) {
                     s.local, s.dF, dh_row, p.cp, p.n, chunk.steps, p.window,
                     s.ahead[group % 3 + (more ? 0 : 3)], s.ahead[6 + group % 2],
                     (more ? next : 0) * (int64_t)sizeof(E), strip * (int64_t)(written.wide ? sizeof(float) : sizeof(E))};
-  recompute<E, G>(sweep);
+  recompute<G>(sweep);
   p.window > 1 ? sweep_back_window<G>(sweep) : sweep_back<G>(sweep);
 }
 

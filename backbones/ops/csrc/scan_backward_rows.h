@@ -33,7 +33,7 @@ void recompute_rows(const Chunk& chunk) {
       if (p.softplus) d = softplus_and_slope(d, &slope);
       store_pack(dt + v, d);
       store_pack(slopes + v, slope);
-      store_pack(h + row + v, decay<E>(d * load_pack<U>(A2 + v)) * load_pack<U>(h + v) + d * x * B);
+      store_pack(h + row + v, exp2(d * load_pack<U>(A2 + v)) * load_pack<U>(h + v) + d * x * B);
     });
   }
 }
@@ -72,7 +72,7 @@ void sweep_rows(const Chunk& chunk, int64_t i0, int64_t steps) {
         const Pack<U> x = load_pack<U>(u[i] + ch, lanes), gy = load_pack<U>(grad[i] + ch, lanes);
         const Pack<U> dt = load_pack<U>(s.dt + at), total = dh + gy * s.C[i0 + i], dhB = total * s.B[i0 + i];
         const Pack<U> to_dB = total * (dt * x), to_dC = gy * load_pack<U>(s.h + row + at);
-        dh = total * decay<E>(dt * A2);
+        dh = total * exp2(dt * A2);
         const Pack<U> dhh = dh * load_pack<U>(s.h + at);
         const Pack<U> to_delta = (x * dhB + kLn2 * A2 * dhh) * load_pack<U>(s.slope + at);
         dA = dA + dhh * dt;

@@ -59,8 +59,8 @@ struct Group {
 enum Decay { kComputed, kKept, kShared };
 
 // y += sum_g C h.
-template <class E, int G, Decay kDecay>
-__attribute__((noinline)) void advance(const Group& group) {
+template <int G, Decay kDecay>
+void advance(const Group& group) {
   const Group s = group;  // a copy that no store can alias: its fields stay in registers
   vf h[G], A2[G];
   unrolled<G>([&](auto g) SCAN_FLAT { h[g] = load(s.h + g * s.h_row), A2[g] = load(s.A2 + g * s.A2_row); });
@@ -70,7 +70,7 @@ __attribute__((noinline)) void advance(const Group& group) {
     vf y = load(s.y + i * kTile);
     unrolled<G>([&](auto g) SCAN_FLAT {
       float* kept = s.local + (i * G + g) * W;
-      const vf a = kDecay == kShared ? load(kept) : decay<E>(dt * A2[g]);
+      const vf a = kDecay == kShared ? load(kept) : exp2(dt * A2[g]);
       if (kDecay == kKept) store(kept, a);
       h[g] = a * h[g] + dtu * s.B[i * s.n + g];
       y += h[g] * s.C[i * s.n + g];
@@ -82,8 +82,8 @@ __attribute__((noinline)) void advance(const Group& group) {
 
 // The same with LBMamba's local backward scan: in each window, from the right, r_t = a_t e_{t+1} and e_t = r_t + b_t;
 // y += <C, h + r>.
-template <class E, int G>
-__attribute__((noinline)) void advance_window(const Group& group) {
+template <int G>
+void advance_window(const Group& group) {
   const Group s = group;
   vf h[G], A2[G], e[G];
   unrolled<G>([&](auto g) SCAN_FLAT { h[g] = load(s.h + g * s.h_row), A2[g] = load(s.A2 + g * s.A2_row); });
@@ -95,7 +95,7 @@ __attribute__((noinline)) void advance_window(const Group& group) {
       const vf dt = load(s.dt + i * kTile), dtu = load(s.dtu + i * kTile);
       vf y = load(s.y + i * kTile);
       unrolled<G>([&](auto g) SCAN_FLAT {
-        const vf a = decay<E>(dt * A2[g]);
+        const vf a = exp2(dt * A2[g]);
         h[g] = a * h[g] + dtu * s.B[i * s.n + g];
         y += h[g] * s.C[i * s.n + g];
         store(local + g * W, a);
@@ -199,13 +199,13 @@ void forward_blocks(const Problem& p, const Task& task, int64_t k0, int64_t k1, 
                               s.ahead[j / kGroup % 4] + o * s.steps, (c0 + v) * (int64_t)sizeof(E), h_row, p.cp, p.n,
                               steps, p.window};
             if (G > kGroup || p.window > 1)
-              advance_window<E, G>(group);
+              advance_window<G>(group);
             else if (alone)
-              advance<E, G, kComputed>(group);
+              advance<G, kComputed>(group);
             else if (o == 0)
-              advance<E, G, kKept>(group);
+              advance<G, kKept>(group);
             else
-              advance<E, G, kShared>(group);
+              advance<G, kShared>(group);
           }
         };
         int64_t j = 0;
@@ -272,7 +272,7 @@ void forward_rows(const Problem& p, const Task& task, int64_t k, const Target& t
       Pack<U> dt = p.rank ? load_pack<U>(projected + v) : load_pack<U>(delta + v, lanes);
       dt = dt + load_pack<U>(bias + v);
       if (p.softplus) dt = softplus(dt);
-      const Pack<U> state = decay<E>(dt * load_pack<U>(A2 + v)) * load_pack<U>(h + v) + dt * x * B;
+      const Pack<U> state = exp2(dt * load_pack<U>(A2 + v)) * load_pack<U>(h + v) + dt * x * B;
       store_pack(h + v, state);
       emit(y + v, load_pack<U>(D + v) * x + state * C, lanes, first);
     });
@@ -324,7 +324,7 @@ void forward_windows(const Problem& p, const Task& task, int64_t k, const Target
           Pack<U> dt = p.rank ? load_pack<U>(s.dt + i * dt_row + v) : load_pack<U>(delta[i] + v, lanes);
           dt = dt + load_pack<U>(bias + v);
           if (p.softplus) dt = softplus(dt);
-          const Pack<U> a = decay<E>(dt * load_pack<U>(A2 + v)), b = dt * x * s.B[i];
+          const Pack<U> a = exp2(dt * load_pack<U>(A2 + v)), b = dt * x * s.B[i];
           const Pack<U> h = a * load_pack<U>(s.h + v) + b;
           store_pack(s.h + v, h);
           store_pack(local, a);
