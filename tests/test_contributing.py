@@ -52,6 +52,7 @@ def test_the_family_file(module: str) -> None:
     text = (ROOT / "backbones" / "models" / f"{module}.py").read_text(encoding="utf-8")
     assert timm.list_models(module=module), step(3, module, "@register_model functions")
     assert "arXiv:" in text or "arxiv" in text, step(3, module, "the paper in the docstring")
+    assert text.count("\n") <= 250, step(3, module, f"a file of at most 250 lines, got {text.count(chr(10))}")
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("_create_"):
             lines = 1 + (node.end_lineno or 0) - node.lineno  # from its `def` to its last line
