@@ -208,6 +208,12 @@ def test_scalar_parameters_are_named() -> None:
         FullyShardedModel(model).shard()
 
 
+def test_an_older_pytorch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torch.distributed.fsdp.fully_shard")
+    with pytest.raises(UserError, match=r"FullyShardedModel: got PyTorch \d.*, expected 2.6 or newer"):
+        FullyShardedModel(nn.Sequential(nn.Linear(2, 2))).shard()
+
+
 def test_graphs_of_a_sharded_model_are_refused() -> None:
     model = FullyShardedModel(nn.Sequential(nn.Linear(2, 2)))
     model.sharded = True

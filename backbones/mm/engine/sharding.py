@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 import torch.distributed as dist
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
@@ -14,13 +15,13 @@ from mmengine.hooks import Hook
 from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import Runner
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from backbones.mm.errors import UserError
 from backbones.weights.files import WRAPPERS
+
+if TYPE_CHECKING:  # elsewhere imported where something is sharded: PyTorch has it from 2.6 on
+    from torch.distributed.tensor import DTensor
 
 _WRAPPED = re.compile("^(" + "|".join(map(re.escape, WRAPPERS)) + ")+")
 WEIGHTS = ("state_dict", "ema_state_dict")  # in mmengine's checkpoints
@@ -51,8 +52,15 @@ class FullyShardedModel(nn.Module):
 
         Raises:
             ValueError: the model has none of the lists ``units``.
-            UserError: a parameter is a scalar, as FCOS's head has them, which cannot be divided.
+            UserError: PyTorch is older than 2.6, or a parameter is a scalar, as FCOS's head has them, which cannot be
+                divided.
         """
+        try:
+            from torch.distributed.fsdp import fully_shard
+        except ImportError as error:
+            raise UserError(f"FullyShardedModel: got PyTorch {torch.__version__}, expected 2.6 or newer") from error
+        from torch.distributed.device_mesh import init_device_mesh
+
         if scalars := [name for name, x in self.module.named_parameters() if x.ndim == 0]:
             raise UserError(
                 f"FullyShardedModel: parameter {scalars[0]} is a scalar, which cannot be divided; "
@@ -123,9 +131,11 @@ class GatherHook(Hook):
 
 def _gather(value: Any) -> Any:
     """``value`` with whole tensors on the CPU; with None in place of shares in all processes but the first."""
+    from torch.distributed.tensor import DTensor
+
     if isinstance(value, DTensor):
         # mmengine has moved shares to the CPU, between which NCCL carries nothing.
-        whole = cast(DTensor, value.to(value.device_mesh.device_type)).full_tensor()
+        whole = cast("DTensor", value.to(value.device_mesh.device_type)).full_tensor()
         return whole.cpu() if is_main_process() else None
     if isinstance(value, Mapping):
         for key in value:
@@ -167,6 +177,8 @@ def share_state(state: dict[str, Any], optimizer: Optimizer) -> None:
 
 
 def _share_like(value: Any, like: Any) -> Any:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     # Every process has read the whole: nothing is sent.
