@@ -22,7 +22,7 @@ NAMES = [
     *("plainmamba_l1", "adventurer_tiny"),
 ]
 PLACES = {"first": lambda patches: 0, "middle": lambda patches: patches // 2, "last": lambda patches: patches}
-SMALL = {"depth": 1, "embed_dim": 64, "num_classes": 3, "patch_size": 4}
+SMALL = {"depth": 1, "embed_dim": 96, "num_classes": 3, "patch_size": 4}
 
 
 def size_of(grid: tuple[int, int], name: str) -> tuple[int, int]:
@@ -46,7 +46,7 @@ def plane(model: nn.Module, grid: tuple[int, int]) -> Tensor:
     if model.num_prefix_tokens:
         place = PLACES[model.class_token_position](len(tokens))
         tokens = torch.cat([tokens[:place], torch.tensor([9.0]), tokens[place:]])
-    return tokens[None, :, None].expand(1, -1, 64)
+    return tokens[None, :, None].expand(1, -1, 96)
 
 
 def assert_columns(model: nn.Module) -> None:
