@@ -123,6 +123,9 @@ def test_in_half_precision(
         whole, half = predictor(images[0]), replace(predictor, amp=True)(images[0]).float()
         assert not torch.equal(whole, half)
         torch.testing.assert_close(half, whole, rtol=0, atol=3e-2)
+    elif task == "detection":
+        whole, half = (x(images[0]).pred_instances for x in (predictor, replace(predictor, amp=True)))
+        assert half.bboxes.dtype == torch.float32 and not torch.equal(whole.scores, half.scores)
 
 
 def test_formats(

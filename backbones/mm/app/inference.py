@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Predictor:
         model: an ``ImageClassifier``, or a detector of mmdet or a segmentor of mmseg.
         colors: names and colours by label.
         pipeline: from the path of an image to what the model's ``test_step`` takes, for one image.
-        amp: predict under autocast to bfloat16.
+        amp: predict under autocast to bfloat16; of a detector the backbone and the neck.
     """
 
     task: str
@@ -60,10 +61,27 @@ class Predictor:
         """
         read_image(path)
         data = self.pipeline(path)
-        device = next(self.model.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.amp):
+        half = torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16, enabled=self.amp)
+        with _only_features(self.model, half) if self.task == "detection" else half:
             result = self.model.test_step(data)[0]
         return result["scores"] if self.task == "classification" else result
+
+
+@contextmanager
+def _only_features(model: Any, half: torch.autocast) -> Iterator[None]:
+    """``half`` for backbone and neck alone: mmcv's operators in the heads, NMS and RoIAlign, read no bfloat16."""
+    extract = model.extract_feat
+
+    def extract_half(*args: Any, **kwargs: Any) -> Any:
+        with half:
+            maps = extract(*args, **kwargs)
+        return tuple(x.float() for x in maps)
+
+    model.extract_feat = extract_half
+    try:
+        yield
+    finally:
+        del model.extract_feat
 
 
 def load_predictor(config: Config, checkpoint: str | Path) -> Predictor:
