@@ -1,4 +1,4 @@
-"""LayerNorm, and RMSNorm, where PyTorch takes several passes through memory, or on GPUs is slow on narrow rows."""
+"""LayerNorm, and RMSNorm: PyTorch's own is slow on narrow rows, and takes several passes through memory."""
 
 from typing import Any
 
@@ -30,9 +30,8 @@ def layer_norm(
         dtype: of the result; None is that of PyTorch's own, which is the dtype of x and, under autocast on a GPU,
             float32.
         backend: "naive" is PyTorch's operation, "cpu" a C++ kernel for float32 and bfloat16 in one pass through
-            memory, "triton" a kernel for GPUs. None takes the fastest that runs on the tensors' device, which on a CPU
-            is PyTorch's from float32 to float32. Compiled and exported programs hold PyTorch's operation, which
-            compilers fuse.
+            memory, "triton" a kernel for GPUs. None takes the fastest that runs on the tensors' device. Compiled and
+            exported programs hold PyTorch's operation, which compilers fuse.
 
     Returns:
         (..., c).
@@ -51,12 +50,8 @@ def layer_norm(
                 f"{name}: got shape {tuple(given.shape)}, expected {tuple(x.shape[-1:])}, the last axis of x"
             )
     chosen, _ = choose_for("layer_norm", backend, x, weight, bias)
-    if chosen == "cpu":
-        out = x.dtype if dtype is None else dtype
-        # From float32 to float32, without a sum in front, there is no pass to save, and PyTorch's backward is faster.
-        pays = backend is not None or x.dtype != torch.float32 or out != torch.float32
-        if pays and cpu.reads(x, out, None, weight, bias):
-            return cpu.normalise(x, None, weight, bias, eps, True, out)[1]
+    if chosen == "cpu" and cpu.reads(x, x.dtype if dtype is None else dtype, None, weight, bias):
+        return cpu.normalise(x, None, weight, bias, eps, True, x.dtype if dtype is None else dtype)[1]
     if chosen != "triton" or not runs_eagerly(x):
         return naive.forward(x, weight, bias, eps, dtype)
     if dtype is None:
