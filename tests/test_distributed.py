@@ -19,11 +19,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
+
+from tests.image_folders import write_images
 
 pytest.importorskip("mmengine")
 
@@ -98,13 +98,7 @@ Runner.register_default_hooks = register_with_it
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32 training and 12 validation images of four classes, and the configs of the tests."""
     path = tmp_path_factory.mktemp("distributed")
-    rng = np.random.default_rng(0)
-    for split, images in (("train", 8), ("val", 3)):
-        for label in range(4):
-            (path / "images" / split / str(label)).mkdir(parents=True)
-            for i in range(images):
-                pixels = (rng.integers(0, 60, (16, 16)) + 60 * label).astype(np.uint8)
-                Image.fromarray(pixels).save(path / "images" / split / str(label) / f"{i}.png")
+    write_images(path / "images", {"train": 8, "val": 3}, classes=4)
     vit = dict(root=ROOT, folder=path, network="test_vit", arguments={})
     vim = dict(vit, network="vim_tiny", arguments={"depth": 2, "embed_dim": 32})
     (path / "vit.py").write_text(CLASSIFIER.format(extra="backbones", **vit))

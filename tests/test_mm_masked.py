@@ -11,11 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+
+from tests.image_folders import write_images
 
 pytest.importorskip("mmengine")
 
@@ -312,12 +313,7 @@ WAYS = {"token": 'fill="token"', "toki": 'fill="toki"', "visible": "visible_only
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten classes with two images each, and a config for each way to fill in what is masked."""
     path = tmp_path_factory.mktemp("masked")
-    rng = np.random.default_rng(0)
-    for label in range(10):
-        (path / "data" / "train" / str(label)).mkdir(parents=True)
-        for i in range(2):
-            pixels = (rng.integers(0, 30, (16, 16)) + 22 * label).astype(np.uint8)
-            Image.fromarray(pixels).save(path / "data" / "train" / str(label) / f"{i}.png")
+    write_images(path / "data", {"train": 2}, classes=10, noise=30, step=22)
     base = ROOT / "configs" / "pretraining" / "simmim_vim-tiny_digits.py"
     for way, own in WAYS.items():
         (path / f"fill_{way}.py").write_text(CONFIG.format(base=base, data=path / "data", own=own))

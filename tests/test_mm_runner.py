@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.image_folders import write_images
+
 pytest.importorskip("mmengine")
 
 from mmengine.config import Config
@@ -35,13 +37,7 @@ CLASSES, EPOCHS = 4, 3
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32 training and 12 validation images; a class is a grey level with noise."""
     root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, images in (("train", 8), ("val", 3)):
-        for label in range(CLASSES):
-            (root / split / str(label)).mkdir(parents=True)
-            for i in range(images):
-                pixels = rng.integers(0, 60, (16, 16)) + 60 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(root / split / str(label) / f"{i}.png")
+    write_images(root, {"train": 8, "val": 3}, CLASSES)
     return root
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+
+from tests.image_folders import write_images
 
 pytest.importorskip("mmengine")
 
@@ -26,12 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*instance named of:UserWarning"
 
 
 def paint(folder: Path, classes: int, images: int) -> None:
-    rng = np.random.default_rng(0)
-    for label in range(classes):
-        (folder / str(label)).mkdir(parents=True)
-        for i in range(images):
-            pixels = (rng.integers(0, 30, (16, 16)) + 60 * label).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / str(label) / f"{i}.png")
+    write_images(folder.parent, {folder.name: images}, classes, noise=30)
 
 
 @pytest.fixture(scope="module")

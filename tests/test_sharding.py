@@ -10,11 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
+
+from tests.image_folders import write_images
 
 pytest.importorskip("mmengine")
 
@@ -87,13 +87,7 @@ dist.destroy_process_group()
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32 training and 12 validation images of four classes, and a config for each model."""
     path = tmp_path_factory.mktemp("sharding")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 3)):
-        for label in range(4):
-            (path / "images" / split / str(label)).mkdir(parents=True)
-            for i in range(count):
-                pixels = (rng.integers(0, 60, (32, 32)) + 60 * label).astype(np.uint8)
-                Image.fromarray(pixels).save(path / "images" / split / str(label) / f"{i}.png")
+    write_images(path / "images", {"train": 8, "val": 3}, classes=4, side=32)
     for name, network in NETWORKS.items():
         (path / f"{name}.py").write_text(CONFIG.format(root=ROOT, folder=path, network=network))
     return path

@@ -11,10 +11,10 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+
+from tests.image_folders import write_images
 
 pytest.importorskip("mmengine")
 
@@ -55,13 +55,7 @@ os.fsync = fsync
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Configs ``plain.py`` and ``dying.py``, and ten classes with 4 training images and a validation image each."""
     path = tmp_path_factory.mktemp("cli")
-    rng = np.random.default_rng(0)
-    for split, images in (("train", 4), ("val", 1)):
-        for label in range(10):
-            (path / "data" / split / str(label)).mkdir(parents=True)
-            for i in range(images):
-                pixels = (rng.integers(0, 30, (16, 16)) + 22 * label).astype(np.uint8)
-                Image.fromarray(pixels).save(path / "data" / split / str(label) / f"{i}.png")
+    write_images(path / "data", {"train": 4, "val": 1}, classes=10, noise=30, step=22)
     base = ROOT / "configs" / "digits" / "vim-tiny_digits.py"
     for name, extra in (("plain", "backbones"), ("dying", "die")):
         (path / f"{name}.py").write_text(CONFIG.format(base=base, data=path / "data", extra=extra))
