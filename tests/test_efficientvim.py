@@ -9,6 +9,8 @@ import torch
 from timm.models.efficientvim import HSMSSD
 from torch import nn
 
+from backbones.commands.bench.measure import relative_error
+
 pytest.importorskip("mmengine")
 
 from backbones.export import export_onnx
@@ -102,8 +104,7 @@ def test_autocast(recorded: nn.Module, dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype):
         maps = recorded(image)
     for found, expected in zip(maps, exact, strict=True):
-        error = (found - expected).float().square().mean().sqrt() / expected.square().mean().sqrt()
-        assert error <= EFFICIENTVIM_AUTOCAST[str(dtype).removeprefix("torch.")]
+        assert relative_error(found, expected) <= EFFICIENTVIM_AUTOCAST[str(dtype).removeprefix("torch.")]
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from backbones.commands.bench.measure import relative_error
+
 pytest.importorskip("mmengine")
 
 from mmengine.registry import MODELS
@@ -84,8 +86,7 @@ def test_autocast(family: str, dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype):
         maps = backbone(image)
     for found, expected in zip(maps, exact, strict=True):
-        error = (found - expected).float().square().mean().sqrt() / expected.square().mean().sqrt()
-        assert error <= AUTOCAST[str(dtype).removeprefix("torch.")]
+        assert relative_error(found, expected) <= AUTOCAST[str(dtype).removeprefix("torch.")]
 
 
 @torch.no_grad()

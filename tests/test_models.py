@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import feature_extraction
 
+from backbones.commands.bench.measure import relative_error
 from backbones.layers import Mamba2Mixer, Scan, SelectiveSSM, scan_grid
 from backbones.layers.rotary import RotaryEmbedding
 from backbones.models import family_names
@@ -304,8 +305,7 @@ def test_autocast(shallow: nn.Module, dtype: torch.dtype) -> None:
         found = shallow(images())
         loud = shallow(100 * images())
     assert loud.isfinite().all()
-    error = (found - expected).float().square().mean().sqrt() / expected.square().mean().sqrt()
-    assert error <= AUTOCAST[str(dtype).removeprefix("torch.")]
+    assert relative_error(found, expected) <= AUTOCAST[str(dtype).removeprefix("torch.")]
 
 
 @torch.no_grad()
@@ -313,8 +313,7 @@ def test_weights_of_half_precision(shallow: nn.Module) -> None:
     expected = shallow(images())
     found = copy.deepcopy(shallow).to(torch.bfloat16)(images().bfloat16())
     assert found.dtype == torch.bfloat16
-    error = (found - expected).float().square().mean().sqrt() / expected.square().mean().sqrt()
-    assert error <= AUTOCAST["bfloat16"]
+    assert relative_error(found, expected) <= AUTOCAST["bfloat16"]
 
 
 @pytest.mark.parametrize("autocast", [True, False])

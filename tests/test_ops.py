@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import ops
+from backbones.commands.bench.measure import relative_error
 from backbones.ops import native, selective_scan
 from backbones.ops.scan.naive import selective_scan_naive
 from backbones.ops.scan.operator import scan_op
@@ -63,10 +64,6 @@ def gradients(y: Tensor, tensors: dict[str, Tensor | None]) -> dict[str, Tensor]
     return dict(zip(leaves, grads, strict=True))
 
 
-def relative_rms(found: Tensor, expected: Tensor) -> float:
-    return ((found.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
-
-
 @cases
 def test_naive_is_the_textbook_recurrence(case: Case) -> None:
     if case.length > 70:
@@ -87,12 +84,12 @@ def test_outputs_and_gradients(case: Case, dtype: str, backend: str) -> None:
     expected = selective_scan_naive(**exact, **case.options())
     found = scan(case, given, backend)
     assert found.dtype == given["u"].dtype
-    assert relative_rms(found, expected) <= OPERATOR[dtype]
+    assert relative_error(found, expected) <= OPERATOR[dtype]
     expected_gradients, found_gradients = gradients(expected, exact), gradients(found, given)
     for name, x in expected_gradients.items():
         assert found_gradients[name].dtype == given[name].dtype
         if x.abs().max() > 0:
-            assert relative_rms(found_gradients[name], x) <= OPERATOR[dtype], name
+            assert relative_error(found_gradients[name], x) <= OPERATOR[dtype], name
         else:
             assert not found_gradients[name].any(), name
 
@@ -111,8 +108,8 @@ def test_recorded_windows_of_lbmamba(length: int, backend: str) -> None:
     gate = torch.nn.functional.silu(sequences["z"])
     plain = selective_scan(**given, backend=backend) * gate
     local = selective_scan(**given, local_window=meta["window"][str(length)], backend=backend) * gate
-    assert relative_rms(plain, recorded["out_plain"].transpose(1, 2)) <= OPERATOR["float32"]
-    assert relative_rms(local, recorded["out_lbm"].transpose(1, 2)) <= OPERATOR["float32"]
+    assert relative_error(plain, recorded["out_plain"].transpose(1, 2)) <= OPERATOR["float32"]
+    assert relative_error(local, recorded["out_lbm"].transpose(1, 2)) <= OPERATOR["float32"]
     (local * sequences["g"]).sum().backward()
     for name, x in given.items():
         expected = recorded[f"grad_{name}"]
@@ -122,7 +119,7 @@ def test_recorded_windows_of_lbmamba(length: int, backend: str) -> None:
             else x.grad.reshape(sequences[name].shape).transpose(1, 2)
         )
         if expected.abs().max() > 0:
-            assert relative_rms(found, expected) <= OPERATOR["float32"], name
+            assert relative_error(found, expected) <= OPERATOR["float32"], name
 
 
 @pytest.mark.parametrize(
@@ -228,7 +225,7 @@ def test_mixed_dtypes_follow_u(backend: str) -> None:
     half = {**tensors, "u": tensors["u"].half(), "A": tensors["A"].double(), "D": tensors["D"].bfloat16()}
     found = scan(PLAIN, half, backend)
     assert found.dtype == torch.float16
-    assert relative_rms(found, expected.double()) < 5e-3
+    assert relative_error(found, expected.double()) < 5e-3
     assert gradients(found, half)["A"].dtype == torch.float64
 
 

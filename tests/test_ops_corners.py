@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import backbones  # noqa: F401  (registers the models)
+from backbones.commands.bench.measure import relative_error
 from backbones.ops import depthwise_conv, rms_norm, selective_scan, silu_gate
 from backbones.ops.scan.naive import selective_scan_naive
 from backbones.patterns import ScanPattern, raster, stacked, windows
@@ -37,10 +38,6 @@ def doubled(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {name: x.detach().double() if x is not None and x.is_floating_point() else x for name, x in tensors.items()}
 
 
-def relative_rms(found: Tensor, expected: Tensor) -> float:
-    return ((found.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
-
-
 def gradient(function, tensors: dict[str, Tensor | None], leaf: str, **options: object) -> Tensor:  # type: ignore[no-untyped-def]
     """Of one leaf alone, the others being constants."""
     x = tensors[leaf].clone().requires_grad_()
@@ -58,7 +55,7 @@ def test_gradient_of_one_leaf_alone(name: str, leaf: str, backend: str) -> None:
         pytest.skip("the case has no such argument")
     expected = gradient(selective_scan_naive, doubled(given), leaf, **case.options())
     found = gradient(selective_scan, given, leaf, **case.options(), backend=backend)
-    assert relative_rms(found, expected) <= OPERATOR["float32"]
+    assert relative_error(found, expected) <= OPERATOR["float32"]
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -70,11 +67,11 @@ def test_one_argument_in_another_dtype(narrow: str, leaf: str, backend: str) -> 
     y = selective_scan(**given, backend=backend)
     assert y.dtype == given["u"].dtype
     tolerance = OPERATOR["bfloat16" if narrow == "u" else "float32"]
-    assert relative_rms(y, selective_scan_naive(**exact)) <= tolerance
+    assert relative_error(y, selective_scan_naive(**exact)) <= tolerance
     found = gradient(selective_scan, given, leaf, backend=backend)
     assert found.dtype == given[leaf].dtype
     tolerance = OPERATOR["bfloat16" if leaf == narrow else "float32"]
-    assert relative_rms(found, gradient(selective_scan_naive, exact, leaf)) <= tolerance
+    assert relative_error(found, gradient(selective_scan_naive, exact, leaf)) <= tolerance
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
