@@ -55,7 +55,9 @@ def backward(
     grad: Tensor, stream: Tensor | None, total: Tensor, weight: Tensor | None, statistics: Tensor, centred: bool,
     branch: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, of the branch (without elements where there is none), and of weight and bias (2, c) in float32.
+    """Gradients of x, of the branch, and of weight and bias (2, c) in float32.
+
+    The branch's has no elements where there is no branch, or one of the dtype of x, whose gradient is that of x.
 
     Args:
         grad: of the norm.
@@ -65,7 +67,7 @@ def backward(
         branch: its dtype, or None.
     """
     dx = total.new_empty(total.shape)
-    dbranch = None if branch is None else total.new_empty(total.shape, dtype=branch)
+    dbranch = None if branch in (None, total.dtype) else total.new_empty(total.shape, dtype=branch)
     sums = total.new_empty((2, total.shape[-1]), dtype=torch.float32)
     _run(
         "backward", total, weight, None, 0.0, centred, branch, grad.dtype, {"grad": grad, "stream": stream},
@@ -102,7 +104,7 @@ def _(x, branch, weight, bias, eps, centred, dtype):  # type: ignore[no-untyped-
 
 @register_fake(_library, "norm_backward")
 def _(grad, stream, total, weight, statistics, centred, branch):  # type: ignore[no-untyped-def]
-    dbranch = total.new_empty(0) if branch is None else total.new_empty(total.shape, dtype=branch)
+    dbranch = total.new_empty(0) if branch in (None, total.dtype) else total.new_empty(total.shape, dtype=branch)
     return total.new_empty(total.shape), dbranch, total.new_empty((2, total.shape[-1]), dtype=torch.float32)
 
 
@@ -144,7 +146,11 @@ class _Normalise(torch.autograd.Function):
         dx, dbranch, sums = first_order(name, results, (grad, stream, total, weight))
         dweight = None if weight is None else sums[0].to(weight.dtype)
         dbias = None if ctx.bias is None else sums[1].to(ctx.bias)
-        return dx, None if ctx.branch is None else dbranch, dweight, dbias, None, None, None
+        if ctx.branch is None:
+            dbranch = None
+        elif ctx.branch == dx.dtype:
+            dbranch = dx
+        return dx, dbranch, dweight, dbias, None, None, None
 
 
 def reads(x: Tensor, dtype: torch.dtype, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> bool:
