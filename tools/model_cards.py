@@ -63,6 +63,7 @@ def _summary() -> str:
 
 def _speed() -> dict[str, str]:
     cpu, cpu_models, cpu_long = _result("selective_scan_cpu"), _result("models_cpu"), _result("models_cpu_1248")
+    cpu_half = _result("models_cpu_bf16")
     scans = [read(path) for path in sorted(RESULTS.glob("selective_scan_h200*.csv"))]
     convolution, long = _result("depthwise_conv_h200"), _result("long_sequence_h200")
     models, compiled, originals = (_result(f"{name}_h200") for name in ("models", "models_compiled", "originals"))
@@ -70,6 +71,7 @@ def _speed() -> dict[str, str]:
     tables = {
         "cpu": (benchmarks.cpu_table(cpu), [cpu]),
         "cpu-models": (benchmarks.cpu_model_table(cpu_models), [cpu_models]),
+        "cpu-half": (benchmarks.cpu_half_table(cpu_half), [cpu_half]),
         "cpu-long": (benchmarks.cpu_model_table(cpu_long), [cpu_long]),
         "gpu-scan": (benchmarks.gpu_scan_table(scans), scans),
         "gpu-convolution": (benchmarks.gpu_convolution_table(convolution), [convolution]),

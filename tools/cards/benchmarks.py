@@ -181,6 +181,17 @@ def cpu_model_table(results: Results) -> str:
     return table(["model", "inference [images/s]", "training [images/s]"], rows)
 
 
+def cpu_half_table(results: Results) -> str:
+    """Images per second of whole models on a CPU in bfloat16, and over those in float32."""
+    columns = ("inference img/s", "inference over float32", "training img/s", "training over float32")
+    results.need("model", *columns)
+    rows = [
+        [f"`{row['model']}`", *(row[column] + ("x" if "over" in column else "") for column in columns)]
+        for row in results.rows
+    ]
+    return table(["model", "inference [images/s]", "over float32", "training [images/s]", "over float32"], rows)
+
+
 def summary_table(cpu: Iterable[Results], gpu: Results) -> str:
     """Images per second of two models over those of timm's, in inference and in training."""
     rows: list[list[object]] = []
