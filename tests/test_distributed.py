@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from tests.image_folders import write_images
+from tests.scripts import ROOT, environment_of_two
 
 pytest.importorskip("mmengine")
 
-ROOT = Path(__file__).parents[1]
 # Absolute, after a few steps of SGD on weights of order 0.1 to 1; gradients that are not averaged give 0.4.
 TOLERANCE = 2e-6
 CLASSIFIER = """
@@ -92,6 +92,26 @@ def register_with_it(self, hooks=None):
 
 Runner.register_default_hooks = register_with_it
 """
+# Stands for srun: starts two tasks on this machine, which find its name as Slurm tells it.
+SRUN = """
+import os, socket, subprocess, sys
+
+with socket.socket() as listener:
+    listener.bind(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+path = os.pathsep.join([os.path.dirname(os.path.abspath(__file__)), os.environ["PATH"]])
+job = dict(PATH=path, MASTER_PORT=str(port), SLURM_NTASKS="2", SLURM_NODELIST="node[1-1]")
+tasks = [
+    subprocess.Popen(
+        [sys.executable, *sys.argv[1:]], env={**os.environ, **job, "SLURM_PROCID": number, "SLURM_LOCALID": number}
+    )
+    for number in ("0", "1")
+]
+sys.exit(max(abs(task.wait()) for task in tasks))
+"""
+SCONTROL = """#!/bin/sh
+[ "$*" = "show hostname node[1-1]" ] && echo localhost
+"""
 
 
 @pytest.fixture(scope="module")
@@ -112,18 +132,9 @@ def start(
     folder: Path, launcher: Sequence[object], *arguments: object, tool: str = "train.py"
 ) -> subprocess.Popen[str]:
     """The tool in ``folder``; ``launcher`` is what stands before it."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "passive",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder), *sys.path]),
-        "NVIDIA_TF32_OVERRIDE": "0",
-    }
-    if torch.cuda.device_count() < 2:
-        environment["CUDA_VISIBLE_DEVICES"] = ""  # two processes cannot share a GPU
     command = [*launcher, ROOT / "tools" / tool, *arguments]
     return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=folder, env=environment, text=True,
+        [sys.executable, *map(str, command)], cwd=folder, env=environment_of_two(folder), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
@@ -216,6 +227,10 @@ def test_detection_agrees_too(folder: Path) -> None:
     assert_same(weights(folder, "fcos_two"), weights(folder, "fcos_alone"), TOLERANCE)
     metrics = r"epoch 2/2  loss \S+  (.*?)  \S+ s"
     assert re.findall(metrics, two) == re.findall(metrics, alone) != []
+    whole = weights(folder, "fcos_alone")
+    (folder / "fcos_alone" / "epoch_2.pth").unlink()
+    assert "resumed after epoch 1/2" in train(folder, 2, "fcos.py", "fcos_alone", "--resume", "auto", batch=4)
+    assert_same(weights(folder, "fcos_alone"), whole, TOLERANCE)
 
 
 @pytest.mark.slow
@@ -247,6 +262,19 @@ def test_killed_run_resumes_to_the_same_loss(folder: Path, processes: int) -> No
     assert_same(weights(folder, cut), weights(folder, whole), 0)
     last = r"epoch 2/2  (loss \S+  .*?)  \S+ s"
     assert re.findall(last, resumed) == re.findall(last, uninterrupted) != []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="Slurm's tasks need a GPU each")
+def test_tasks_of_slurm_equal_one_process(folder: Path, alone: str) -> None:
+    (folder / "srun.py").write_text(SRUN)
+    (folder / "scontrol").write_text(SCONTROL)
+    (folder / "scontrol").chmod(0o755)
+    options = ["--cfg-options", "train_dataloader.batch_size=4", "experiment_name=slurm"]
+    arguments = ["vit.py", "--work-dir", "slurm", "--launcher", "slurm", *options]
+    printed = finish(start(folder, [folder / "srun.py"], *arguments))
+    assert_same(weights(folder, "slurm"), weights(folder, "alone"), TOLERANCE)
+    assert accuracies(printed) == accuracies(alone)
 
 
 @pytest.mark.slow

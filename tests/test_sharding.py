@@ -1,8 +1,10 @@
-"""Training with fully sharded models (FSDP2) in two processes (gloo, on the CPU) against data-parallel copies."""
+"""Training with fully sharded models (FSDP2) in two processes against data-parallel copies.
+
+The processes talk through gloo, on the CPU, or through NCCL where there are two GPUs.
+"""
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -22,9 +24,8 @@ from backbones.mm import UserError
 from backbones.mm.engine.checkpoints import read_checkpoint
 from backbones.mm.engine.graphs import CudaGraphsHook
 from backbones.mm.engine.sharding import FullyShardedModel
-from tests.scripts import call_tool
+from tests.scripts import ROOT, call_tool, environment_of_two
 
-ROOT = Path(__file__).parents[1]
 # Absolute, after eight steps: sums of gradients are rounded in another order. Gradients that are clipped by the norm
 # of a share, or averages of one, are 0.01 away.
 TOLERANCE = 5e-6
@@ -56,7 +57,8 @@ default_hooks = dict(logger=dict(interval=1))
 visualizer = dict(vis_backends=[dict(type="LocalVisBackend")])
 """
 WORKER = """
-import sys
+import torch
+import torch.distributed as dist
 from mmengine.config import Config
 from backbones.mm import Runner
 
@@ -78,7 +80,14 @@ train("plain", "as_copies", resume=True, load_from="plain_sharded/epoch_1.pth")
 train("hierarchical", "from_copies", **sharded, resume=True, load_from="hierarchical_copies/epoch_1.pth")
 still = {"optim_wrapper.optimizer.lr": 0.0, "train_cfg.max_epochs": 1}
 train("plain", "started", **sharded, **still, load_from="plain_copies/epoch_2.pth")
-import torch.distributed as dist
+accumulated = {"optim_wrapper.accumulative_counts": 2}
+# A scale at which the first gradients overflow: all processes have to leave out the same steps.
+half = {"optim_wrapper.type": "AmpOptimWrapper", "optim_wrapper.dtype": "float16"}
+half["optim_wrapper.loss_scale"] = {"init_scale": 2.0**20}
+for name, settings in {"accumulated": accumulated, "half": half | accumulated}.items():
+    if name != "half" or torch.cuda.is_available():
+        train("plain", name + "_copies", **settings)
+        train("plain", name + "_sharded", **sharded, **settings)
 dist.destroy_process_group()
 """
 
@@ -97,11 +106,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def printed(folder: Path) -> str:
     """What two processes print that train every model in both ways."""
     (folder / "worker.py").write_text(WORKER)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "worker.py"]
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+        command, cwd=folder, env=environment_of_two(), capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -147,6 +154,26 @@ def test_sharded_training_equals_copies(folder: Path, printed: str, name: str) -
     first = checkpoint(folder, f"{name}_copies", 1)["state_dict"]
     assert max((x - first[key]).abs().max() for key, x in expected["state_dict"].items()) > 1000 * TOLERANCE
     assert len({group["lr"] for group in found["optimizer"]["param_groups"]}) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "accumulated",
+        pytest.param("half", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="float16 needs GPUs")),
+    ],
+)
+def test_accumulated_gradients_equal_those_of_copies(folder: Path, printed: str, name: str) -> None:
+    found, expected = (checkpoint(folder, f"{name}_{way}") for way in ("sharded", "copies"))
+    for key in KEYS:
+        assert_same(found[key], expected[key], TOLERANCE, key)
+    steps = found["optimizer"]["state"][0]["step"]
+    if name == "half":
+        assert 0 < steps < 4
+        assert found["optimizer"]["loss_scaler"]["scale"] < 2.0**20
+    else:
+        assert steps == 4
 
 
 @pytest.mark.slow
