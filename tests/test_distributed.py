@@ -129,12 +129,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(
-    folder: Path, launcher: Sequence[object], *arguments: object, tool: str = "train.py"
+    folder: Path, launcher: Sequence[object], *arguments: object, tool: str = "train.py", gpu: int | None = None
 ) -> subprocess.Popen[str]:
-    """The tool in ``folder``; ``launcher`` is what stands before it."""
+    """The tool in ``folder``; ``launcher`` is what stands before it. Of two GPUs, it sees ``gpu`` alone, or both."""
+    environment = environment_of_two(folder)
+    if gpu is not None:
+        environment.setdefault("CUDA_VISIBLE_DEVICES", str(gpu))
     command = [*launcher, ROOT / "tools" / tool, *arguments]
     return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=folder, env=environment_of_two(folder), text=True,
+        [sys.executable, *map(str, command)], cwd=folder, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
@@ -217,7 +220,7 @@ def test_models_of_this_library_agree_too(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_detection_agrees_too(folder: Path) -> None:
-    pytest.importorskip("mmdet.models")
+    pytest.importorskip("mmdet")
     make = [ROOT / "tools" / "make_digits.py", "--task", "detection", "--out", folder / "scenes"]
     counts = ["--train", "8", "--val", "4", "--size", "64"]
     subprocess.run([sys.executable, *map(str, make), *counts], check=True, timeout=300, capture_output=True)
@@ -283,19 +286,20 @@ def test_two_nodes_of_one_process_each(folder: Path, alone: str) -> None:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     nodes = []
-    for _ in range(2):
+    for node in range(2):
         launcher = [
             "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
             "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=nodes",
         ]  # fmt: skip
         options = ["--cfg-options", "train_dataloader.batch_size=4", "experiment_name=nodes"]
-        nodes.append(start(folder, launcher, "vit.py", "--work-dir", "nodes", "--launcher", "pytorch", *options))
+        arguments = ["vit.py", "--work-dir", "nodes", "--launcher", "pytorch", *options]
+        nodes.append(start(folder, launcher, *arguments, gpu=node))
         time.sleep(1)
     try:
-        printed = [finish(node) for node in nodes]
+        printed = [finish(process) for process in nodes]
     finally:
-        for node in nodes:
-            stop(node)
+        for process in nodes:
+            stop(process)
     # The node that came first gets the first process, which prints.
     assert sorted(map(accuracies, printed)) == [[], accuracies(alone)]
     assert_same(weights(folder, "nodes"), weights(folder, "alone"), TOLERANCE)
