@@ -210,7 +210,16 @@ def test_tables_of_speed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["selective_scan_cpu", "models_cpu", "models_cpu_1248", "models_cpu_bf16", "gpu_models", "gpu_dense"]
+    "name",
+    [
+        "selective_scan_cpu",
+        "models_cpu",
+        "models_cpu_1248",
+        "models_cpu_bf16",
+        "gpu_models",
+        "gpu_dense",
+        "gpu_dense_others",
+    ],
 )
 def test_the_command_beside_a_table_has_the_arguments_of_the_measurement(
     name: str, monkeypatch: pytest.MonkeyPatch

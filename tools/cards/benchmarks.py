@@ -148,15 +148,17 @@ def gpu_launches_table(results: Results) -> str:
     return table(["model", "mode", *columns.values()], rows)
 
 
-def gpu_dense_table(results: Results) -> str:
+def gpu_dense_table(files: Iterable[Results]) -> str:
     """A training step of detectors and segmentors, as their configs have it."""
     columns = {
         "step_ms": "training step [ms]",
         "images_s": "training [images/s]",
         "peak_mib": "memory in training [MiB]",
     }
-    results.need("config", "images", *columns)
-    rows = [[f"`{row['config']}`", row["images"], *(row[name] for name in columns)] for row in results.rows]
+    rows = []
+    for results in files:
+        results.need("config", "images", *columns)
+        rows += [[f"`{row['config']}`", row["images"], *(row[name] for name in columns)] for row in results.rows]
     return table(["config", "images", *columns.values()], rows)
 
 
