@@ -84,6 +84,13 @@ def test_every_private_name_is_tested_here() -> None:
     assert used == {name for test in ASSUMED for name in test}
 
 
+def gpus() -> None:
+    if torch.cuda.is_available():
+        assert tracing.current_gpu() == torch.cuda.current_device(), "_cuda_getDevice: expected the current GPU"
+    else:
+        assert hasattr(torch._C, "_cuda_getDevice") == (torch.version.cuda is not None), "_cuda_getDevice: expected one"
+
+
 def forward_mode() -> None:
     assert forward_ad._current_level == -1, "forward_ad._current_level: expected -1 where no dual level is open"
     with forward_ad.dual_level():
@@ -262,6 +269,9 @@ def hooks() -> None:
     module.forward = lambda x: x
     assert tracing.is_replaced(module)
     module = nn.Linear(2, 2)
+    whole = nn.Sequential(module, nn.Sequential(module, nn.ReLU()))
+    whole.register_module("none", None)
+    assert set(tracing.all_modules(whole)) == set(whole.modules()), "_modules: expected the modules inside"
     assert tracing.own_weight(module, "weight") is module.weight, "_parameters: expected the parameter"
     vars(module)["weight"] = torch.zeros(2, 2)
     assert tracing.own_weight(module, "weight") is None and module.weight.sum() == 0, (
@@ -302,6 +312,7 @@ ASSUMED = {
     ("CPU", "DispatchKey", "DispatchKeySet", "_AutoDispatchBelowAutograd", "_after_autograd_keyset"): dispatch_keys,
     ("simple_registry", "find", "singleton", "_registration_handles"): fakes,
     ("statically_known_true",): symbolic_sides,
+    ("_cuda_getDevice",): gpus,
     (
         *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
         "_has_any_global_hook",

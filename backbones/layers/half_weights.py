@@ -4,18 +4,21 @@ Autocast casts every weight where it is used, and its gradient back: two launche
 which takes the host as long as a matrix product. Together they are one launch each way per block.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from backbones.ops.tracing import casts, is_hooked_before, is_watched, own_weight
+from backbones.ops.tracing import all_modules, casts, is_hooked_before, is_watched, own_weight
 
 Result = TypeVar("Result")
 
 _DEVICE = "cuda"  # on a CPU, a launch costs nothing
 _PRODUCTS = (nn.Linear, nn.Conv2d)  # whose weights and biases autocast casts
+_NAMES = ("weight", "bias")
+_running = threading.local()  # ``modules``: those whose weights are cast now, for a larger part of the model
 
 
 def with_half_weights(function: Callable[..., Result], block: nn.Module, *args: Any) -> Result:
@@ -28,35 +31,43 @@ def with_half_weights(function: Callable[..., Result], block: nn.Module, *args: 
     """
     if not torch.is_autocast_enabled(_DEVICE) or torch.compiler.is_compiling():
         return function(*args)
-    found = _weights(block)
+    outer = getattr(_running, "modules", {})
+    if block in outer:
+        return function(*args)
+    modules = all_modules(block)
+    found = _weights(modules)
     if not found:
         return function(*args)
-    halves = _Cast.apply(torch.get_autocast_dtype(_DEVICE), *(weight for _, _, weight in found))
+    halves = _Cast.apply(torch.get_autocast_dtype(_DEVICE), *[weight for _, _, weight in found])
     try:
-        for (module, name, _), half in zip(found, halves, strict=True):
-            vars(module)[name] = half  # found before the parameter of that name
+        for (values, name, _), half in zip(found, halves, strict=True):
+            values[name] = half  # found before the parameter of that name
+        _running.modules = {**outer, **modules}
         return function(*args)
     finally:
-        for module, name, _ in found:
-            vars(module).pop(name, None)
+        _running.modules = outer
+        for values, name, _ in found:
+            values.pop(name, None)
 
 
-def _weights(block: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    found: list[tuple[nn.Module, str, Tensor]] = []
+def _weights(modules: Iterable[nn.Module]) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """What is to be cast: the own attributes of its module, its name, and the parameter."""
+    found: list[tuple[dict[str, Any], str, Tensor]] = []
     # Plain tensors are parameters of `torch.func.functional_call`; what its transforms follow is left to autocast.
     kinds = (nn.Parameter,) if is_watched() else (nn.Parameter, Tensor)
-    for module in block.modules():
+    for module in modules:
         if is_hooked_before(module):  # pruning and sharding put other weights in place so
             return []
-        names = ("weight", "bias") if type(module) in _PRODUCTS else getattr(type(module), "autocast_weights", ())
+        names = _NAMES if type(module) in _PRODUCTS else getattr(type(module), "autocast_weights", ())
         for name in names:
-            if type(vars(module).get(name)) is Tensor:  # put there for a larger part of the model
+            values = vars(module)
+            if type(values.get(name)) is Tensor:  # put there by another thread
                 return []
             weight = own_weight(module, name)
             if weight is None or type(weight) not in kinds:  # such as a sharded or quantized tensor
                 continue
             if weight.device.type == _DEVICE and weight.dtype == torch.float32:
-                found.append((module, name, weight))
+                found.append((values, name, weight))
     return found
 
 

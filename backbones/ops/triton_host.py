@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from backbones.ops.scan.triton.common import step_size
+from backbones.ops.tracing import current_gpu
 
 
 def cdiv(a: int, b: int) -> int:
@@ -35,6 +36,7 @@ _CALLS_COMPILED = _VERSION >= (3, 6)  # with all arguments of the signature, con
 _HAS_KNOWN_LAUNCHER = _VERSION == (3, 6) and torch.version.hip is None
 _MOST_KEPT = 8192
 _kept: dict[tuple[Any, ...], "Launch"] = {}
+_runtime: Any = getattr(getattr(triton, "knobs", None), "runtime", None)  # whose hooks are looked up at every launch
 
 
 class Launch:
@@ -52,23 +54,29 @@ class Launch:
         constants: arguments that the kernel is compiled for, by name.
     """
 
-    __slots__ = ("_calls", "_constants", "_grid", "_kernel", "_num_warps", "_numbers")
+    __slots__ = ("_calls", "_constants", "_grid", "_keeps", "_kernel", "_num_warps", "_numbers")
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int | float, ...], num_warps: int, **constants: Any
     ) -> None:
         self._kernel, self._grid, self._numbers, self._num_warps = kernel, grid, numbers, num_warps
         self._constants = constants
-        self._calls: dict[tuple[int | None, ...], Any] = {}
+        self._keeps = _CALLS_COMPILED and isinstance(kernel, triton.runtime.JITFunction)
+        self._calls: dict[Any, Any] = {}  # by the GPU's number, and which addresses are multiples of 16 unless all are
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launches on the current GPU. Tensors have the same dtypes at every call, None stands in the same places."""
-        if not (_CALLS_COMPILED and isinstance(self._kernel, triton.runtime.JITFunction)):
+        if not self._keeps:
             self._through_triton(tensors)
             return
-        device = torch.cuda.current_device()
-        pointers = [None if x is None else x.data_ptr() for x in tensors]
-        key = (device, *[None if x is None else x & 15 for x in pointers])
+        device = current_gpu()
+        key: Any = device
+        pointers = [0 if x is None else x.data_ptr() for x in tensors]
+        bits = 0
+        for pointer in pointers:
+            bits |= pointer
+        if bits & 15:
+            key = (device, *[pointer & 15 == 0 for pointer in pointers])
         call = self._calls.get(key)
         if call is None or _is_hooked():
             self._calls[key] = self._call_of(self._through_triton(tensors))
@@ -99,8 +107,8 @@ class Launch:
 
 def _is_hooked() -> bool:
     """Whether someone, such as Triton's profiler, wants to hear of launches."""
-    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    return any(getattr(x, "calls", x) for x in hooks)
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def launch(
@@ -144,6 +152,6 @@ _NOWHERE = contextlib.nullcontext()
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes x's GPU the current one, to which Triton launches."""
-    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+    if not x.is_cuda or x.get_device() == current_gpu():
         return _NOWHERE
     return torch.cuda.device(x.device)
