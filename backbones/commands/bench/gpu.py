@@ -18,6 +18,8 @@ import backbones
 from backbones.commands.bench.measure import ParityError, check_parity, train_step
 from backbones.models import family_names
 
+MODES = ("eager", "graphs")
+KINDS = {"infer": "inference", "train": "training"}  # what a contestant does, and what its columns are called
 HOST_BATCH = 2  # so little work that nothing waits for the GPU
 LOGITS = 1e-2  # relative RMS of a graph against eager mode, both under bfloat16 autocast
 COLUMNS = (
@@ -37,77 +39,102 @@ class Contestant:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.images = torch.randn(batch, 3, size, size, device="cuda")
 
+    def ready(self, kind: str) -> Callable[[], object]:
+        """``infer`` or ``train``, the model in that mode: changing it is no part of a call."""
+        self.model.train(kind == "train")
+        return getattr(self, kind)
+
     @torch.no_grad()
     def infer(self) -> Tensor:
-        """Logits in evaluation mode."""
+        """Logits."""
         with torch.autocast("cuda", torch.bfloat16):
-            return self.model.eval()(self.images)
+            return self.model(self.images)
 
     def train(self) -> None:
         """Forward, backward and one step of AdamW."""
-        train_step(self.model.train(), self.images, self.optimizer)
+        train_step(self.model, self.images, self.optimizer)
+
+
+Key = tuple[str, str]  # model and mode
 
 
 def bench_gpu(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
-    """A row for each model and mode; modes take turns, models follow one another."""
+    """A row for each model and mode.
+
+    What the host limits is timed by turns of all models: its own speed may change by half from minute to minute.
+    """
     if not torch.cuda.is_available():
         raise ParityError("gpu: PyTorch sees no GPU")
-    rows: list[dict[str, object]] = []
     ours = timm.list_models(module=list(family_names()))
-    task = progress.add_task("models", total=len(args.names))
-    for name in args.names:
-        modes = ("eager", "graphs") if name in ours else ("eager",)
-        rows += _rows(name, modes, args.batch, args.size, args.rounds)
-        progress.advance(task)
-    return rows
-
-
-def _rows(name: str, modes: tuple[str, ...], batch: int, size: int, rounds: int) -> list[dict[str, object]]:
-    found: dict[str, dict[str, object]] = {mode: {"model": name, "mode": mode} for mode in modes}
-    small = {mode: Contestant(name, mode, HOST_BATCH, size) for mode in modes}
-    for mode in modes[1:]:
-        check_parity(f"{name}, {mode}", small[mode].infer(), small["eager"].infer(), LOGITS)
-    for kind in ("infer", "train"):
-        column = "inference" if kind == "infer" else "training"
-        for mode, milliseconds in _turns(small, kind, rounds, wait=False).items():
-            found[mode][f"host_{column}_ms"] = milliseconds
-    for mode, contestant in small.items():
-        found[mode]["launches_inference"] = _kernels(contestant.infer)[0]
-        found[mode]["launches_training"] = _kernels(contestant.train)[0]
-    del small, contestant
-    for mode in modes:  # alone in memory
+    keys = [(name, mode) for name in args.names for mode in MODES if mode == "eager" or name in ours]
+    rows: dict[Key, dict[str, object]] = {key: dict(zip(("model", "mode"), key, strict=True)) for key in keys}
+    task = progress.add_task("models", total=len(keys) + 2)
+    _host(rows, args.size, args.rounds)
+    progress.advance(task)
+    eager = {key: row for key, row in rows.items() if key[1] == "eager"}
+    _throughput(eager, {key: Contestant(*key, args.batch, args.size) for key in eager}, args.rounds)
+    progress.advance(task)
+    for key, row in rows.items():
         gc.collect()  # models with graphs are cycles
-        contestant = Contestant(name, mode, batch, size)
-        found[mode]["peak_inference_mib"] = _peak(contestant.infer)
-        found[mode]["peak_training_mib"] = _peak(contestant.train)
-        del contestant
-    large = {mode: Contestant(name, mode, batch, size) for mode in modes}
-    for kind in ("infer", "train"):
-        column = "inference" if kind == "infer" else "training"
-        for mode, milliseconds in _turns(large, kind, rounds, wait=True).items():
-            found[mode][f"{column}_img_s"] = 1e3 * batch / milliseconds
-    for mode, contestant in large.items():
-        found[mode]["gpu_training_ms"] = _kernels(contestant.train)[1]
-    return [{column: row[column] for column in COLUMNS} for row in found.values()]
+        _alone(row, Contestant(*key, args.batch, args.size), args.rounds)
+        progress.advance(task)
+    return [{column: row[column] for column in COLUMNS} for row in rows.values()]
 
 
-def _turns(contestants: dict[str, Contestant], kind: str, rounds: int, wait: bool) -> dict[str, float]:
+def _host(rows: dict[Key, dict[str, object]], size: int, rounds: int) -> None:
+    """Launches, and the time until a call returns."""
+    contestants = {key: Contestant(*key, HOST_BATCH, size) for key in rows}
+    for (name, mode), contestant in contestants.items():
+        if mode != "eager":
+            check_parity(f"{name}, {mode}", _logits(contestant), _logits(contestants[name, "eager"]), LOGITS)
+    for kind, column in KINDS.items():
+        for key, milliseconds in _turns(contestants, kind, rounds, wait=False).items():
+            rows[key][f"host_{column}_ms"] = milliseconds
+        for key, contestant in contestants.items():
+            rows[key][f"launches_{column}"] = _kernels(contestant.ready(kind))[0]
+
+
+def _logits(contestant: Contestant) -> Tensor:
+    contestant.ready("infer")
+    return contestant.infer()
+
+
+def _throughput(rows: dict[Key, dict[str, object]], contestants: dict[Key, Contestant], rounds: int) -> None:
+    """Images a second, until the GPU is done."""
+    for kind, column in KINDS.items():
+        for key, milliseconds in _turns(contestants, kind, rounds, wait=True).items():
+            rows[key][f"{column}_img_s"] = 1e3 * len(contestants[key].images) / milliseconds
+
+
+def _alone(row: dict[str, object], contestant: Contestant, rounds: int) -> None:
+    """What is measured alone in memory: peaks, the kernels' time, and the throughput of a model with graphs, each of
+    which keeps its activations.
+    """
+    for kind, column in KINDS.items():
+        row[f"peak_{column}_mib"] = _peak(contestant.ready(kind))
+    if row["mode"] != "eager":
+        key = (str(row["model"]), str(row["mode"]))
+        _throughput({key: row}, {key: contestant}, rounds)
+    row["gpu_training_ms"] = _kernels(contestant.ready("train"))[1]
+
+
+def _turns(contestants: dict[Key, Contestant], kind: str, rounds: int, wait: bool) -> dict[Key, float]:
     """Milliseconds of a call, medians: until it returns, or with ``wait`` until the GPU is done."""
-    calls = {mode: getattr(contestant, kind) for mode, contestant in contestants.items()}
+    calls = {key: contestant.ready(kind) for key, contestant in contestants.items()}
     for call in calls.values():
         for _ in range(3):
             call()
-    times: dict[str, list[float]] = {mode: [] for mode in calls}
+    times: dict[Key, list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
-        for mode, call in calls.items():
+        for key, call in calls.items():
             torch.cuda.synchronize()
             start = time.perf_counter()
             call()
             if wait:
                 torch.cuda.synchronize()
-            times[mode].append(1e3 * (time.perf_counter() - start))
+            times[key].append(1e3 * (time.perf_counter() - start))
     torch.cuda.synchronize()
-    return {mode: statistics.median(values) for mode, values in times.items()}
+    return {key: statistics.median(values) for key, values in times.items()}
 
 
 def _kernels(call: Callable[[], object]) -> tuple[int, float]:
