@@ -83,18 +83,19 @@ def residual_norm(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Te
         assert isinstance(norm, LayerNorm | RMSNorm)
         centred = isinstance(norm, LayerNorm)
         bias = norm.bias if isinstance(norm, LayerNorm) else None
+        weight = norm.weight
         fits = branch is None or (x.shape == branch.shape and torch.promote_types(x.dtype, branch.dtype) == x.dtype)
-        chosen = choose_for("layer_norm" if centred else "rms_norm", norm.backend, x, branch, norm.weight, bias)
+        chosen = choose_for("layer_norm" if centred else "rms_norm", norm.backend, x, branch, weight, bias)
         if fits and chosen in (("triton", False), ("cpu", False)):
             check_width(x, norm.normalized_shape[0])
             dtype = autocast_dtype(x) if norm.autocast_out else None
             if dtype is None and centred:
                 dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
             elif dtype is None:
-                dtype = torch.promote_types(x.dtype, norm.weight.dtype)
+                dtype = torch.promote_types(x.dtype, weight.dtype)
             if x.is_cuda:
-                return residual_normalise(x, branch, norm.weight, bias, norm.eps, dtype, centred)
-            if branch is not None and cpu.reads(x, dtype, branch, norm.weight, bias):
-                return cpu.normalise(x, branch, norm.weight, bias, norm.eps, centred, dtype)
+                return residual_normalise(x, branch, weight, bias, norm.eps, dtype, centred)
+            if branch is not None and cpu.reads(x, dtype, branch, weight, bias):
+                return cpu.normalise(x, branch, weight, bias, norm.eps, centred, dtype)
     x = x if branch is None else x + branch
     return x, norm(x)

@@ -167,7 +167,7 @@ def backward(
         run, shape = found
         sums = empty(shape, torch.float32, x.device)
         run(x, g, taps, sums)
-        dweight, dbias = column_sums(sums).split([k * c * j, k * c])
+        dweight, dbias = column_sums(sums).split_with_sizes([k * c * j, k * c])
         return dx, dweight.view(k, c, j), dbias.new_empty(0) if bias is None else dbias.view(k, c)
 
 

@@ -1,5 +1,7 @@
 """The gate, where PyTorch takes several passes through memory."""
 
+import functools
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,10 +41,16 @@ def silu_gate(x: Tensor, z: Tensor, scale: float = 1.0, *, backend: str | None =
     if chosen == "triton" and runs_eagerly(x) and x.shape == z.shape and x.dtype == z.dtype:
         if torch.is_grad_enabled():
             return _Gate.apply(x, z, scale)
-        from backbones.ops.fused.gate import triton
-
-        return triton.forward(x, z, scale)
+        return _triton().forward(x, z, scale)
     return naive.forward(x, z, scale)
+
+
+@functools.cache
+def _triton() -> ModuleType:
+    """The kernels, imported when first used, because Triton takes long."""
+    from backbones.ops.fused.gate import triton
+
+    return triton
 
 
 class _Gate(torch.autograd.Function):
@@ -50,15 +58,11 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor, scale: float) -> Tensor:
-        from backbones.ops.fused.gate import triton
-
         ctx.save_for_backward(x, z)
         ctx.scale = scale
-        return triton.forward(x, z, scale)
+        return _triton().forward(x, z, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from backbones.ops.fused.gate import triton
-
         x, z = ctx.saved_tensors
-        return *first_order("silu_gate", triton.backward(grad, x, z, ctx.scale), (grad, x, z)), None
+        return *first_order("silu_gate", _triton().backward(grad, x, z, ctx.scale), (grad, x, z)), None

@@ -1,5 +1,7 @@
 """LayerNorm, and RMSNorm: PyTorch's own is slow on narrow rows, and takes several passes through memory."""
 
+import functools
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -76,10 +78,16 @@ def residual_normalise(
     """
     if torch.is_grad_enabled():
         return _Normalise.apply(x, branch, weight, bias, eps, dtype, centred)
+    branch = None if branch is None else branch.contiguous()
+    return _triton().forward(x.contiguous(), branch, weight, bias, eps, dtype, centred, False)[:2]
+
+
+@functools.cache
+def _triton() -> ModuleType:
+    """The kernels, imported when first used, because Triton takes long."""
     from backbones.ops.fused.layer_norm import triton
 
-    branch = None if branch is None else branch.contiguous()
-    return triton.forward(x.contiguous(), branch, weight, bias, eps, dtype, centred)[:2]
+    return triton
 
 
 class _Normalise(torch.autograd.Function):
@@ -90,11 +98,9 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
         dtype: torch.dtype, centred: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        from backbones.ops.fused.layer_norm import triton
-
         rows = x.contiguous()
         branch = None if branch is None else branch.contiguous()
-        total, y, statistics = triton.forward(rows, branch, weight, bias, eps, dtype, centred)
+        total, y, statistics = _triton().forward(rows, branch, weight, bias, eps, dtype, centred, True)
         ctx.save_for_backward(total, weight, statistics)
         ctx.set_materialize_grads(False)
         ctx.centred, ctx.has_bias, ctx.branch = centred, bias is not None, None if branch is None else branch.dtype
@@ -102,14 +108,12 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, stream: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        from backbones.ops.fused.layer_norm import triton
-
         if grad is None:  # nobody reads y
             dbranch = None if stream is None or ctx.branch is None else stream.to(ctx.branch)
             return stream, dbranch, None, None, None, None, None
         total, weight, statistics = ctx.saved_tensors
         stream = None if stream is None else stream.contiguous()
-        results = triton.backward(grad.contiguous(), stream, total, weight, statistics, ctx.centred, ctx.branch)
+        results = _triton().backward(grad.contiguous(), stream, total, weight, statistics, ctx.centred, ctx.branch)
         name = "layer_norm" if ctx.centred else "rms_norm"
         dx, dbranch, sums = first_order(name, results, (grad, stream, total, weight))
         dbranch = None if ctx.branch is None else dbranch

@@ -21,6 +21,7 @@ from backbones.ops.triton_host import (
     check_device,
     device_of,
     empty,
+    empty_like,
     multiprocessors,
     next_power_of_2,
     remember,
@@ -31,11 +32,11 @@ from backbones.ops.triton_host import (
 def layer_norm_kernel(
     x, branch, weight, bias, total, y, statistics, rows, c, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, CENTRED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CENTRED: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """y (rows, c) = (x - mean) rstd weight + bias, with mean 0 unless CENTRED; one program for ROWS rows.
 
-    HAS_BRANCH normalises total = x + branch instead, which it writes too.
+    HAS_BRANCH normalises total = x + branch instead, which it writes too. SAVE writes mean and rstd as ``statistics``.
     """
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cs = tl.arange(0, BLOCK)[None, :]
@@ -55,8 +56,9 @@ def layer_norm_kernel(
     if HAS_BIAS:
         value += tl.load(bias + cs, mask=cs < c, other=0.0).to(tl.float32)
     tl.store(y + r[:, None] * c + cs, value.to(y.dtype.element_ty), mask=mask)
-    tl.store(statistics + r, m, mask=r < rows)
-    tl.store(statistics + rows + r, s, mask=r < rows)
+    if SAVE:
+        tl.store(statistics + r, m, mask=r < rows)
+        tl.store(statistics + rows + r, s, mask=r < rows)
 
 
 @triton.jit
@@ -107,21 +109,21 @@ _backward_launches: dict[tuple, tuple[Launch, tuple[int, int]]] = {}
 
 def forward(
     x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype,
-    centred: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(x + branch in the dtype of x, y in ``dtype``, statistics): the means and reciprocal deviations of all rows of
-    x + branch (..., c), as (2, rows).
+    centred: bool, save: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(x + branch in the dtype of x, y in ``dtype``, statistics): with ``save`` the means and reciprocal deviations of
+    all rows of x + branch (..., c), as (2, rows).
 
     x is contiguous, and branch, which may be None; weight and bias are (c) or None. Unless ``centred``, the means are
     taken to be 0: RMSNorm.
     """
     check_device("x", x)
     with device_of(x):
-        total = x if branch is None else empty(x.shape, x.dtype, x.device)
-        y = empty(x.shape, dtype, x.device)
+        total = x if branch is None else empty_like(x, x.dtype)
+        y = empty_like(x, dtype)
         key = (
             x.shape, x.dtype, None if branch is None else branch.dtype, None if weight is None else weight.dtype,
-            None if bias is None else bias.dtype, eps, dtype, centred,
+            None if bias is None else bias.dtype, eps, dtype, centred, save,
         )  # fmt: skip
         found = _launches.get(key)
         if found is None:
@@ -131,11 +133,11 @@ def forward(
             made = Launch(
                 layer_norm_kernel, (cdiv(rows, tile),), (rows, c, eps), warps, ROWS=tile, BLOCK=block,
                 HAS_BRANCH=branch is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-                CENTRED=centred,
+                CENTRED=centred, SAVE=save,
             )  # fmt: skip
             found = remember(_launches, key, (made, rows))
         run, rows = found
-        statistics = empty((2, rows), torch.float32, x.device)
+        statistics = empty((2, rows), torch.float32, x.device) if save else None
         run(x, branch, weight, bias, total, y, statistics)
     return total, y, statistics
 
@@ -168,8 +170,8 @@ def backward(
             )  # fmt: skip
             found = remember(_backward_launches, key, (made, (programs, 0 if weight is None else 2 * c)))
         run, shape = found
-        dx = empty(x.shape, x.dtype, x.device)
-        dbranch = empty(x.shape, branch, x.device) if other else dx
+        dx = empty_like(x, x.dtype)
+        dbranch = empty_like(x, branch) if other else dx
         sums = empty(shape, torch.float32, x.device)
         run(grad, stream, x, weight, statistics, dx, dbranch, sums)
         return dx, dbranch, (sums[:2] if weight is None else column_sums(sums).view(2, -1))

@@ -247,17 +247,20 @@ class _Scan:
         """
         ends = empty((self.b * self.k, segments, self.n, self.c), torch.float32, self.device)
         totals = empty((self.b * self.k, segments, self.c), torch.float32, self.device)
-        blocks = cdiv(self.c, config.BLOCK_C)
-        launch(
-            segment_ends_kernel, (self.b * self.k * segments * blocks,),
-            (x, delta, A, V, orders, bias, ends, totals),
-            (
-                *_strides(x), *self.strides[1], *_strides(V),
-                self.steps, self.k, self.c, self.n, segment, segments,
-            ),
-            config.num_warps, N=config.N, BLOCK_C=config.BLOCK_C, U=_SEGMENT_U, ADJOINT=adjoint,
-            X_BY_STEP=adjoint and self.out == "per_step", **self.flags,
-        )  # fmt: skip
+        key = ("ends", adjoint, x.dtype, x.stride())
+        run = self.launches.get(key)
+        if run is None:
+            blocks = cdiv(self.c, config.BLOCK_C)
+            self.launches[key] = run = Launch(
+                segment_ends_kernel, (self.b * self.k * segments * blocks,),
+                (
+                    *_strides(x), *self.strides[1], *_strides(V),
+                    self.steps, self.k, self.c, self.n, segment, segments,
+                ),
+                config.num_warps, N=config.N, BLOCK_C=config.BLOCK_C, U=_SEGMENT_U, ADJOINT=adjoint,
+                X_BY_STEP=adjoint and self.out == "per_step", **self.flags,
+            )  # fmt: skip
+        run(x, delta, A, V, orders, bias, ends, totals)
         if segments <= _CARRIED:
             return ends, totals
         grid = (self.b * self.k * cdiv(self.n * self.c, 64),)
