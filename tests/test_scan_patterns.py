@@ -389,6 +389,17 @@ def test_visits(pattern: ScanPattern, size: tuple[int, int]) -> None:
     assert found.covers is all(together[p] >= 1 for p in tokens)
 
 
+@pytest.mark.parametrize("size", [(4, 4), (5, 7)])
+def test_tables_are_orders_visits_and_padding(size: tuple[int, int]) -> None:
+    cells = size[0] * size[1]
+    orders, visits, padded = ATROUS.tables(*size, torch.device("cpu"))
+    assert torch.equal(orders, ATROUS.orders(*size, pad_index=cells))
+    assert visits == ATROUS.visits(*size) and padded is ATROUS.padded(*size)
+    assert ATROUS.tables(*size, torch.device("cpu"))[0] is orders
+    with FakeTensorMode():
+        assert isinstance(ATROUS.tables(*size, torch.device("cpu"))[0], FakeTensor)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
 def test_visits_are_found_while_others_trace() -> None:
     expected = ATROUS.visits(5, 7)

@@ -87,11 +87,11 @@ def scan_grid(ssm: SelectiveSSM, x: Tensor, scan: Scan, out: str = "sum") -> Ten
     """
     height, width = x.shape[1:3]
     cells, pattern = height * width, scan.pattern
-    padded, window = pattern.padded(height, width), scan.window(height * width)
+    window = scan.window(cells)
+    orders, visits, padded = pattern.tables(height, width, x.device)
     tokens = x.flatten(1, 2)
     if padded:
         tokens = F.pad(tokens, (0, 0) * (tokens.dim() - 2) + (0, 1))
-    orders = pattern.orders(height, width, x.device, pad_index=cells)
     # A GPU gains nothing: what matters there is the number of launches, of which gathering makes more.
     gathers = not x.is_cuda and x.dim() == 4 and out == "sum" and pattern.num_orders > 1
     if gathers and pattern.shares_cells(height, width):
@@ -100,7 +100,7 @@ def scan_grid(ssm: SelectiveSSM, x: Tensor, scan: Scan, out: str = "sum") -> Ten
         steps = ssm(steps, None, "per_step", window).flatten(1, 2)
         y = steps.new_empty(tokens.shape).index_copy_(1, visited, steps)
     else:
-        y = ssm(tokens, orders, out, window, pattern.visits(height, width))
+        y = ssm(tokens, orders, out, window, visits)
     return (y[:, :cells] if padded else y).unflatten(1, (height, width))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backbones.ops.scan.visits import Visits
 from backbones.ops.tracing import has_static_value, is_exporting, is_traced, register_fake, statically_true, untraced
-from backbones.patterns.known import known_fact, known_tables
+from backbones.patterns.known import CACHE, known_fact, known_tables
 
 OrderFn = Callable[[Tensor], Tensor]
 _CPU = torch.device("cpu")
@@ -88,6 +88,21 @@ class ScanPattern:
     @torch.compiler.assume_constant_result
     def _visits(self, height: int, width: int) -> tuple[bool, ...]:
         return _visits(self, height, width)
+
+    def tables(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Visits | None, bool]:
+        """``orders(height, width, device, pad_index=height * width)``, `visits` and `padded`, by one look into the
+        cache.
+
+        Raises:
+            ValueError: as `orders` does.
+        """
+        if type(height) is int and type(width) is int and not is_traced():
+            return CACHE.get((ScanPattern, self, height, width, device), lambda: self._tables(height, width, device))
+        return self._tables(height, width, device)
+
+    def _tables(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Visits | None, bool]:
+        orders = self.orders(height, width, device, pad_index=height * width)
+        return orders, self.visits(height, width), self.padded(height, width)
 
     def visits_each_cell_once(self, height: int, width: int) -> bool | None:
         """Whether every order visits every cell once, padded slots aside; None: not known yet, see `visits`."""
