@@ -1,6 +1,8 @@
 """Rows of channels as kernels read them."""
 
-from torch import Tensor
+from torch import Tensor, nn
+
+PLAIN = (Tensor, nn.Parameter)  # subclasses, of quantized or distributed weights, have operators of their own
 
 
 def contiguous_rows(x: Tensor) -> Tensor:

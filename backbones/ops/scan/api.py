@@ -7,9 +7,11 @@ from torch import Tensor
 
 from backbones.ops.derivatives import empty_result
 from backbones.ops.dispatch import choose_for
+from backbones.ops.rows import PLAIN
 from backbones.ops.scan import naive
-from backbones.ops.scan.operator import output_shape, scan_op
+from backbones.ops.scan.operator import output_shape, scan_op, scan_unwatched
 from backbones.ops.scan.visits import Visits
+from backbones.ops.tracing import is_watched, runs_eagerly
 
 _OUTPUTS = ("sum", "per_order", "per_step")
 
@@ -111,7 +113,9 @@ def selective_scan(
     )
     if transformed:
         return _as(naive.forward(*arguments)[0], u.dtype)
-    y, _ = scan_op(*arguments, backend)
+    plain = all([x is None or type(x) in PLAIN for x in floats])
+    unwatched = backend == "triton" and plain and runs_eagerly(u) and not is_watched()
+    y, _ = scan_unwatched(*arguments, backend) if unwatched else scan_op(*arguments, backend)
     return _as(y, u.dtype)
 
 

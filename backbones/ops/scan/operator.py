@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from backbones.ops.derivatives import first_order
 from backbones.ops.scan import cpu, naive, triton
-from backbones.ops.tracing import below_autograd, register_fake
+from backbones.ops.tracing import below_autograd, is_watched, register_fake
 
 _MODULES: dict[str, ModuleType] = {"naive": naive, "cpu": cpu, "triton": triton}
 
@@ -66,7 +66,7 @@ def _forward(*args):  # type: ignore[no-untyped-def]
 
 
 @torch.library.impl(_library, "selective_scan_backward", "CompositeExplicitAutograd")
-def _(*args):  # type: ignore[no-untyped-def]
+def _backward(*args):  # type: ignore[no-untyped-def]
     return _MODULES[args[-1]].backward(*args[:-1])
 
 
@@ -93,7 +93,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        y, states = below_autograd(scan_op, _forward, keys, *args)
+        y, states = _forward(*args) if keys is None else below_autograd(scan_op, _forward, keys, *args)
         *tensors, ctx.delta_softplus, ctx.out, ctx.local_window, _, ctx.visits, ctx.backend = args
         ctx.save_for_backward(*tensors, states)
         ctx.set_materialize_grads(False)
@@ -109,7 +109,8 @@ class _Scan(torch.autograd.Function):
         if ctx.backend == "naive":
             grads = naive.backward(*args)
         else:
-            grads = first_order("selective_scan", scan_backward_op(*args, ctx.backend), (grad, *tensors[:-1]))
+            run = scan_backward_op if torch.is_grad_enabled() or is_watched() else _backward
+            grads = first_order("selective_scan", run(*args, ctx.backend), (grad, *tensors[:-1]))
         found = dict(zip(_WITH_GRADIENTS, grads, strict=True))
         given = zip(_TENSOR_NAMES, tensors[:-1], strict=True)
         by_tensor = [None if x is None else found.get(name) for name, x in given]
@@ -117,11 +118,17 @@ class _Scan(torch.autograd.Function):
 
 
 def _with_autograd(keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
-    differentiable = torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in args])
-    return _Scan.apply(keys, *args) if differentiable else below_autograd(scan_op, _forward, keys, *args)
+    if torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in args]):
+        return _Scan.apply(keys, *args)
+    return _forward(*args) if keys is None else below_autograd(scan_op, _forward, keys, *args)
 
 
 _library.impl("selective_scan", _with_autograd, "Autograd", with_keyset=True)
+
+
+def scan_unwatched(*args: Any) -> tuple[Tensor, Tensor]:
+    """``scan_op`` where nobody looks on: without the dispatcher, which takes the host as long as two launches."""
+    return _with_autograd(None, *args)
 
 
 def _forward_flops(u, delta, A, B, C, D, orders, delta_bias, dt_weight, *args, **kwargs) -> int:  # type: ignore

@@ -1,16 +1,17 @@
 """The selective scan of u together with the projections of u that give it step sizes, B and C."""
 
+import functools
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from backbones.ops.derivatives import first_order
 from backbones.ops.dispatch import choose_for
+from backbones.ops.rows import PLAIN
 from backbones.ops.scan.visits import Visits
 from backbones.ops.tracing import is_watched, runs_eagerly
-
-_PLAIN = (Tensor, nn.Parameter)  # subclasses, of quantized or distributed weights, have products of their own
 
 
 def has_projected_scan(
@@ -25,7 +26,7 @@ def has_projected_scan(
         return False
     if orders is not None and (visits is None or visits.repeats):
         return False
-    if any([type(x) not in _PLAIN for x in (u, *weights)]):
+    if any([type(x) not in PLAIN for x in (u, *weights)]):
         return False
     dtype = u.dtype
     if weights[0].dtype != dtype or weights[1].dtype != dtype:
@@ -71,9 +72,15 @@ def projected_scan(
     x_weight, dt_weight, bias, A_log, D = (x.contiguous() for x in (x_weight, dt_weight, bias, A_log, D))
     if torch.is_grad_enabled():
         return _ProjectedScan.apply(u, x_weight, dt_weight, bias, A_log, D, orders, out, visits)
+    return _triton().forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, 0, visits, False)[0]
+
+
+@functools.cache
+def _triton() -> ModuleType:
+    """The kernels, imported when first used, because Triton takes long."""
     from backbones.ops.scan.triton import projected
 
-    return projected.forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, 0, visits, False)[0]
+    return projected
 
 
 class _ProjectedScan(torch.autograd.Function):
@@ -82,9 +89,7 @@ class _ProjectedScan(torch.autograd.Function):
         ctx: Any, u: Tensor, x_weight: Tensor, dt_weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor,
         orders: Tensor | None, out: str, visits: Visits | None,
     ) -> Tensor:  # fmt: skip
-        from backbones.ops.scan.triton import projected
-
-        y, saved = projected.forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, 0, visits, True)
+        y, saved = _triton().forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, 0, visits, True)
         assert saved is not None
         ctx.save_for_backward(
             u, x_weight, dt_weight, bias, D, orders, saved.x, saved.blocks, saved.delta, saved.A, saved.states
@@ -94,8 +99,7 @@ class _ProjectedScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from backbones.ops.scan.triton import projected
-
+        projected = _triton()
         u, x_weight, dt_weight, bias, D, orders, *saved = ctx.saved_tensors
         args = (grad, projected.Saved(*saved), u, x_weight, dt_weight, bias, D, orders, ctx.out, 0, ctx.visits)
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
