@@ -17,7 +17,7 @@ def linear_parts(linear: nn.Module, x: Tensor, sizes: Sequence[int]) -> Sequence
     called: adapters, quantized and parametrised layers, and hooks act as everywhere. GPUs are spared the launches.
     """
     if x.is_cuda or not _is_plain(linear, nn.Linear):
-        return linear(x).split(list(sizes), dim=-1)
+        return linear(x).split_with_sizes(list(sizes), dim=-1)
     assert isinstance(linear, nn.Linear)
     half = autocast_dtype(x)
     x = x if half is None else x.to(half)  # once, not for each of them

@@ -451,7 +451,7 @@ def _as_kernels_read(
 def _split_sums(sums: Tensor, scan: _Scan) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of A (k, c, n), D (k, c) and bias (k, c)."""
     k, c, n = scan.k, scan.c, scan.n
-    dA, dD, dbias = sums.split([k * c * n, k * c, k * c])
+    dA, dD, dbias = sums.split_with_sizes([k * c * n, k * c, k * c])
     return dA.view(k, n, c).transpose(1, 2).contiguous(), dD.view(k, c), dbias.view(k, c)
 
 

@@ -213,10 +213,10 @@ def _product_per_order(grad: Tensor, x: Tensor, b: int) -> Tensor:
     cuBLAS does not split the sums of batched products, which leaves most of a GPU idle: tokens of ``b`` images are
     batches of their own, up to 16 for each order.
     """
-    parts = min(b & -b, _PARTS)  # a power of two
-    batches = [t.unflatten(1, (parts, -1)).flatten(0, 1) for t in (grad, x)]
-    product = torch.bmm(batches[0].transpose(1, 2), batches[1])
-    return product.unflatten(0, (-1, parts)).sum(1)
+    k, m, o = grad.shape
+    i, parts = x.shape[2], min(b & -b, _PARTS)  # a power of two
+    grad, x = (t.reshape(k * parts, m // parts, t.shape[2]) for t in (grad, x))
+    return torch.bmm(grad.transpose(1, 2), x).view(k, parts, o, i).sum(1)
 
 
 def _prepared(dt_weight: Tensor, A_log: Tensor, width: int) -> tuple[Tensor, Tensor]:
