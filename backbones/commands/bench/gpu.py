@@ -76,7 +76,8 @@ def bench_gpu(args: argparse.Namespace, progress: Progress) -> list[dict[str, ob
     progress.advance(task)
     for key, row in rows.items():
         gc.collect()  # models with graphs are cycles
-        _alone(row, Contestant(*key, args.batch, args.size), args.rounds)
+        left = torch.cuda.memory_allocated()  # such as workspaces of cuBLAS, one for each stream that a capture used
+        _alone(row, Contestant(*key, args.batch, args.size), args.rounds, left)
         progress.advance(task)
     return [{column: row[column] for column in COLUMNS} for row in rows.values()]
 
@@ -106,12 +107,12 @@ def _throughput(rows: dict[Key, dict[str, object]], contestants: dict[Key, Conte
             rows[key][f"{column}_img_s"] = 1e3 * len(contestants[key].images) / milliseconds
 
 
-def _alone(row: dict[str, object], contestant: Contestant, rounds: int) -> None:
+def _alone(row: dict[str, object], contestant: Contestant, rounds: int, left: int) -> None:
     """What is measured alone in memory: peaks, the kernels' time, and the throughput of a model with graphs, each of
-    which keeps its activations.
+    which keeps its activations. ``left``: bytes that were allocated before the contestant was made.
     """
     for kind, column in KINDS.items():
-        row[f"peak_{column}_mib"] = _peak(contestant.ready(kind))
+        row[f"peak_{column}_mib"] = (_peak(contestant.ready(kind)) - left) >> 20
     if row["mode"] != "eager":
         key = (str(row["model"]), str(row["mode"]))
         _throughput({key: row}, {key: contestant}, rounds)
@@ -149,9 +150,9 @@ def _kernels(call: Callable[[], object]) -> tuple[int, float]:
 
 
 def _peak(call: Callable[[], object]) -> int:
-    """MiB allocated at most, the model included; the first call counts, as it captures what graphs keep."""
+    """Bytes allocated at most, the model included; the first call counts, as it captures what graphs keep."""
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         call()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() >> 20
+    return torch.cuda.max_memory_allocated()
