@@ -140,6 +140,7 @@ def gpu_launches_table(results: Results) -> str:
         "peak_training_mib": "memory in training [MiB]",
     }
     results.need("model", "mode", *columns)
+    columns = {name: title for name, title in columns.items() if any(row[name] for row in results.rows)}
     modes = {"graphs": "CUDA graphs"}
     rows = [
         [f"`{row['model']}`", modes.get(row["mode"], row["mode"]), *(row[name] for name in columns)]
