@@ -113,9 +113,11 @@ def selective_scan(
     )
     if transformed:
         return _as(naive.forward(*arguments)[0], u.dtype)
-    plain = all([x is None or type(x) in PLAIN for x in floats])
-    unwatched = backend == "triton" and plain and runs_eagerly(u) and not is_watched()
-    y, _ = scan_unwatched(*arguments, backend) if unwatched else scan_op(*arguments, backend)
+    unwatched = backend == "triton" and runs_eagerly(u) and not is_watched()
+    if unwatched and all([x is None or type(x) in PLAIN for x in floats]):
+        y, _ = scan_unwatched(*arguments, backend)
+    else:
+        y, _ = scan_op(*arguments, backend)
     return _as(y, u.dtype)
 
 
