@@ -92,6 +92,17 @@ def register_with_it(self, hooks=None):
 
 Runner.register_default_hooks = register_with_it
 """
+# Tells which of gloo's threads live when Python ends.
+THREADS = """
+import atexit
+from pathlib import Path
+
+def tell():
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    print("gloo's threads at the end:", [name for name in names if "gloo" in name], flush=True)
+
+atexit.register(tell)
+"""
 # Stands for srun: starts two tasks on this machine, which find its name as Slurm tells it.
 SRUN = """
 import os, socket, subprocess, sys
@@ -125,6 +136,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "vim.py").write_text(CLASSIFIER.format(extra="backbones", **vim))
     (path / "dying.py").write_text(CLASSIFIER.format(extra="die", **vit))
     (path / "die.py").write_text(DIE)
+    (path / "telling.py").write_text(CLASSIFIER.format(extra="threads", **vit))
+    (path / "threads.py").write_text(THREADS)
     return path
 
 
@@ -200,6 +213,12 @@ def test_two_processes_equal_one(folder: Path, alone: str) -> None:
     # Training had an effect that is far above the tolerance.
     changes = [(x - weights(folder, "alone", 1)[name]).abs().max() for name, x in weights(folder, "alone").items()]
     assert max(changes) > 1000 * TOLERANCE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the threads of a process")
+def test_gloo_has_ended_before_python(folder: Path) -> None:
+    """A thread that frees a tensor later aborts its process, and with it a run that is done."""
+    assert train(folder, 2, "telling.py", "telling").count("gloo's threads at the end: []") == 2
 
 
 @pytest.mark.slow

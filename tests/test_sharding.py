@@ -58,9 +58,9 @@ visualizer = dict(vis_backends=[dict(type="LocalVisBackend")])
 """
 WORKER = """
 import torch
-import torch.distributed as dist
 from mmengine.config import Config
 from backbones.mm import Runner
+from backbones.mm.app.cli import leave_process_group
 
 def train(name, run, **settings):
     config = Config.fromfile(name + ".py")
@@ -88,7 +88,8 @@ for name, settings in {"accumulated": accumulated, "half": half | accumulated}.i
     if name != "half" or torch.cuda.is_available():
         train("plain", name + "_copies", **settings)
         train("plain", name + "_sharded", **sharded, **settings)
-dist.destroy_process_group()
+del runner
+leave_process_group()
 """
 
 

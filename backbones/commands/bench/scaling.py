@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -97,16 +98,26 @@ class Training:
 
 
 def measure(name: str, mode: str, device_type: str, batch: int, size: int, rounds: int) -> None:
-    """In each process of torchrun; the first prints the median seconds of a step, alone and of all together, and the
-    MiB that the last process, which trains together only, had allocated at most.
-    """
-    rank, last = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]) - 1
+    """In each process of torchrun; the first prints what :func:`_measure` gives."""
+    rank = int(os.environ["LOCAL_RANK"])
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
+    figures = _measure(name, mode, device, batch, size, rounds)
+    if rank == 0:
+        print(json.dumps(figures))
+    gc.collect()  # a thread of gloo that outlives Python aborts the process, and the model's cycles keep it
+    dist.destroy_process_group()
+
+
+def _measure(name: str, mode: str, device: torch.device, batch: int, size: int, rounds: int) -> list[float | None]:
+    """The median seconds of a step, alone (in the first process) and of all together, and the MiB that the last
+    process, which trains together only, had allocated at most.
+    """
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
     together = Training(name, mode, device, batch, size).spread(mode).ready()
     alone = Training(name, mode, device, batch, size).ready() if rank == 0 else None
     times: dict[str, list[float]] = {"alone": [], "together": []}
@@ -119,9 +130,7 @@ def measure(name: str, mode: str, device_type: str, batch: int, size: int, round
     peak = torch.cuda.max_memory_allocated() >> 20 if device.type == "cuda" else None
     peaks: list[int | None] = [None] * (last + 1)
     dist.all_gather_object(peaks, peak)
-    if rank == 0:
-        print(json.dumps([*(statistics.median(values[1:]) for values in times.values()), peaks[last]]))
-    dist.destroy_process_group()
+    return [*(statistics.median(values[1:]) if values else None for values in times.values()), peaks[last]]
 
 
 if __name__ == "__main__":

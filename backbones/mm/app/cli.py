@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from argparse import ArgumentParser, Namespace
@@ -93,6 +94,16 @@ def read_config(
     return config
 
 
+def leave_process_group() -> None:
+    """Leave the other processes, and wait for the threads that talked to them.
+
+    A thread of gloo that still frees a tensor when Python ends aborts the process. They end with the last reference to
+    the group, and a model and its run, which hold some, refer to themselves.
+    """
+    gc.collect()
+    dist.destroy_process_group()
+
+
 def run_tool(prog: str, run: Callable[[Namespace], None], args: Namespace) -> int:
     """Call ``run``; returns the exit status: 2 with one line on stderr for an error of the user's, 130 for Ctrl-C.
 
@@ -102,8 +113,7 @@ def run_tool(prog: str, run: Callable[[Namespace], None], args: Namespace) -> in
     try:
         run(args)
         if dist.is_initialized():
-            # Gloo's threads would abort a process that ends without this.
-            dist.destroy_process_group()
+            leave_process_group()
     except (UserError, CheckpointError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
