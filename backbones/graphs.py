@@ -21,12 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from backbones.ops.tracing import captured, copies, tree_map
+from backbones.ops.tracing import all_modules, captured, copies, has_hooks, tree_map
 
 _MOST_GRAPHS = 4  # training and inference, each with two sets of trained parameters; every graph keeps its activations
 _WARMUP = 3  # passes before a capture: they compile kernels and let cuDNN choose
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _logger = logging.getLogger(__name__)
 
@@ -128,19 +126,23 @@ class _ReplayedForward:
             return "the image requires a gradient"
         if torch.cuda.is_current_stream_capturing() or torch.compiler.is_compiling():
             return "it is captured or compiled as a part of something else"
-        for name, module in self.model.named_modules():
-            if name and any(getattr(module, hooks) for hooks in _HOOKS):
+        may_checkpoint = self.model.training and torch.is_grad_enabled()
+        for module in all_modules(self.model):
+            if has_hooks(module) and module is not self.model:
+                name = next(name for name, found in self.model.named_modules() if found is module)
                 return f"{name} has hooks, which a graph would not call"
-            if self.model.training and torch.is_grad_enabled() and getattr(module, "grad_checkpointing", False):
+            if may_checkpoint and _checkpoints(module):
                 return "gradient checkpointing is on"
         return None
 
     def _key(self, image: Tensor) -> tuple:
-        parameters = list(self.model.parameters())
-        trained = tuple(x.requires_grad for x in parameters) if torch.is_grad_enabled() else ()
+        modules = all_modules(self.model)
+        parameters = [x for module in modules for x in module._parameters.values() if x is not None]
+        buffers = [x for module in modules for x in module._buffers.values() if x is not None]
+        trained = tuple([x.requires_grad for x in parameters]) if torch.is_grad_enabled() else ()
         amp = self.amp or (torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None)
-        modes = tuple(module.training for module in self.model.modules())
-        places = tuple(x.data_ptr() for x in parameters) + tuple(x.data_ptr() for x in self.model.buffers())
+        modes = tuple([module.training for module in modules])
+        places = tuple([x.data_ptr() for x in (*parameters, *buffers)])
         return image.device, amp, torch.are_deterministic_algorithms_enabled(), modes, trained, places
 
 
@@ -211,6 +213,12 @@ class _Fresh(torch.autograd.Function):
                 "mode between a forward pass and its backward pass"
             )
         return grad, None, None
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    # Asking a module for what it lacks takes longer than all else that is asked of it.
+    known = "grad_checkpointing" in vars(module) or hasattr(type(module), "grad_checkpointing")
+    return known and bool(module.grad_checkpointing)
 
 
 def _own_gradients(parameters: list[nn.Parameter]) -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "casts",
     "copies",
     "current_gpu",
+    "has_hooks",
     "has_static_value",
     "identity",
     "is_exporting",
@@ -178,10 +179,16 @@ def is_exporting() -> bool:
     return getattr(torch.compiler, "is_exporting", lambda: True)()
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether ``module`` has hooks of its own that would see a call of it."""
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether hooks would see a call of ``module``."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(hooks) or _has_any_global_hook()
+    return has_hooks(module) or _has_any_global_hook()
 
 
 def identity(x: Tensor) -> tuple[Any, ...]:
