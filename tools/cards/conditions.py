@@ -75,9 +75,11 @@ def _sentences(file: Results) -> str:
     facts = file.facts
     if not facts:
         return " ".join(line if line.endswith(".") else f"{line}." for line in file.comments)
-    threads = facts["threads"]
-    cpu = f"{facts['cpu']} ({facts['instruction set']}, {threads} thread{'s' * (threads != '1')})"
-    machine = f"{facts['gpu']} beside an {cpu}" if "gpu" in facts else cpu
+    threads = f"{facts['threads']} thread{'s' * (facts['threads'] != '1')}"
+    if "gpu" in facts:  # for which the `cpu` kernels' instructions do not matter
+        machine = f"{facts['gpu']} beside an {facts['cpu']} ({threads})"
+    else:
+        machine = f"{facts['cpu']} ({facts['instruction set']}, {threads})"
     version = f"ssm-backbones {facts['backbones']} at commit {facts['commit']}"
     said = [f"{machine}, {facts['dtype']}, torch {facts['torch']}, {version}"]
     if "rounds" in file.arguments:
