@@ -28,9 +28,9 @@ from triton.compiler import ASTSource
 
 from backbones.ops.depthwise import triton as depthwise
 from backbones.ops.scan.triton.common import carry_kernel, segment_ends_kernel, sum_orders_kernel
+from backbones.ops.scan.triton.config import Config, backward_config, backward_window_config, forward_config
 from backbones.ops.scan.triton.kernels_backward import backward_kernel
 from backbones.ops.scan.triton.kernels_forward import forward_kernel
-from backbones.ops.scan.triton.launch import Config, backward_config, backward_window_config, forward_config
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
 KERNELS = {
