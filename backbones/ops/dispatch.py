@@ -6,9 +6,12 @@ runs on the tensors' device is used. Where that is plain PyTorch for want of a b
 once.
 """
 
+import functools
+import importlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -118,6 +121,12 @@ def choose_for(operator: str, backend: str | None, *tensors: Tensor | None) -> t
             )
         chosen = known.otherwise
     return chosen, True
+
+
+@functools.cache
+def kernels(name: str) -> ModuleType:
+    """The module ``backbones.ops.<name>`` of Triton kernels, imported when first used, because Triton takes long."""
+    return importlib.import_module(f"backbones.ops.{name}")
 
 
 @torch.compiler.assume_constant_result

@@ -1,17 +1,17 @@
 """The selective scan of u together with the projections of u that give it step sizes, B and C."""
 
-import functools
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from backbones.ops.derivatives import first_order
-from backbones.ops.dispatch import choose_for
+from backbones.ops.dispatch import choose_for, kernels
 from backbones.ops.rows import PLAIN
 from backbones.ops.scan.visits import Visits
 from backbones.ops.tracing import is_watched, runs_eagerly
+
+_TRITON = "scan.triton.projected"
 
 
 def has_projected_scan(
@@ -72,15 +72,7 @@ def projected_scan(
     x_weight, dt_weight, bias, A_log, D = (x.contiguous() for x in (x_weight, dt_weight, bias, A_log, D))
     if torch.is_grad_enabled():
         return _ProjectedScan.apply(u, x_weight, dt_weight, bias, A_log, D, orders, out, visits)
-    return _triton().forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, 0, visits, False)[0]
-
-
-@functools.cache
-def _triton() -> ModuleType:
-    """The kernels, imported when first used, because Triton takes long."""
-    from backbones.ops.scan.triton import projected
-
-    return projected
+    return kernels(_TRITON).forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, 0, visits, False)[0]
 
 
 class _ProjectedScan(torch.autograd.Function):
@@ -89,7 +81,7 @@ class _ProjectedScan(torch.autograd.Function):
         ctx: Any, u: Tensor, x_weight: Tensor, dt_weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor,
         orders: Tensor | None, out: str, visits: Visits | None,
     ) -> Tensor:  # fmt: skip
-        y, saved = _triton().forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, 0, visits, True)
+        y, saved = kernels(_TRITON).forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, 0, visits, True)
         assert saved is not None
         ctx.save_for_backward(
             u, x_weight, dt_weight, bias, D, orders, saved.x, saved.blocks, saved.delta, saved.A, saved.states
@@ -99,7 +91,7 @@ class _ProjectedScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        projected = _triton()
+        projected = kernels(_TRITON)
         u, x_weight, dt_weight, bias, D, orders, *saved = ctx.saved_tensors
         args = (grad, projected.Saved(*saved), u, x_weight, dt_weight, bias, D, orders, ctx.out, 0, ctx.visits)
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):

@@ -1,17 +1,17 @@
 """The gate, where PyTorch takes several passes through memory."""
 
-import functools
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from backbones.ops.derivatives import first_order
-from backbones.ops.dispatch import choose_for
+from backbones.ops.dispatch import choose_for, kernels
 from backbones.ops.fused.gate import cpu, naive
 from backbones.ops.fused.registration import reads, register
 from backbones.ops.tracing import runs_eagerly
+
+_TRITON = "fused.gate.triton"
 
 gate_op = register("gate", "z", "scale", cpu)
 
@@ -41,16 +41,8 @@ def silu_gate(x: Tensor, z: Tensor, scale: float = 1.0, *, backend: str | None =
     if chosen == "triton" and runs_eagerly(x) and x.shape == z.shape and x.dtype == z.dtype:
         if torch.is_grad_enabled():
             return _Gate.apply(x, z, scale)
-        return _triton().forward(x, z, scale)
+        return kernels(_TRITON).forward(x, z, scale)
     return naive.forward(x, z, scale)
-
-
-@functools.cache
-def _triton() -> ModuleType:
-    """The kernels, imported when first used, because Triton takes long."""
-    from backbones.ops.fused.gate import triton
-
-    return triton
 
 
 class _Gate(torch.autograd.Function):
@@ -60,9 +52,9 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, z: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(x, z)
         ctx.scale = scale
-        return _triton().forward(x, z, scale)
+        return kernels(_TRITON).forward(x, z, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, z = ctx.saved_tensors
-        return *first_order("silu_gate", _triton().backward(grad, x, z, ctx.scale), (grad, x, z)), None
+        return *first_order("silu_gate", kernels(_TRITON).backward(grad, x, z, ctx.scale), (grad, x, z)), None

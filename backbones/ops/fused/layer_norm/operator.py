@@ -1,16 +1,16 @@
 """LayerNorm, and RMSNorm: PyTorch's own is slow on narrow rows, and takes several passes through memory."""
 
-import functools
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from backbones.ops.derivatives import first_order
-from backbones.ops.dispatch import choose_for
+from backbones.ops.dispatch import choose_for, kernels
 from backbones.ops.fused.layer_norm import cpu, naive
 from backbones.ops.tracing import runs_eagerly
+
+_TRITON = "fused.layer_norm.triton"
 
 
 def layer_norm(
@@ -79,15 +79,7 @@ def residual_normalise(
     if torch.is_grad_enabled():
         return _Normalise.apply(x, branch, weight, bias, eps, dtype, centred)
     branch = None if branch is None else branch.contiguous()
-    return _triton().forward(x.contiguous(), branch, weight, bias, eps, dtype, centred, False)[:2]
-
-
-@functools.cache
-def _triton() -> ModuleType:
-    """The kernels, imported when first used, because Triton takes long."""
-    from backbones.ops.fused.layer_norm import triton
-
-    return triton
+    return kernels(_TRITON).forward(x.contiguous(), branch, weight, bias, eps, dtype, centred, False)[:2]
 
 
 class _Normalise(torch.autograd.Function):
@@ -100,7 +92,7 @@ class _Normalise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         rows = x.contiguous()
         branch = None if branch is None else branch.contiguous()
-        total, y, statistics = _triton().forward(rows, branch, weight, bias, eps, dtype, centred, True)
+        total, y, statistics = kernels(_TRITON).forward(rows, branch, weight, bias, eps, dtype, centred, True)
         ctx.save_for_backward(total, weight, statistics)
         ctx.set_materialize_grads(False)
         ctx.centred, ctx.has_bias, ctx.branch = centred, bias is not None, None if branch is None else branch.dtype
@@ -113,7 +105,8 @@ class _Normalise(torch.autograd.Function):
             return stream, dbranch, None, None, None, None, None
         total, weight, statistics = ctx.saved_tensors
         stream = None if stream is None else stream.contiguous()
-        results = _triton().backward(grad.contiguous(), stream, total, weight, statistics, ctx.centred, ctx.branch)
+        grad = grad.contiguous()
+        results = kernels(_TRITON).backward(grad, stream, total, weight, statistics, ctx.centred, ctx.branch)
         name = "layer_norm" if ctx.centred else "rms_norm"
         dx, dbranch, sums = first_order(name, results, (grad, stream, total, weight))
         dbranch = None if ctx.branch is None else dbranch
