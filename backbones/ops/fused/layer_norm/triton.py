@@ -21,7 +21,6 @@ from backbones.ops.triton_host import (
     check_device,
     device_of,
     empty,
-    empty_like,
     multiprocessors,
     next_power_of_2,
     remember,
@@ -119,8 +118,8 @@ def forward(
     """
     check_device("x", x)
     with device_of(x):
-        total = x if branch is None else empty_like(x, x.dtype)
-        y = empty_like(x, dtype)
+        total = x if branch is None else torch.empty_like(x)
+        y = torch.empty_like(x, dtype=dtype)
         key = (
             x.shape, x.dtype, None if branch is None else branch.dtype, None if weight is None else weight.dtype,
             None if bias is None else bias.dtype, eps, dtype, centred, save,
@@ -170,8 +169,8 @@ def backward(
             )  # fmt: skip
             found = remember(_backward_launches, key, (made, (programs, 0 if weight is None else 2 * c)))
         run, shape = found
-        dx = empty_like(x, x.dtype)
-        dbranch = empty_like(x, branch) if other else dx
+        dx = torch.empty_like(x)
+        dbranch = torch.empty_like(x, dtype=branch) if other else dx
         sums = empty(shape, torch.float32, x.device)
         run(grad, stream, x, weight, statistics, dx, dbranch, sums)
         return dx, dbranch, (sums[:2] if weight is None else column_sums(sums).view(2, -1))
