@@ -75,9 +75,7 @@ def bench_gpu(args: argparse.Namespace, progress: Progress) -> list[dict[str, ob
     _throughput(eager, {key: Contestant(*key, args.batch, args.size) for key in eager}, args.rounds)
     progress.advance(task)
     for key, row in rows.items():
-        gc.collect()  # models with graphs are cycles
-        left = torch.cuda.memory_allocated()  # such as workspaces of cuBLAS, one for each stream that a capture used
-        _alone(row, Contestant(*key, args.batch, args.size), args.rounds, left)
+        _alone(key, row, args.batch, args.size, args.rounds)
         progress.advance(task)
     return [{column: row[column] for column in COLUMNS} for row in rows.values()]
 
@@ -107,14 +105,16 @@ def _throughput(rows: dict[Key, dict[str, object]], contestants: dict[Key, Conte
             rows[key][f"{column}_img_s"] = 1e3 * len(contestants[key].images) / milliseconds
 
 
-def _alone(row: dict[str, object], contestant: Contestant, rounds: int, left: int) -> None:
+def _alone(key: Key, row: dict[str, object], batch: int, size: int, rounds: int) -> None:
     """What is measured alone in memory: peaks, the kernels' time, and the throughput of a model with graphs, each of
-    which keeps its activations. ``left``: bytes that were allocated before the contestant was made.
+    which keeps its activations.
     """
+    gc.collect()  # models with graphs are cycles
+    left = torch.cuda.memory_allocated()  # such as workspaces of cuBLAS, one for each stream that a capture used
+    contestant = Contestant(*key, batch, size)
     for kind, column in KINDS.items():
         row[f"peak_{column}_mib"] = (_peak(contestant.ready(kind)) - left) >> 20
-    if row["mode"] != "eager":
-        key = (str(row["model"]), str(row["mode"]))
+    if key[1] != "eager":
         _throughput({key: row}, {key: contestant}, rounds)
     row["gpu_training_ms"] = _kernels(contestant.ready("train"))[1]
 
