@@ -72,7 +72,7 @@ def _speed() -> dict[str, str]:
     tables = {
         "cpu": (benchmarks.cpu_table(cpu), [cpu]),
         "cpu-models": (benchmarks.cpu_model_table(cpu_models), [cpu_models]),
-        "cpu-half": (benchmarks.cpu_half_table(cpu_half), [cpu_half]),
+        "cpu-half": (benchmarks.cpu_model_table(cpu_half), [cpu_half]),
         "cpu-long": (benchmarks.cpu_model_table(cpu_long), [cpu_long]),
         "gpu-scan": (benchmarks.gpu_scan_table(scans), scans),
         "gpu-convolution": (benchmarks.gpu_convolution_table(convolution), [convolution]),
