@@ -113,7 +113,7 @@ class MultiScaleSS2D(Opaque, nn.Module):
         """Normalises every step, and adds those of one cell by gathering: scattering is not deterministic."""
         height, width = x.shape[1:3]
         pattern, window = self.scan.pattern, self.scan.window(height * width)
-        order, visits = pattern.orders(height, width, x.device), pattern.visits(height, width)
+        order, visits, _ = pattern.tables(height, width, x.device)
         y = self.ssm_low(x.flatten(1, 2), order, "per_step", window, visits)
         y = self.out_norm(y.squeeze(2)).unflatten(1, (self.walks, height * width))
         steps = order.view(self.walks, height * width).argsort(1)
