@@ -1,5 +1,8 @@
 """Facts about a table of orders that the kernels need, computed once per table."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -7,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from backbones.ops.scan.visits import Visits
 from backbones.ops.tracing import identity
 
-_known: dict[tuple, tuple[StorageWeakRef, Visits]] = {}
+_known: dict[tuple, tuple[StorageWeakRef, Any]] = {}
 
 
 def order_facts(orders: Tensor | None, length: int, k: int) -> Visits:
@@ -22,25 +25,45 @@ def order_facts(orders: Tensor | None, length: int, k: int) -> Visits:
     """
     if orders is None:
         return Visits(repeats=False, complete=True, disjoint=k == 1, covers=True)
-    key = (*identity(orders), length)
-    if key in _known:
-        reference, facts = _known[key]
-        if not reference.expired():
-            return facts
-    if orders.is_cuda and torch.cuda.is_current_stream_capturing():
-        return Visits(repeats=True, complete=False, disjoint=False, covers=False)
-    for old in [old for old, (reference, _) in list(_known.items()) if reference.expired()]:
-        _known.pop(old, None)
-    facts = Visits.of(orders, length)
-    _known[key] = StorageWeakRef(orders.untyped_storage()), facts
-    return facts
+    if _is_capturing(orders):
+        unknown = Visits(repeats=True, complete=False, disjoint=False, covers=False)
+        return _found((Visits, length), orders, unknown)
+    return _remembered((Visits, length), orders, lambda: Visits.of(orders, length))
+
+
+def _is_capturing(orders: Tensor) -> bool:
+    return orders.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _found(kind: tuple, orders: Tensor, otherwise: Any) -> Any:
+    """What is remembered of a table, or ``otherwise``."""
+    reference, value = _known.get((*kind, *identity(orders)), (None, otherwise))
+    return otherwise if reference is None or reference.expired() else value
+
+
+def _remembered(kind: tuple, orders: Tensor, make: Callable[[], Any]) -> Any:
+    """What is remembered of a table, else what ``make`` gives: for as long as the table's storage lives unmodified."""
+    found = _found(kind, orders, None)
+    if found is None:
+        for old in [old for old, (reference, _) in list(_known.items()) if reference.expired()]:
+            _known.pop(old, None)
+        found = make()
+        _known[(*kind, *identity(orders))] = StorageWeakRef(orders.untyped_storage()), found
+    return found
 
 
 def visits_of(orders: Tensor, length: int, per_order: bool) -> tuple[Tensor, Tensor]:
     """(visits, starts): the visits of token p are ``visits[starts[p] : starts[p + 1]]``, each as step * k + order.
 
-    With ``per_order``, "token p" is p * k + order: every order has its own list.
+    With ``per_order``, "token p" is p * k + order: every order has its own list. Remembered as `order_facts` are.
     """
+    kind = ("visits", length, per_order)
+    if _is_capturing(orders):  # what a capture computes is not there before its graph runs
+        return _found(kind, orders, None) or _sorted_visits(orders, length, per_order)
+    return _remembered(kind, orders, lambda: _sorted_visits(orders, length, per_order))
+
+
+def _sorted_visits(orders: Tensor, length: int, per_order: bool) -> tuple[Tensor, Tensor]:
     k = orders.shape[0]
     tokens = orders.T.long()
     rows = length
