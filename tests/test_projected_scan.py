@@ -18,6 +18,7 @@ ORDERS = {
     "skips, disjoint": [[3, 1], [0, 5]],
     "none": None,
 }
+REPEATS = [[3, 1, 5, 3, 2, 4, 5, 5], [0, 5, 4, 3, 0, 1, 1, 0]]
 
 
 @pytest.mark.skipif(RUNS, reason="the kernels run in this process")
@@ -50,20 +51,32 @@ def given(layer: SelectiveSSM, u: torch.Tensor, dtype: torch.dtype) -> list[torc
 @pytest.mark.parametrize("table", ORDERS.values(), ids=ORDERS.keys())
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 def test_output_and_gradients(shared: bool, table: list | None, deterministic: bool) -> None:
-    c = 70 if table is None else 5  # several blocks of channels
+    check_output_and_gradients(shared, table, "sum", deterministic)
+
+
+@needs_kernels
+@pytest.mark.parametrize("out", ["sum", "per_order", "per_step"])
+def test_tokens_visited_again(out: str) -> None:
+    check_output_and_gradients(True, REPEATS, out, False, c=70)
+    check_output_and_gradients(True, REPEATS, out, True, c=5)
+
+
+def check_output_and_gradients(shared: bool, table: list | None, out: str, deterministic: bool, c: int = 0) -> None:
+    c = c or (70 if table is None else 5)  # several blocks of channels
     layer, u = operands(shared, torch.float32, c)
     orders = None if table is None else torch.tensor(table, dtype=torch.int32)
     u.requires_grad_()
-    expected = layer(u, orders)
+    expected = layer(u, orders, out)
     parameters = layer.x_proj_weight, layer.dt_proj_weight, layer.dt_proj_bias, layer.A_log, layer.D
     grad = torch.randn(expected.shape)
     wanted = (expected, *torch.autograd.grad(expected, (u, *parameters), grad.double()))
 
     tensors = given(layer, u, torch.float32)
-    visits = None if orders is None else Visits.of(orders, 6)
+    options = {"out": out, "visits": None if orders is None else Visits.of(orders, 6)}
+    options["orders"] = None if orders is None else orders.to(DEVICE)
     torch.use_deterministic_algorithms(deterministic)
     try:
-        y = projected.projected_scan(*tensors, orders=None if orders is None else orders.to(DEVICE), visits=visits)
+        y = projected.projected_scan(*tensors, **options)
         found = (y, *torch.autograd.grad(y, tensors, grad.to(DEVICE)))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -71,8 +84,7 @@ def test_output_and_gradients(shared: bool, table: list | None, deterministic: b
         assert a.dtype == like.dtype
         assert error(a, b.detach()) <= OPERATOR["float32"]
     with torch.no_grad():
-        again = projected.projected_scan(*tensors, orders=None if orders is None else orders.to(DEVICE), visits=visits)
-    assert torch.equal(again, y)
+        assert torch.equal(projected.projected_scan(*tensors, **options), y)
 
 
 @needs_kernels

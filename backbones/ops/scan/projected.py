@@ -19,12 +19,12 @@ def has_projected_scan(
 ) -> bool:
     """Whether :func:`projected_scan` serves u and all parameters: on a GPU in eager mode, where nobody looks on.
 
-    Orders visit no token twice. Products and scan have one dtype, which is that of u, of x_weight and dt_weight (the
-    first two of ``weights``), and of autocast; the others are in float32.
+    Orders that visit a token twice read the same u. Products and scan have one dtype, which is that of u, of x_weight
+    and dt_weight (the first two of ``weights``), and of autocast; the others are in float32.
     """
     if not u.is_cuda or not runs_eagerly(u) or is_watched():
         return False
-    if orders is not None and (visits is None or visits.repeats):
+    if orders is not None and (visits is None or (visits.repeats and u.dim() == 4)):
         return False
     if any([type(x) not in PLAIN for x in (u, *weights)]):
         return False

@@ -132,8 +132,9 @@ class _Scan:
 
         ``order_by_order`` stores it as (k, b, rows, width).
         """
+        gathered = self.facts.repeats and not by_step
         by_step |= self.facts.repeats
-        dtype = torch.float32 if self.window > 1 or self.facts.repeats else dtype or self.dtype
+        dtype = torch.float32 if self.window > 1 or gathered else dtype or self.dtype
         merged &= self.merges
         shape = (self.b, self.steps if by_step else self.length, *(() if merged else (self.k,)), width)
         written = by_step or (self.facts.covers if merged else self.facts.complete)
@@ -154,14 +155,15 @@ class _Scan:
             width = buffer.shape[-1]
             visits, starts = visits_of(orders, self.length, per_order=not merged)
             rows = starts.shape[0] - 1
-            y = empty((self.b, rows, width), dtype, self.device)
+            batches = buffer.shape[0]
+            y = empty((batches, rows, width), dtype, self.device)
             block = min(128, next_power_of_2(width))
-            grid = (self.b * rows, cdiv(width, block))
+            grid = (batches * rows, cdiv(width, block))
             launch(
                 gather_visits_kernel, grid, (buffer, visits, starts, y), (self.steps * self.k, rows, width), 1,
                 BLOCK=block,
             )  # fmt: skip
-            return y if merged else y.view(self.b, self.length, self.k, width)
+            return y if merged else y.view(batches, self.length, self.k, width)
         if buffer.dim() == 4 and merged:
             width = buffer.shape[-1]
             y = empty((self.b, self.length, width), dtype, self.device)

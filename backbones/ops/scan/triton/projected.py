@@ -154,6 +154,11 @@ def backward(
             contiguous_rows(grad), tensors, saved.states, order_by_order=u.dim() == 4
         )
         du = scan.collect(du, scan.shared, u.dtype, orders)
+        if scan.facts.repeats:
+            ddelta = scan.collect(ddelta, False, u.dtype, orders)
+            shape = partials.shape
+            partials = scan.collect(partials.flatten(0, 2), False, partials.dtype, orders)
+            partials = partials.view(*shape[:3], *partials.shape[1:])
         dx = torch.empty_like(saved.x)
         if u.dim() == 4:
             ddelta = _per_order(ddelta)
