@@ -242,6 +242,27 @@ def test_layer_equals_conv2d(kernel_size: int, stride: int, silu: bool, monkeypa
     torch.testing.assert_close(dx, torch.autograd.grad(expected.square().sum(), x)[0])
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_gelu_and_residual(residual: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = leaves(2, 35, 1, 5, 9)
+    y = depthwise_conv(x, weight, bias, *window_taps(5, 7, 3), gelu=True, residual=residual, backend=backend)
+    plain = depthwise_conv(x, weight, bias, *window_taps(5, 7, 3), backend=backend)
+    torch.testing.assert_close(y, F.gelu(x.unsqueeze(2) + plain if residual else plain))
+    layer = DepthwiseConv2d(5, gelu=True, residual=residual)
+    layer.load_state_dict({"weight": weight.view(5, 1, 3, 3), "bias": bias.view(5)})
+    torch.testing.assert_close(layer(x.unflatten(1, (5, 7))).flatten(1, 2), y.squeeze(2))
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "no compiler was found")
+    torch.testing.assert_close(layer(x.unflatten(1, (5, 7))).flatten(1, 2), y.squeeze(2))
+
+
+def test_options_that_contradict_are_named() -> None:
+    x, weight, bias = leaves(2, 35, 1, 5, 9)
+    with pytest.raises(ValueError, match="gelu: got True, expected False beside silu"):
+        depthwise_conv(x, weight, bias, *window_taps(5, 7, 3), silu=True, gelu=True)
+    with pytest.raises(ValueError, match="residual: got True with 1 orders and 12 outputs, expected 1 order and 35"):
+        depthwise_conv(x, weight, bias, *window_taps(5, 7, 3, 2), residual=True)
+
+
 def test_autocast_keeps_the_dtype_of_x() -> None:
     x, weight, bias = leaves(2, 20, 1, 8, 9, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):

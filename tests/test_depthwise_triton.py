@@ -29,6 +29,8 @@ class Case:
     outputs: int = 13
     bias: bool = True
     silu: bool = True
+    gelu: bool = False
+    residual: bool = False
 
     def tables(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Every tap reads a token for one output at most, and some read none."""
@@ -44,18 +46,23 @@ class Case:
         return taps.int(), inverse.int()
 
 
-def reference(x, weight, bias, taps, silu):
+def reference(x, weight, bias, taps, case):
     """Row by row, in the dtype of x; a tap of -1 reads the zero row behind the last."""
     padded = F.pad(x, (0, 0, 0, 1))
     y = torch.einsum("bkjmc,kcj->kbmc", padded[:, taps.long()], weight)
     y = y if bias is None else y + bias[:, None, None]
-    return F.silu(y) if silu else y
+    y = x + y if case.residual else y
+    return F.silu(y) if case.silu else F.gelu(y) if case.gelu else y
 
 
 CASES = {
     "two orders": Case(),
     "no bias": replace(Case(), bias=False),
     "no SiLU": replace(Case(), silu=False),
+    "GELU": replace(Case(), silu=False, gelu=True),
+    "residual": Case(k=1, silu=False, residual=True),
+    "residual and GELU": Case(k=1, silu=False, gelu=True, residual=True),
+    "residual and SiLU, no bias": Case(k=1, bias=False, residual=True),
     "one of everything": Case(1, 1, 1, 1, 1, 1),
     "fewer outputs": Case(length=20, outputs=6, k=1, taps=9),
     "more outputs": Case(length=5, outputs=11, k=1, taps=3),
@@ -91,15 +98,16 @@ def check(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, strid
         grad = normal(case.b, case.outputs, case.k, case.c).to(dtype).permute(2, 0, 1, 3)
     weight, bias = normal(case.k, case.c, case.taps), normal(case.k, case.c) if case.bias else None
     exact = [None if t is None else t.detach().double().requires_grad_() for t in (x, weight, bias)]
-    expected = reference(*exact, taps, case.silu)
+    expected = reference(*exact, taps, case)
     wanted = torch.autograd.grad(expected, [t for t in exact if t is not None], grad.double())
 
     given = [None if t is None else t.to(DEVICE) for t in (x, weight, bias, taps, inverse)]
-    y = depthwise.forward(*given, case.silu)
+    options = case.silu, case.gelu, case.residual
+    y = depthwise.forward(*given, *options)
     assert y.dtype == dtype and y.is_contiguous()
     tolerance = OPERATOR["float32" if dtype == torch.float32 else "bfloat16"]
     assert error(y, expected) <= tolerance
-    dx, dweight, dbias = depthwise.backward(grad.to(DEVICE), *given, case.silu)
+    dx, dweight, dbias = depthwise.backward(grad.to(DEVICE), *given, *options)
     assert dx.dtype == dtype and dweight.dtype == dbias.dtype == torch.float32
     assert dx.is_contiguous() and dweight.is_contiguous()
     assert error(dx, wanted[0]) <= tolerance

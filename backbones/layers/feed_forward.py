@@ -27,16 +27,13 @@ class ConvFFN(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.residual = residual
         self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
-        self.dwconv = DepthwiseConv2d(hidden_dim, device=device, dtype=dtype)
+        self.dwconv = DepthwiseConv2d(hidden_dim, gelu=True, residual=residual, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
-        x = self.fc1(x)
-        y = self.dwconv(x)
-        return self.fc2(F.gelu(x + y if self.residual else y))
+        return self.fc2(self.dwconv(self.fc1(x)))
 
 
 class MultiScaleConvFFN(nn.Module):

@@ -30,6 +30,8 @@ class DepthwiseConv2d(OnBackend, nn.Conv2d):
         stride: distance between windows.
         bias: whether there is a bias.
         silu: apply SiLU to the result.
+        gelu: apply GELU instead.
+        residual: add the map before that, at stride 1.
     """
 
     def __init__(
@@ -39,13 +41,15 @@ class DepthwiseConv2d(OnBackend, nn.Conv2d):
         stride: int = 1,
         bias: bool = True,
         silu: bool = False,
+        gelu: bool = False,
+        residual: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             dim, dim, kernel_size, stride, kernel_size // 2, groups=dim, bias=bias, device=device, dtype=dtype
         )
-        self.silu = silu
+        self.silu, self.gelu, self.residual = silu, gelu, residual
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) to (b, ceil(h / stride), ceil(w / stride), c)."""
@@ -56,10 +60,14 @@ class DepthwiseConv2d(OnBackend, nn.Conv2d):
         slow = self.backend is None and not has_kernel("depthwise_conv", x.device.type, x.dtype)
         if traced or slow or self.backend == "naive":
             y = super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            return F.silu(y) if self.silu else y
+            y = x + y if self.residual else y
+            return F.silu(y) if self.silu else F.gelu(y) if self.gelu else y
         taps, inverse_taps = window_taps(height, width, size, stride, device=x.device)
         weight, bias = self.weight.view(1, -1, size * size), None if self.bias is None else self.bias.unsqueeze(0)
-        y = depthwise_conv(x.flatten(1, 2), weight, bias, taps, inverse_taps, silu=self.silu, backend=self.backend)
+        y = depthwise_conv(
+            x.flatten(1, 2), weight, bias, taps, inverse_taps,
+            silu=self.silu, gelu=self.gelu, residual=self.residual, backend=self.backend,
+        )  # fmt: skip
         sides = [window_outputs(side, size, stride) for side in (height, width)]
         return y.reshape(x.shape[0], *sides, self.in_channels)
 

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
@@ -37,6 +38,8 @@ def depthwise_conv(
     inverse_taps: Tensor,
     *,
     silu: bool = False,
+    gelu: bool = False,
+    residual: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Convolves l tokens to m, for k orders at once, each channel by itself::
@@ -50,7 +53,9 @@ def depthwise_conv(
         taps: (k, j, m) integers, the token that tap j reads for output i, or -1, which reads zeros.
         inverse_taps: (k, j, l) integers, the output that reads a token with tap j, or -1. The gradient goes by it: it
             has to be the inverse of ``taps``, which is not checked, so no tap may read a token for two outputs.
-        silu: apply SiLU; else ``act`` is the identity.
+        silu: apply SiLU. Without it and ``gelu``, ``act`` is the identity.
+        gelu: apply GELU instead.
+        residual: add x[:, i] before ``act``; for one order, and as many outputs as tokens.
         backend: "naive", "cpu" or "triton"; None takes the fastest that runs on the tensors' device.
 
     Returns:
@@ -60,7 +65,8 @@ def depthwise_conv(
     Raises:
         ValueError: an argument has another shape, dtype or device than stated, is empty (but for a batch of 0,
             whose result is empty), or, on a CPU, names a token or output out of range; the message names it. Also
-            where ``backend`` is given and cannot run.
+            where ``backend`` is given and cannot run, both activations are asked for, or a residual that has another
+            shape than the result.
         NotImplementedError: forward-mode or ``torch.func`` derivatives, or second ones, through another backend than
             "naive".
     """
@@ -69,6 +75,13 @@ def depthwise_conv(
         _check_once(x, weight, bias, taps, inverse_taps)
     else:
         _check(x, weight, bias, taps, inverse_taps)
+    if gelu and silu:
+        raise ValueError("gelu: got True, expected False beside silu")
+    if residual and (weight.shape[0] != 1 or taps.shape[2] != x.shape[1]):
+        raise ValueError(
+            f"residual: got True with {weight.shape[0]} orders and {taps.shape[2]} outputs, expected 1 order and "
+            f"{x.shape[1]} outputs"
+        )
     backend, transformed = choose_for("depthwise_conv", backend, x, weight, bias)
     if x.shape[0] == 0:
         return empty_result((0, taps.shape[2], *weight.shape[:2]), x, weight, bias)
@@ -80,15 +93,15 @@ def depthwise_conv(
         None if bias is None else _as(bias, state_dtype),
         _as(taps, torch.int32),
         _as(inverse_taps, torch.int32),
-        silu,
     )
-    if transformed:
-        y = depthwise_naive.forward(*arguments)
-    elif backend == "triton" and eager and not is_watched():  # the operator itself is as long as two launches
-        y = _Conv.apply(*arguments) if torch.is_grad_enabled() else _module(backend).forward(*arguments)
-    else:
-        y = conv_op(*arguments, backend)
-    return (y if y.dtype == x.dtype else y.to(x.dtype)).permute(1, 2, 0, 3)
+    if backend == "triton" and eager and not transformed and not is_watched():
+        # The operator itself is as long as two launches.
+        run = _Conv.apply if torch.is_grad_enabled() else _module(backend).forward
+        return run(*arguments, silu, gelu, residual).permute(1, 2, 0, 3)
+    y = depthwise_naive.forward(*arguments, silu) if transformed else conv_op(*arguments, silu, backend)
+    y = (y if y.dtype == x.dtype else y.to(x.dtype)).permute(1, 2, 0, 3)
+    y = x.unsqueeze(2) + y if residual else y
+    return F.gelu(y) if gelu else y
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -209,20 +222,20 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse_taps: Tensor, silu: bool
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse_taps: Tensor, *options: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, taps, inverse_taps)
-        ctx.silu = silu
-        return _module("triton").forward(x, weight, bias, taps, inverse_taps, silu)
+        ctx.options = options
+        return _module("triton").forward(x, weight, bias, taps, inverse_taps, *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        results = _module("triton").backward(grad, *tensors, ctx.silu)
+        results = _module("triton").backward(grad, *tensors, *ctx.options)
         if torch.is_grad_enabled():
             results = first_order("depthwise_conv", results, (grad, *tensors[:3]))
         dx, dweight, dbias = results
-        return dx, dweight, None if tensors[2] is None else dbias, None, None, None
+        return dx, dweight, None if tensors[2] is None else dbias, *[None] * 5
 
 
 torch.library.register_autograd(conv_op, _autograd, setup_context=_setup_context, lib=_library)

@@ -3,7 +3,7 @@
 Three passes over tokens of c channels, none of which copies, pads or permutes one:
 
 forward     reads x once from memory (its taps hit the caches), writes y for each order
-backward    the same gather leaves g, the gradient before SiLU, in float32; a second one, along the inverse taps,
+backward    the same gather leaves g, the gradient before act, in float32; a second one, along the inverse taps,
             adds g to the gradient of x; the third kernel sums g x over tokens
 
 A program owns what it writes and adds in a fixed order: results do not depend on timing. The sums over tokens are cut
@@ -26,6 +26,8 @@ from backbones.ops.triton_host import Launch, cdiv, check_device, device_of, emp
 GATHERED = 2048  # numbers a program holds, by 4 warps
 SUMMED = 1024  # the same for each of the taps whose gradients a program sums
 TAPS = 9  # taps that it sums at once, and loads that it may have in flight
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+NORMAL_PEAK = tl.constexpr(0.3989422804014327)  # of the density whose integral is GELU's gate
 _PROGRAMS = 2048  # into which the sums over tokens are cut
 
 
@@ -35,12 +37,14 @@ def gather_kernel(
     x_k, x_b, x_l, g_k, g_b, g_l,
     batches, orders, summed, rows, c,
     J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SILU: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SILU: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """y[k, b, i, c] = act(bias[k, c] + sum_j weight[k, c, j] x[k, b, table[k, j, i], c]), where -1 reads 0.
 
     Program (batch, tile of rows, order, channel block). With ``summed`` > 1 there is one order of y: the sum of so many
-    of x. SLOPE writes the gradient before SiLU, grad SiLU'(pre), instead of SiLU(pre).
+    of x. With RESIDUAL x[k, b, i, c] is added before act. SLOPE writes the gradient before act, grad act'(pre), instead
+    of act(pre).
     """
     blocks = tl.cdiv(c, BLOCK_C)
     tiles = tl.cdiv(rows, BLOCK_M)
@@ -66,12 +70,22 @@ def gather_kernel(
     if HAS_BIAS:
         total += tl.load(bias + order * c + cs, mask=c_mask, other=0.0)[None, :]
     mask = m_mask[:, None] & c_mask[None, :]
-    if SILU:
-        gate = 1 / (1 + tl.exp2(-total * LOG2_E))
+    if RESIDUAL:
+        own_at = x + order.to(tl.int64) * x_k + batch * x_b + ms.to(tl.int64)[:, None] * x_l + cs[None, :]
+        total += tl.load(own_at, mask=mask, other=0.0).to(tl.float32)
+    if SILU or GELU:
+        if SILU:
+            gate = 1 / (1 + tl.exp2(-total * LOG2_E))
+        else:
+            gate = 0.5 + 0.5 * tl.erf(total * SQRT_HALF)
         if SLOPE:
             g_at = grad + order.to(tl.int64) * g_k + batch * g_b + ms.to(tl.int64)[:, None] * g_l + cs[None, :]
             g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32)
-            total = g * gate * (1 + total * (1 - gate))
+            if SILU:
+                slope = gate * (1 + total * (1 - gate))
+            else:
+                slope = gate + total * NORMAL_PEAK * tl.exp2(total * total * (-0.5 * LOG2_E))
+            total = g * slope
         else:
             total *= gate
     y += (order * batches + batch) * rows * c
@@ -133,22 +147,26 @@ _launches: dict[tuple, tuple[Launch, tuple[int, ...]]] = {}
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse_taps: Tensor, silu: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse_taps: Tensor, silu: bool, gelu: bool = False,
+    residual: bool = False,
 ) -> Tensor:  # fmt: skip
     """See :mod:`backbones.ops.depthwise.operator`."""
     check_device("x", x)
     with device_of(x):
-        return _gather(contiguous_rows(x), weight, bias, taps, x.dtype, silu)
+        return _gather(contiguous_rows(x), weight, bias, taps, x.dtype, silu, gelu, residual)
 
 
 def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse_taps: Tensor, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse_taps: Tensor, silu: bool,
+    gelu: bool = False, residual: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See :mod:`backbones.ops.depthwise.operator`."""
     with device_of(x):
         x, grad = contiguous_rows(x), contiguous_rows(grad)
-        g = _gather(x, weight, bias, taps, torch.float32, silu=True, grad=grad) if silu else grad
-        dx = _gather(g, weight, None, inverse_taps, x.dtype, silu=False)[0]
+        g = grad
+        if silu or gelu:
+            g = _gather(x, weight, bias, taps, torch.float32, silu, gelu, residual, grad)
+        dx = _gather(g, weight, None, inverse_taps, x.dtype, False, False, residual)[0]
 
         (b, _, c), (k, j, rows) = x.shape, taps.shape
         key = ("weight", x.shape, x.dtype, x.stride(), g.dtype, g.stride(), taps.shape)
@@ -178,11 +196,13 @@ def _gather(
     table: Tensor,
     dtype: torch.dtype,
     silu: bool,
+    gelu: bool,
+    residual: bool,
     grad: Tensor | None = None,
 ) -> Tensor:
     """(k, b, rows, c) from x (b, l, c), or (1, b, rows, c), summed over orders, from x (k, b, l, c)."""
     of_grad = None if grad is None else (grad.stride(), grad.dtype)
-    key = (x.shape, x.dtype, x.stride(), bias is None, table.shape, dtype, silu, of_grad)
+    key = (x.shape, x.dtype, x.stride(), bias is None, table.shape, dtype, silu, gelu, residual, of_grad)
     found = _launches.get(key)
     if found is None:
         b, _, c = x.shape[-3:]
@@ -196,7 +216,8 @@ def _gather(
                 *((0, 0, 0) if grad is None else grad.stride()[:3]), b, each, k // each, rows, c,
             ),
             4, J=j, BLOCK_M=block_m, BLOCK_C=block_c, UNROLL=min(j, TAPS),
-            HAS_BIAS=bias is not None, SILU=silu, SLOPE=grad is not None, WIDE=_is_wide(x),
+            HAS_BIAS=bias is not None, RESIDUAL=residual, SILU=silu, GELU=gelu, SLOPE=grad is not None,
+            WIDE=_is_wide(x),
         )  # fmt: skip
         found = remember(_launches, key, (made, (each, b, rows, c)))
     run, shape = found
