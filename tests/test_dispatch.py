@@ -9,7 +9,9 @@ from torch import Tensor
 
 from backbones import ops
 from backbones.ops import dispatch, native
+from backbones.ops.fused.row_sums.operator import row_sums
 from backbones.ops.scan.decay import decay_rates
+from backbones.patterns.resampling import upsampling
 from backbones.patterns.taps import window_taps
 
 
@@ -32,6 +34,7 @@ CALLS: dict[str, Callable[[Tensor, str | None], Tensor]] = {
     "silu_gate": lambda x, backend: ops.silu_gate(x, x, backend=backend),
     "rms_norm": lambda x, backend: ops.rms_norm(x, torch.ones(3, dtype=x.dtype), 1e-5, backend=backend),
     "layer_norm": lambda x, backend: ops.layer_norm(x, None, None, 1e-5, backend=backend),
+    "row_sums": lambda x, backend: row_sums(x, x, upsampling((2, 2), (2, 2), "bilinear"), backend=backend),
     "decay_rates": decay_rates,
     "ssd": _ssd,
 }

@@ -15,7 +15,9 @@ from backbones.layers.shapes import bottleneck_width, check_map, inner_width, in
 from backbones.layers.ss2d import DepthwiseConv2d, scan_grid
 from backbones.layers.tracing import Opaque
 from backbones.ops import silu_gate
+from backbones.ops.fused.row_sums.operator import has_row_sums_kernel, row_sums
 from backbones.patterns import MULTI_SCALE, ScanPattern
+from backbones.patterns.resampling import upsampling
 
 _MULTI_SCALE = Scan(MULTI_SCALE)
 
@@ -86,7 +88,7 @@ class MultiScaleSS2D(Opaque, nn.Module):
         dt_rank = -(-dim // 16)
         self.ssm_full = SelectiveSSM(d_inner, d_state, dt_rank, 1, scan.backend, **dd)
         self.ssm_low = SelectiveSSM(d_inner, d_state, dt_rank, 1, scan.backend, **dd)
-        self.out_norm = LayerNorm(d_inner, **dd)
+        self.out_norm = LayerNorm(d_inner, autocast_out=True, **dd)
         self.se = SqueezeExcite(d_inner, bottleneck_width(d_inner, 8), **dd)
         self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
 
@@ -97,11 +99,7 @@ class MultiScaleSS2D(Opaque, nn.Module):
         full, low = self.conv_full(x), self.conv_low(x)
         full = self.ssm_full(full.flatten(1, 2), local_window=self.scan.window(full.shape[1] * full.shape[2]))
         full = full.unflatten(1, x.shape[1:3])
-        if self.branch_norm:
-            y = self.out_norm(full) + self._upsample(self._scan_and_norm(low), full)
-        else:
-            low = scan_grid(self.ssm_low, low, self.scan)
-            y = self.out_norm(full + self._upsample(low, full))
+        y = self._merged(self.out_norm(full), low) if self.branch_norm else self.out_norm(self._merged(full, low))
         y = self.se(y)
         return self.out_proj(y if z is None else silu_gate(y, z, backend=self.ssm_full.backend))
 
@@ -109,20 +107,33 @@ class MultiScaleSS2D(Opaque, nn.Module):
         """Sides of the map that ``layer``, "ssm_full" or "ssm_low", scans in a map of ``height`` x ``width``."""
         return (height, width) if layer == "ssm_full" else (-(-height // 2), -(-width // 2))
 
-    def _scan_and_norm(self, x: Tensor) -> Tensor:
-        """Normalises every step, and adds those of one cell by gathering: scattering is not deterministic."""
-        height, width = x.shape[1:3]
-        pattern, window = self.scan.pattern, self.scan.window(height * width)
-        order, visits, _ = pattern.tables(height, width, x.device)
-        y = self.ssm_low(x.flatten(1, 2), order, "per_step", window, visits)
-        y = self.out_norm(y.squeeze(2)).unflatten(1, (self.walks, height * width))
-        steps = order.view(self.walks, height * width).argsort(1)
-        y = reduce(torch.add, (y[:, walk].index_select(1, steps[walk]) for walk in range(self.walks)))
-        return y.unflatten(1, (height, width))
+    def _merged(self, full: Tensor, low: Tensor) -> Tensor:
+        """``full`` and the scan of ``low``, brought to its resolution."""
+        (height, width), size = low.shape[1:3], (full.shape[1], full.shape[2])
+        scanned = self._steps(low) if self.branch_norm else scan_grid(self.ssm_low, low, self.scan).flatten(1, 2)
+        if has_row_sums_kernel(scanned, full, self.ssm_low.backend):
+            pattern = self.scan.pattern if self.branch_norm else None
+            tables = upsampling((height, width), size, self.upsampling, pattern, full.device)
+            return row_sums(scanned, full.flatten(1, 2), tables, backend=self.ssm_low.backend).view(full.shape)
+        if self.branch_norm:
+            scanned = self._by_cell(scanned, height, width)
+        scanned = channels_first(scanned.unflatten(1, (height, width)))
+        return full + channels_last(F.interpolate(scanned, size, mode=self.upsampling))
 
-    def _upsample(self, x: Tensor, like: Tensor) -> Tensor:
-        size = (like.shape[1], like.shape[2])
-        return channels_last(F.interpolate(channels_first(x), size, mode=self.upsampling))
+    def _steps(self, x: Tensor) -> Tensor:
+        """The scan of ``x``, every step of it normalised, (b, steps, d_inner)."""
+        height, width = x.shape[1:3]
+        order, visits, _ = self.scan.pattern.tables(height, width, x.device)
+        window = self.scan.window(height * width)
+        y = self.ssm_low(x.flatten(1, 2), order, "per_step", window, visits)
+        return self.out_norm(y.squeeze(2))
+
+    def _by_cell(self, y: Tensor, height: int, width: int) -> Tensor:
+        """Adds the steps of one cell by gathering: scattering is not deterministic."""
+        order, _, _ = self.scan.pattern.tables(height, width, y.device)
+        y = y.unflatten(1, (self.walks, height * width))
+        steps = order.view(self.walks, height * width).argsort(1)
+        return reduce(torch.add, (y[:, walk].index_select(1, steps[walk]) for walk in range(self.walks)))
 
 
 def _number_of_walks(pattern: ScanPattern) -> int:

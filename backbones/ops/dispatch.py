@@ -56,6 +56,7 @@ OPERATORS = {
         Operator("silu_gate", {"cpu": "cpu", "cuda": "triton"}),
         Operator("rms_norm", {"cpu": "cpu", "cuda": "triton"}),
         Operator("layer_norm", {"cpu": "cpu", "cuda": "triton"}),
+        Operator("row_sums", {"cuda": "triton"}),
         Operator("decay_rates", {"cuda": "triton"}),
         Operator("ssd", {}, names=("naive", "chunked"), otherwise="chunked"),
     )

@@ -1,0 +1,1 @@
+"""Weighted sums of rows, added to other rows."""
