@@ -9,9 +9,11 @@ from timm.layers import Mlp, SelectAdaptivePool2d
 from torch import Tensor, nn
 
 from backbones.layers.constructor import Constructor
-from backbones.layers.norm import LayerNorm
+from backbones.layers.half_weights import with_half_weights
+from backbones.layers.norm import LayerNorm, residual_norm
 
 _norm = partial(LayerNorm, eps=1e-6)
+_branch_norm = partial(_norm, autocast_out=True)
 
 
 class ClassBlock(nn.Module):
@@ -27,13 +29,13 @@ class ClassBlock(nn.Module):
         super().__init__()
         self.mixer = mixer(dim, device=device, dtype=dtype)
         self.norm1 = _norm(dim, device=device, dtype=dtype)
-        self.norm2 = _norm(dim, device=device, dtype=dtype)
+        self.norm2 = _branch_norm(dim, device=device, dtype=dtype)
         self.mlp = Mlp(dim, 4 * dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, 1, 1, dim) to (b, 1, 1, dim)."""
-        x = x + self.norm1(self.mixer(x))
-        return x + self.mlp(self.norm2(x))
+        x, y = residual_norm(x, self.norm1(self.mixer(x)), self.norm2)
+        return x + self.mlp(y)
 
 
 class DistilledHead(nn.Module):
@@ -98,6 +100,9 @@ class DistilledHead(nn.Module):
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """(b, h, w, c) to logits: the mean of both classifiers, or in distilled training the pair of them."""
+        return with_half_weights(self._logits, self, x, pre_logits)
+
+    def _logits(self, x: Tensor, pre_logits: bool) -> Tensor | tuple[Tensor, Tensor]:
         if self.global_pool.pool_type:
             x = self.class_block(self.global_pool(x))[:, 0, 0]
         x = self.drop(self.norm(x))

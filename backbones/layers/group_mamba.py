@@ -21,6 +21,8 @@ _CROSS = Scan(CROSS)
 class GroupedLinear(nn.Module):
     """A linear layer for each group of channels, without bias."""
 
+    autocast_weights: ClassVar[tuple[str, ...]] = ("weight",)
+
     def __init__(
         self,
         groups: int,
@@ -68,7 +70,7 @@ class GroupMambaLayer(Opaque, nn.Module):
         width = dim // groups
         self.dim, self.groups, self.scan = dim, groups, scan
         hidden = bottleneck_width(dim, 16)
-        self.norm = LayerNorm(dim, **dd)
+        self.norm = LayerNorm(dim, autocast_out=True, **dd)
         self.fc1 = nn.Linear(dim, hidden, **dd)
         self.fc2 = nn.Linear(hidden, dim, **dd)
         self.in_proj = GroupedLinear(groups, width, 2 * width, **dd)
@@ -82,7 +84,10 @@ class GroupMambaLayer(Opaque, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
         check_map(x, self.dim)
-        x = self.norm(x)
+        return self.of_normed(self.norm(x))
+
+    def of_normed(self, x: Tensor) -> Tensor:
+        """The layer, of what its norm gave."""
         weight = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((1, 2), keepdim=True)))))
         u, z = self.in_proj(x.unflatten(-1, (self.groups, -1))).chunk(2, dim=-1)
         u = self.conv2d(u.flatten(-2)).unflatten(-1, (self.groups, -1))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from timm.layers import DropPath
@@ -33,11 +33,13 @@ from backbones.layers import (
 )
 from backbones.layers.distilled_head import DistilledHead
 from backbones.layers.norm import residual_norm
+from backbones.ops.tracing import is_hooked, is_replaced, runs_eagerly
 from backbones.patterns import CROSS
 from backbones.weights import KeyRule
 from backbones.zoo import default_cfgs as zoo_cfgs
 
 _norm = partial(LayerNorm, eps=1e-6)  # of stages and blocks; those inside of a layer have 1e-5
+_branch_norm = partial(_norm, autocast_out=True)
 
 
 class GroupMambaBlock(nn.Module):
@@ -61,14 +63,32 @@ class GroupMambaBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.mixer = mixer(dim, device=device, dtype=dtype)
-        self.norm2 = _norm(dim, device=device, dtype=dtype)
+        self.norm2 = _branch_norm(dim, device=device, dtype=dtype)
         self.mlp = ConvFFN(dim, int(mlp_ratio * dim), residual=False, device=device, dtype=dtype)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
-        x, y = residual_norm(x, self.drop_path(self.mixer(x)), self.norm2)
-        return x + self.drop_path(self.mlp(y))
+        x, y = self.chained(x, None)
+        return x + y
+
+    def chained(self, x: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The block of x + pending, its last sum left to what comes behind: see `backbones.base.chain.run_chain`."""
+        if _is_as_written(self.mixer, x):
+            x, y = residual_norm(x, pending, self.mixer.norm)
+            y = self.mixer.of_normed(y)
+        else:
+            x = x if pending is None else x + pending
+            y = self.mixer(x)
+        x, y = residual_norm(x, self.drop_path(y), self.norm2)
+        return x, self.drop_path(self.mlp(y))
+
+
+def _is_as_written(mixer: nn.Module, x: Tensor) -> TypeGuard[GroupMambaLayer]:
+    """Whether a call of ``mixer`` is its norm and the rest of it."""
+    if type(mixer) is not GroupMambaLayer or is_hooked(mixer) or is_replaced(mixer):
+        return False
+    return isinstance(x, Tensor) and runs_eagerly(x)
 
 
 class GroupStem(nn.Module):
