@@ -41,6 +41,28 @@ def test_gate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shape", [(1, 9, 5), (2, 70, 24), (3, 50, 384)])
+def test_excited_gate(shape: tuple[int, int, int], gated: bool, dtype: torch.dtype) -> None:
+    from backbones.ops.fused.gate import triton as gate
+
+    x, z = torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype).chunk(2, -1)
+    logits, grad = torch.randn(shape[0], shape[2]).to(dtype), torch.randn(shape).to(dtype)
+    exact = [t.double().requires_grad_() for t in (x, logits, z)]
+    expected = exact[0] * torch.sigmoid(exact[1]).unsqueeze(1) * (F.silu(exact[2]) if gated else 1)
+    exact = exact if gated else exact[:2]
+    wanted = (expected, *torch.autograd.grad(expected, exact, grad.double()))
+    x, logits, z, grad = (t.to(DEVICE) for t in (x, logits, z, grad))
+    given = (x, logits, z if gated else None)
+    found = (gate.excited(*given), *gate.excited_backward(grad, *given))
+    assert gated or found[3] is None
+    for a, b in zip(found, wanted, strict=False):
+        assert a.dtype == dtype and a.is_contiguous()
+        assert error(a, b.detach()) <= OPERATOR[str(dtype).removeprefix("torch.")]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)

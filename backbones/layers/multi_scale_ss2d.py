@@ -15,7 +15,9 @@ from backbones.layers.shapes import bottleneck_width, check_map, inner_width, in
 from backbones.layers.ss2d import DepthwiseConv2d, scan_grid
 from backbones.layers.tracing import Opaque
 from backbones.ops import silu_gate
+from backbones.ops.fused.gate.operator import excited_gate
 from backbones.ops.fused.row_sums.operator import has_row_sums_kernel, row_sums
+from backbones.ops.tracing import is_hooked, is_replaced
 from backbones.patterns import MULTI_SCALE, ScanPattern
 from backbones.patterns.resampling import upsampling
 
@@ -38,8 +40,11 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
-        gate = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((1, 2))))))
-        return x * gate[:, None, None]
+        return x * torch.sigmoid(self.logits(x))[:, None, None]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) to (b, dim), of which the sigmoid is the gate."""
+        return self.fc2(F.relu(self.fc1(x.mean((1, 2)))))
 
 
 class MultiScaleSS2D(Opaque, nn.Module):
@@ -100,8 +105,7 @@ class MultiScaleSS2D(Opaque, nn.Module):
         full = self.ssm_full(full.flatten(1, 2), local_window=self.scan.window(full.shape[1] * full.shape[2]))
         full = full.unflatten(1, x.shape[1:3])
         y = self._merged(self.out_norm(full), low) if self.branch_norm else self.out_norm(self._merged(full, low))
-        y = self.se(y)
-        return self.out_proj(y if z is None else silu_gate(y, z, backend=self.ssm_full.backend))
+        return self.out_proj(self._gated(y, z))
 
     def scanned_grid(self, layer: str, height: int, width: int) -> tuple[int, int]:
         """Sides of the map that ``layer``, "ssm_full" or "ssm_low", scans in a map of ``height`` x ``width``."""
@@ -119,6 +123,14 @@ class MultiScaleSS2D(Opaque, nn.Module):
             scanned = self._by_cell(scanned, height, width)
         scanned = channels_first(scanned.unflatten(1, (height, width)))
         return full + channels_last(F.interpolate(scanned, size, mode=self.upsampling))
+
+    def _gated(self, y: Tensor, z: Tensor | None) -> Tensor:
+        backend = self.ssm_full.backend
+        if not is_hooked(self.se) and not is_replaced(self.se):
+            cells = None if z is None else z.flatten(1, 2)
+            return excited_gate(y.flatten(1, 2), self.se.logits(y), cells, backend=backend).view(y.shape)
+        y = self.se(y)
+        return y if z is None else silu_gate(y, z, backend=backend)
 
     def _steps(self, x: Tensor) -> Tensor:
         """The scan of ``x``, every step of it normalised, (b, steps, d_inner)."""

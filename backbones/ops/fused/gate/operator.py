@@ -58,3 +58,44 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, z = ctx.saved_tensors
         return *first_order("silu_gate", kernels(_TRITON).backward(grad, x, z, ctx.scale), (grad, x, z)), None
+
+
+def excited_gate(x: Tensor, logits: Tensor, z: Tensor | None, *, backend: str | None = None) -> Tensor:
+    """x sigmoid(logits) SiLU(z): squeeze and excitation (arXiv:1709.01507), and the gate of :func:`silu_gate`.
+
+    Args:
+        x: (b, l, c).
+        logits: (b, c).
+        z: as x; None for no gate.
+        backend: see :func:`silu_gate`.
+
+    Returns:
+        (b, l, c) in the dtype of x.
+
+    Raises:
+        ValueError: ``backend`` is given and cannot run.
+        NotImplementedError: as :func:`silu_gate`.
+    """
+    chosen, _ = choose_for("silu_gate", backend, x, logits, z)
+    fits = z is None or (z.shape == x.shape and z.dtype == x.dtype)
+    if chosen == "triton" and runs_eagerly(x) and fits and logits.shape == (x.shape[0], x.shape[2]):
+        if torch.is_grad_enabled():
+            return _ExcitedGate.apply(x, logits, z)
+        return kernels(_TRITON).excited(x, logits, z)
+    y = x * torch.sigmoid(logits).unsqueeze(1)
+    return y if z is None else silu_gate(y, z, backend=backend)
+
+
+class _ExcitedGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits: Tensor, z: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, logits, z)
+        return kernels(_TRITON).excited(x, logits, z)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, logits, z = ctx.saved_tensors
+        dx, dlogits, dz = kernels(_TRITON).excited_backward(grad, x, logits, z)
+        given = (dx, dlogits) if dz is None else (dx, dlogits, dz)
+        results = first_order("silu_gate", given, (grad, x, logits, z))
+        return *results, *[None] * (3 - len(results))
