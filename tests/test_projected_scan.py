@@ -61,6 +61,31 @@ def test_tokens_visited_again(out: str) -> None:
     check_output_and_gradients(True, REPEATS, out, True, c=5)
 
 
+@needs_kernels
+def test_scans_are_written_behind_one_another() -> None:
+    layer, u = operands(True, torch.float32)
+    options = [{"orders": None, "visits": None}, {"orders": torch.tensor(REPEATS, dtype=torch.int32, device=DEVICE)}]
+    options[1]["visits"] = Visits.of(options[1]["orders"], 6)
+    tensors = given(layer, u, torch.float32)
+    expected = torch.cat([projected.projected_scan(*tensors, out="per_step", **each) for each in options], 1)
+    grad = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, tensors, grad)
+    whole = torch.full_like(expected, torch.nan, requires_grad=False)
+    into = whole.split([6, 8], 1)
+    parts = [
+        projected.projected_scan(*tensors, out="per_step", into=place, **each)
+        for place, each in zip(into, options, strict=True)
+    ]
+    y = projected.joined(whole, parts)
+    assert torch.equal(y, expected) and y.data_ptr() == whole.data_ptr()
+    for a, b in zip(torch.autograd.grad(y, tensors, grad), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        for place, each in zip(into, options, strict=True):
+            projected.projected_scan(*tensors, out="per_step", into=place.fill_(torch.nan), **each)
+        assert torch.equal(projected.joined(whole, into), expected)
+
+
 def check_output_and_gradients(shared: bool, table: list | None, out: str, deterministic: bool, c: int = 0) -> None:
     c = c or (70 if table is None else 5)  # several blocks of channels
     layer, u = operands(shared, torch.float32, c)

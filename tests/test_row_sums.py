@@ -60,6 +60,9 @@ def test_tables_sum_the_steps_of_a_cell(size: tuple[int, int], new_size: tuple[i
     check_transposed(tables, x.shape[1])
     found = naive.forward(x, base, *tables[:2])
     torch.testing.assert_close(found, naive.forward(by_cell, base, *upsampling(size, new_size, "bilinear")[:2]))
+    tables = upsampling(size, new_size, "bilinear", MULTI_SCALE, joined=True)
+    check_transposed(tables, base.shape[1] + x.shape[1])
+    torch.testing.assert_close(naive.forward(torch.cat([base, x], 1), None, *tables[:2]), found)
 
 
 @needs_kernels

@@ -17,6 +17,7 @@ from backbones.layers.tracing import Opaque
 from backbones.ops import silu_gate
 from backbones.ops.fused.gate.operator import excited_gate
 from backbones.ops.fused.row_sums.operator import has_row_sums_kernel, row_sums
+from backbones.ops.scan.projected import joined
 from backbones.ops.tracing import is_hooked, is_replaced
 from backbones.patterns import MULTI_SCALE, ScanPattern
 from backbones.patterns.resampling import upsampling
@@ -102,14 +103,40 @@ class MultiScaleSS2D(Opaque, nn.Module):
         check_map(x, input_width(self.in_proj, self.dim))
         x, z = self.in_proj(x).chunk(2, dim=-1) if self.gated else (self.in_proj(x), None)
         full, low = self.conv_full(x), self.conv_low(x)
-        full = self.ssm_full(full.flatten(1, 2), local_window=self.scan.window(full.shape[1] * full.shape[2]))
-        full = full.unflatten(1, x.shape[1:3])
-        y = self._merged(self.out_norm(full), low) if self.branch_norm else self.out_norm(self._merged(full, low))
+        y = self._joined(full, low) if self.branch_norm else None
+        if y is None:
+            full = self.ssm_full(full.flatten(1, 2), local_window=self.scan.window(full.shape[1] * full.shape[2]))
+            full = full.unflatten(1, x.shape[1:3])
+            y = self._merged(self.out_norm(full), low) if self.branch_norm else self.out_norm(self._merged(full, low))
         return self.out_proj(self._gated(y, z))
 
     def scanned_grid(self, layer: str, height: int, width: int) -> tuple[int, int]:
         """Sides of the map that ``layer``, "ssm_full" or "ssm_low", scans in a map of ``height`` x ``width``."""
         return (height, width) if layer == "ssm_full" else (-(-height // 2), -(-width // 2))
+
+    def _joined(self, full: Tensor, low: Tensor) -> Tensor | None:
+        """Both scans normalised and added, where kernels of a GPU write their steps behind one another: else None."""
+        if any([is_hooked(ssm) or is_replaced(ssm) for ssm in (self.ssm_full, self.ssm_low)]):
+            return None
+        b, rows, columns, c = full.shape
+        height, width = low.shape[1:3]
+        order, visits, _ = self.scan.pattern.tables(height, width, low.device)
+        windows = self.scan.window(rows * columns), self.scan.window(height * width)
+        u, v = full.flatten(1, 2), low.flatten(1, 2)
+        if (
+            not self.ssm_full.is_one_operation(u, None, windows[0])
+            or not self.ssm_low.is_one_operation(v, order, windows[1], visits)
+            or not has_row_sums_kernel(u, None, self.ssm_low.backend)
+        ):
+            return None
+        sizes = [rows * columns, order.shape[1]]
+        steps = u.new_empty(b, sum(sizes), 1, c)
+        into = steps.split_with_sizes(sizes, 1)
+        of_full = self.ssm_full.projected(u, None, "per_step", None, into[0])
+        of_low = self.ssm_low.projected(v, order, "per_step", visits, into[1])
+        normed = self.out_norm(joined(steps, (of_full, of_low)).squeeze(2))
+        tables = upsampling((height, width), (rows, columns), self.upsampling, self.scan.pattern, True, full.device)
+        return row_sums(normed, None, tables, backend=self.ssm_low.backend).view(full.shape)
 
     def _merged(self, full: Tensor, low: Tensor) -> Tensor:
         """``full`` and the scan of ``low``, brought to its resolution."""
@@ -117,7 +144,7 @@ class MultiScaleSS2D(Opaque, nn.Module):
         scanned = self._steps(low) if self.branch_norm else scan_grid(self.ssm_low, low, self.scan).flatten(1, 2)
         if has_row_sums_kernel(scanned, full, self.ssm_low.backend):
             pattern = self.scan.pattern if self.branch_norm else None
-            tables = upsampling((height, width), size, self.upsampling, pattern, full.device)
+            tables = upsampling((height, width), size, self.upsampling, pattern, device=full.device)
             return row_sums(scanned, full.flatten(1, 2), tables, backend=self.ssm_low.backend).view(full.shape)
         if self.branch_norm:
             scanned = self._by_cell(scanned, height, width)

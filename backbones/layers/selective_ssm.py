@@ -117,10 +117,8 @@ class SelectiveSSM(OnBackend, nn.Module):
         visits: Visits | None = None,
     ) -> Tensor:
         """Scans u (b, l, c), or (b, l, k, c) where orders read different inputs; see ``selective_scan``."""
-        if local_window <= 1 and type(self) is SelectiveSSM:  # others project in another way
-            weights = self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self.A_log, self.D
-            if has_projected_scan(u, *weights, orders=orders, visits=visits, backend=self.backend):
-                return projected_scan(u, *weights, orders=orders, out=out, visits=visits)
+        if self.is_one_operation(u, orders, local_window, visits):
+            return self.projected(u, orders, out, visits)
         u, delta, dt_weight, B, C, D = self.operands(u)
         return selective_scan(
             u,
@@ -137,6 +135,23 @@ class SelectiveSSM(OnBackend, nn.Module):
             visits=visits,
             backend=self.backend,
         )
+
+    def is_one_operation(
+        self, u: Tensor, orders: Tensor | None = None, local_window: int = 0, visits: Visits | None = None
+    ) -> bool:
+        """Whether projections and scan are `projected`: see `backbones.ops.scan.projected`."""
+        if local_window > 1 or type(self) is not SelectiveSSM:  # others project in another way
+            return False
+        return has_projected_scan(u, *self._weights(), orders=orders, visits=visits, backend=self.backend)
+
+    def projected(
+        self, u: Tensor, orders: Tensor | None, out: str, visits: Visits | None, into: Tensor | None = None
+    ) -> Tensor:
+        """`forward` where `is_one_operation`; "per_step" is written ``into`` (b, t, k, d_inner)."""
+        return projected_scan(u, *self._weights(), orders=orders, out=out, visits=visits, into=into)
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self.A_log, self.D
 
     def per_order_over_gaps(self, u: Tensor, gaps: Tensor, orders: Tensor, visits: Visits | None = None) -> Tensor:
         """Scans u (b, l, k, c) as if tokens had been taken out of the sequence: (b, l, k, c), each order for itself.

@@ -19,6 +19,7 @@ def upsampling(
     new_size: tuple[int, int],
     mode: str,
     pattern: ScanPattern | None = None,
+    joined: bool = False,
     device: torch.device | str | None = None,
 ) -> Tables:
     """All four tables of ``F.interpolate(map, new_size, mode=mode)`` on flattened channels-last maps of ``size``.
@@ -31,15 +32,16 @@ def upsampling(
         new_size: the same of the result.
         mode: "bilinear" or "nearest".
         pattern: of the steps; None where the rows are cells.
+        joined: add to a map of ``new_size``, whose cells are the first rows.
         device: of the tables.
     """
-    return _upsampling(*size, *new_size, mode, pattern, device=device)
+    return _upsampling(*size, *new_size, mode, pattern, joined, device=device)
 
 
 @known_tables
 def _upsampling(
-    height: int, width: int, new_height: int, new_width: int, mode: str, pattern: ScanPattern | None, *,
-    device: torch.device | str | None,
+    height: int, width: int, new_height: int, new_width: int, mode: str, pattern: ScanPattern | None, joined: bool,
+    *, device: torch.device | str | None,
 ) -> Tables:  # fmt: skip
     rows, of_rows = _line(height, new_height, mode, device)
     columns, of_columns = _line(width, new_width, mode, device)
@@ -51,6 +53,10 @@ def _upsampling(
         steps = walks.argsort(1) + length * torch.arange(len(walks), device=device).unsqueeze(1)
         table, weights = steps[:, table].flatten(0, 1), weights.repeat(len(walks), 1)
         length *= len(walks)
+    if joined:
+        cells = torch.arange(table.shape[1], device=device).unsqueeze(0)
+        table, weights = torch.cat([cells, table + cells.numel()]), torch.cat([torch.ones_like(weights[:1]), weights])
+        length += cells.numel()
     return table.int(), weights, *_transposed(table, weights, length)
 
 

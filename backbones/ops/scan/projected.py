@@ -1,5 +1,6 @@
 """The selective scan of u together with the projections of u that give it step sizes, B and C."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ def projected_scan(
     orders: Tensor | None = None,
     out: str = "sum",
     visits: Visits | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
     """``selective_scan(u, delta, -exp(A_log), B, C, D, delta_bias=bias)``, where u times x_weight is [delta | B | C]
     and delta still has to be multiplied by dt_weight; for tensors of which :func:`has_projected_scan` holds.
@@ -63,6 +65,8 @@ def projected_scan(
         orders: see :func:`backbones.ops.selective_scan`.
         out: see there.
         visits: see there.
+        into: (b, t, k, c), contiguous rows in the dtype of u: the memory of the result of ``out="per_step"``. See
+            :func:`joined`.
 
     Raises:
         NotImplementedError: second derivatives.
@@ -71,23 +75,28 @@ def projected_scan(
         orders = orders.to(torch.int32)
     x_weight, dt_weight, bias, A_log, D = (x.contiguous() for x in (x_weight, dt_weight, bias, A_log, D))
     if torch.is_grad_enabled():
-        return _ProjectedScan.apply(u, x_weight, dt_weight, bias, A_log, D, orders, out, visits)
-    return kernels(_TRITON).forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, 0, visits, False)[0]
+        return _ProjectedScan.apply(u, x_weight, dt_weight, bias, A_log, D, orders, out, visits, into)
+    return kernels(_TRITON).forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, 0, visits, into, False)[0]
+
+
+def joined(whole: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """``torch.cat(parts, 1)``, where each of them was written into its place in ``whole``: nothing is copied."""
+    return _Joined.apply(whole, *parts) if torch.is_grad_enabled() else whole
 
 
 class _ProjectedScan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, u: Tensor, x_weight: Tensor, dt_weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor,
-        orders: Tensor | None, out: str, visits: Visits | None,
+        orders: Tensor | None, out: str, visits: Visits | None, into: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        y, saved = kernels(_TRITON).forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, 0, visits, True)
+        y, saved = kernels(_TRITON).forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, 0, visits, into, True)
         assert saved is not None
         ctx.save_for_backward(
             u, x_weight, dt_weight, bias, D, orders, saved.x, saved.blocks, saved.delta, saved.A, saved.states
         )
         ctx.out, ctx.visits = out, visits
-        return y
+        return y if into is None else y.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -100,4 +109,15 @@ class _ProjectedScan(torch.autograd.Function):
             results = first_order("selective_scan", results, (grad, u, x_weight, dt_weight, bias, D))
         else:
             results = projected.backward(*args)
-        return *results, None, None, None
+        return *results, None, None, None, None
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, *parts: Tensor) -> Tensor:
+        ctx.sizes = [part.shape[1] for part in parts]
+        return whole.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grad.split_with_sizes(ctx.sizes, 1)

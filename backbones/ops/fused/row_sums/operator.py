@@ -13,29 +13,29 @@ _TRITON = "fused.row_sums.triton"
 Tables = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def has_row_sums_kernel(x: Tensor, base: Tensor, backend: str | None) -> bool:
+def has_row_sums_kernel(x: Tensor, base: Tensor | None, backend: str | None) -> bool:
     """Whether :func:`row_sums` is one launch: on a GPU in eager mode, where nobody looks on.
 
     Raises:
         ValueError: ``backend`` is given and cannot run.
     """
-    chosen = choose_for("row_sums", backend, x, base)
-    return chosen == ("triton", False) and runs_eagerly(x) and not is_watched() and x.dtype == base.dtype
+    served = choose_for("row_sums", backend, x, base) == ("triton", False)
+    return served and runs_eagerly(x) and not is_watched() and (base is None or x.dtype == base.dtype)
 
 
-def row_sums(x: Tensor, base: Tensor, tables: Tables, *, backend: str | None = None) -> Tensor:
+def row_sums(x: Tensor, base: Tensor | None, tables: Tables, *, backend: str | None = None) -> Tensor:
     """y[:, i] = base[:, i] + sum_j weights[j, i] x[:, table[j, i]], in float32 where a kernel runs.
 
     Args:
         x: (b, l, c).
-        base: (b, m, c).
+        base: (b, m, c), or None for zeros.
         tables: ``table`` (j, m) of rows of x, -1 for none, and ``weights`` (j, m); the same two of the transposed sum
             (i, l), by which the gradient of x goes. See :mod:`backbones.patterns.resampling`.
         backend: "naive" is PyTorch's operations, "triton" a kernel for GPUs. None takes the fastest that runs on the
             tensors' device.
 
     Returns:
-        (b, m, c) in the dtype of ``base``.
+        (b, m, c) in the dtype of ``base``, or that of x.
 
     Raises:
         ValueError: ``backend`` is given and cannot run.

@@ -11,7 +11,7 @@ from backbones.ops.rows import contiguous_rows
 from backbones.ops.triton_host import Launch, cdiv, check_device, device_of, empty, remember
 
 _NUMBERS = 2048  # that a program holds
-_UNROLLED = 12  # loads that it may have in flight
+_UNROLLED = 4  # loads that it may have in flight
 
 
 @triton.jit

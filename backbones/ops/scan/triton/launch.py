@@ -238,7 +238,7 @@ class _Scan:
         starts: Tensor | None = None, totals: Tensor | None = None, states: Tensor | None = None, window: bool = False,
         reset: bool = False,
     ) -> None:  # fmt: skip
-        key = ("forward", y is None, starts is None, totals is None, states is None, window)
+        key = ("forward", None if y is None else y.stride(), starts is None, totals is None, states is None, window)
         run = self.launches.get(key)
         if run is None:
             config = self.forward_config
@@ -257,12 +257,16 @@ class _Scan:
             )  # fmt: skip
         run(*tensors, starts, totals, states, y)
 
-    def forward(self, tensors: Operands, save: bool) -> tuple[Tensor, Tensor | None]:
-        """The output in the dtype of u, and with ``save`` the states."""
+    def forward(self, tensors: Operands, save: bool, into: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The output in the dtype of u, and with ``save`` the states.
+
+        ``into``, (b, t, k, c) in that dtype with rows of any distance, is what "per_step" without a window is written
+        to.
+        """
         u, delta, A, B, _, _, orders, bias = tensors
         slots = (self.steps - 1) // CHUNK
         states = empty((self.b, self.k, slots, self.n, self.c), torch.float32, self.device) if save else None
-        y = self.buffer(self.c, merged=self.out == "sum", by_step=self.out == "per_step")
+        y = self.buffer(self.c, merged=self.out == "sum", by_step=self.out == "per_step") if into is None else into
         segment, segments = self.segments(self.forward_config)
         walk = dict(segment=segment, segments=segments, chunk=CHUNK, slots=segment // CHUNK, all_slots=slots)
         starts, totals = None, None

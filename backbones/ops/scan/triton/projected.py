@@ -116,7 +116,7 @@ class Saved:
 
 def forward(
     u: Tensor, x_weight: Tensor, dt_weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, orders: Tensor | None,
-    out: str, window: int, visits: Visits | None, save: bool,
+    out: str, window: int, visits: Visits | None, into: Tensor | None, save: bool,
 ) -> tuple[Tensor, Saved | None]:  # fmt: skip
     """See :mod:`backbones.ops.scan.projected`."""
     check_device("u", u)
@@ -134,7 +134,7 @@ def forward(
             blocks, A = _prepared(dt_weight, A_log, width)
             delta = torch.mm(x, blocks.t()).view(b, length, k, o)
         tensors = (contiguous_rows(u), delta, A, *_weights(x, x_weight, b, length, r), D, orders, bias)
-        y, states = _Scan.of(tensors, True, out, window, visits).forward(tensors, save)
+        y, states = _Scan.of(tensors, True, out, window, visits).forward(tensors, save, into)
         return y, Saved(x, blocks, delta, A, states) if states is not None else None
 
 
