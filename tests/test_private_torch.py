@@ -256,8 +256,10 @@ def hooks() -> None:
     ):
         handle = register(lambda *args: None)
         assert tracing.is_hooked(module), f"{register.__name__}: expected to find its hook"
+        assert tracing.is_hooked_everywhere() is tracing.is_as_written(module)
         handle.remove()
         assert not tracing.is_hooked(module), f"{register.__name__}: expected to find it gone"
+        assert tracing.is_as_written(module) and not tracing.is_hooked_everywhere()
     handle = module.register_forward_pre_hook(lambda *args: None)
     assert tracing.is_hooked_before(module), "_forward_pre_hooks: expected to hold the hook"
     handle.remove()
@@ -273,7 +275,9 @@ def hooks() -> None:
     whole.register_module("none", None)
     assert set(tracing.all_modules(whole)) == set(whole.modules()), "_modules: expected the modules inside"
     assert tracing.own_weight(module, "weight") is module.weight, "_parameters: expected the parameter"
+    assert tracing.given_weights(module, ("weight", "none")) == [module.weight, None]
     vars(module)["weight"] = torch.zeros(2, 2)
+    assert tracing.given_weights(module, ("weight",))[0] is vars(module)["weight"]
     assert tracing.own_weight(module, "weight") is None and module.weight.sum() == 0, (
         "vars(module): expected to go first"
     )

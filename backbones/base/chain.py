@@ -27,11 +27,16 @@ def can_chain(blocks: Iterable[nn.Module], x: Tensor) -> bool:
 def run_chain(blocks: Iterable[Any], x: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
     """``x = block(x, *args)`` for all blocks: the result is the sum of both tensors, or the first one.
 
-    ``block.chained(x, pending, *args)`` returns such a pair for x + pending (x where that is None).
+    ``block.chained(x, pending, *args)`` returns such a pair for x + pending (x where that is None). Where its class has
+    a method ``line`` beside it, ``block.line(x, pending, *args)`` is first asked for the same as one line of steps.
     """
     pending: Tensor | None = None
     for block in blocks:
-        x, pending = with_half_weights(block.chained, block, x, pending, *args)
+        line = block.line(x, pending, *args) if _has_line(type(block)) else None
+        if line is None:
+            x, pending = with_half_weights(block.chained, block, x, pending, *args)
+        else:
+            x, pending = line.run()
     return x, pending
 
 
@@ -49,3 +54,10 @@ def _has_chained(kind: Any) -> bool:
         if _PARTS & vars(base).keys():
             return False
     return False
+
+
+@functools.cache
+def _has_line(kind: Any) -> bool:
+    """Whether ``line`` was written for the ``chained`` that the class has, not for that of a base class."""
+    written = next(base for base in kind.__mro__ if "chained" in vars(base))
+    return "line" in vars(written)

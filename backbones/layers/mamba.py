@@ -10,6 +10,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from backbones.layers.constructor import Constructor
+from backbones.layers.line import Line
 from backbones.layers.linear import linear_parts
 from backbones.layers.norm import RMSNorm, residual_norm
 from backbones.layers.scan import Scan
@@ -104,6 +105,25 @@ class MambaMixer(Opaque, nn.Module):
         gated = y * F.silu(z).unsqueeze(2)
         merged = self.out_proj(gated.mean(2) if self.merge is None else self.merge(gated))
         return (merged, gated) if per_order else merged
+
+    def add_to(self, line: Line, x: Tensor, grid: tuple[int, int] | None) -> None:
+        """The layer, of tokens like ``x``, as steps of a block's line."""
+        check_tokens(x, input_width(self.in_proj, self.dim))
+        tokens, pattern = x.shape[1], self.scan.pattern
+        if self.merge is not None or self.scan.window(tokens) > 1:
+            line.fails = True
+            return
+        grid = checked_grid(grid, tokens)
+        orders, *taps = token_tables(pattern, *grid, tokens, self.d_conv, device=x.device)
+        if orders.shape[1] != tokens:
+            line.fails = True
+            return
+        line.linear(self.in_proj)
+        line.split()
+        conv = line.weights(self, MambaMixer, "conv_weight", "conv_bias")
+        line.scan(conv, taps, self.ssm, orders, _visits(pattern, grid))
+        line.gate(1 / pattern.num_orders)
+        line.linear(self.out_proj)
 
     @property
     def directions(self) -> tuple[int, ...] | None:
@@ -220,3 +240,15 @@ class MambaBlock(nn.Module):
         x, y = residual_norm(x, pending, self.norm)
         y = self.mixer(y, grid)
         return (x, self.drop_path(y)) if self.after is None else (self.join(x, y, grid), None)
+
+    def line(self, x: Tensor, pending: Tensor | None, grid: tuple[int, int] | None = None) -> Line | None:
+        """What `chained` does as steps behind one another; None where it cannot be."""
+        mixer: Any = self.mixer
+        usual = type(mixer) is MambaMixer and self.after is None
+        line = Line.of(x, pending, mixer.ssm.backend) if usual else None
+        if line is None:
+            return None
+        line.norm(self.norm)
+        mixer.add_to(line, x, grid)
+        line.drop_path(self.drop_path)
+        return None if line.fails else line

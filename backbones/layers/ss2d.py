@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.layers.constructor import Constructor
+from backbones.layers.line import Line
 from backbones.layers.norm import LayerNorm
 from backbones.layers.scan import OnBackend, Scan
 from backbones.layers.selective_ssm import SelectiveSSM
@@ -14,6 +15,7 @@ from backbones.layers.shapes import check_map, inner_width, input_width
 from backbones.layers.tracing import Opaque
 from backbones.ops import depthwise_conv, silu_gate
 from backbones.ops.dispatch import has_kernel
+from backbones.ops.tracing import is_as_written
 from backbones.patterns import CROSS
 from backbones.patterns.subset import Subset
 from backbones.patterns.taps import window_outputs, window_taps
@@ -181,6 +183,24 @@ class SS2D(Opaque, nn.Module):
         y = self.out_norm(self._scanned(self.conv2d(x)))
         backend = self.conv2d.backend if self.ssm is None else self.ssm.backend
         return self.out_proj(y if z is None else silu_gate(y, z, backend=backend))
+
+    def add_to(self, line: Line, x: Tensor) -> None:
+        """The layer, of a map like ``x``, as steps of a block's line."""
+        check_map(x, input_width(self.in_proj, self.dim))
+        (height, width), pattern = x.shape[1:3], self.scan.pattern
+        orders, visits, padded = pattern.tables(height, width, x.device)
+        if self.merge is not None or padded or self.scan.window(height * width) > 1 or not is_as_written(self):
+            line.fails = True
+            return
+        line.linear(self.in_proj)
+        if self.gated:
+            line.split()
+        conv = line.weights(self.conv2d, DepthwiseConv2d, "weight", "bias")
+        line.scan(conv, window_taps(height, width, 3, device=x.device), self.ssm, orders, visits)
+        line.norm(self.out_norm, adds=False)
+        if self.gated:
+            line.gate()
+        line.linear(self.out_proj)
 
     def _scanned(self, x: Tensor) -> Tensor:
         if self.scanner is not None:

@@ -1,12 +1,14 @@
 """The residual block of VMamba and MSVMamba: a mixer, then, where there is one, a feed-forward layer."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from backbones.layers.constructor import Constructor
+from backbones.layers.line import Line
 from backbones.layers.norm import LayerNorm, residual_norm
 from backbones.layers.ss2d import SS2D
 
@@ -66,3 +68,18 @@ class VSSBlock(nn.Module):
             return x, self.drop_path(self.norm2(self.mlp(x)))
         x, y = residual_norm(x, y, self.norm2)
         return x, self.drop_path(self.mlp(y))
+
+    def line(self, x: Tensor, pending: Tensor | None) -> Line | None:
+        """What `chained` does as steps behind one another; None where it cannot be."""
+        mixer: Any = self.mixer
+        line = Line.of(x, pending, mixer.conv2d.backend) if type(mixer) is SS2D and not self.mlp_post_norm else None
+        if line is None:
+            return None
+        line.norm(self.norm1)
+        mixer.add_to(line, x)
+        line.drop_path(self.drop_path)
+        if self.mlp is not None and self.norm2 is not None:
+            line.norm(self.norm2)
+            line.mlp(self.mlp)
+            line.drop_path(self.drop_path)
+        return None if line.fails else line

@@ -35,12 +35,15 @@ __all__ = [
     "casts",
     "copies",
     "current_gpu",
+    "given_weights",
     "has_hooks",
     "has_static_value",
     "identity",
+    "is_as_written",
     "is_exporting",
     "is_hooked",
     "is_hooked_before",
+    "is_hooked_everywhere",
     "is_replaced",
     "is_traced",
     "is_transformed",
@@ -236,3 +239,19 @@ def is_replaced(module: nn.Module) -> bool:
     or what ``module.compile()`` made.
     """
     return "forward" in vars(module) or module._compiled_call_impl is not None
+
+
+def is_hooked_everywhere() -> bool:
+    """Whether hooks would see a call of any module."""
+    return bool(_has_any_global_hook())
+
+
+def is_as_written(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs what its class says and nothing besides, unless `is_hooked_everywhere`."""
+    return not has_hooks(module) and not is_replaced(module)
+
+
+def given_weights(module: nn.Module, names: Sequence[str]) -> list[Any]:
+    """``getattr(module, name)`` for names of parameters, in a third of the time; None for those that are missing."""
+    own, parameters = vars(module), module._parameters
+    return [own[name] if name in own else parameters.get(name) for name in names]

@@ -1,0 +1,159 @@
+"""Residual blocks as steps behind one another, see :mod:`backbones.ops.steps`, which spares a GPU's host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+from backbones.layers.autocast import autocast_dtype
+from backbones.layers.norm import LayerNorm, RMSNorm
+from backbones.layers.scan import OnBackend
+from backbones.layers.selective_ssm import SelectiveSSM
+from backbones.layers.shapes import check_width
+from backbones.ops import Visits
+from backbones.ops.dispatch import choose_for, kernels
+from backbones.ops.rows import PLAIN
+from backbones.ops.tracing import given_weights, is_as_written, is_hooked_everywhere, is_watched, runs_eagerly
+
+
+class Line:
+    """Collects the steps of a block, part by part; the methods take them in the order in which they run.
+
+    Once a part cannot be a step, for it is of another class, hooked, on another backend, or its weights are of other
+    dtypes than its kernels read, the line has failed, and the block is to be called as it is.
+
+    Args:
+        x: the stream (b, ..., dim) in front of the block.
+        pending: a branch that is still to be added to it, or None.
+        backend: of all parts.
+    """
+
+    def __init__(self, x: Tensor, pending: Tensor | None, backend: str | None) -> None:
+        self.x, self.pending, self.backend = x, pending, backend
+        self.fails = False
+        self._kernels = kernels("steps")
+        self._steps: list[Any] = []
+        self._half = autocast_dtype(x)
+        self._branch = None if pending is None else pending.dtype
+
+    @classmethod
+    def of(cls, x: Tensor, pending: Tensor | None, backend: str | None) -> Line | None:
+        """An empty line where the kernels run on x, and nobody looks on; else None."""
+        if not isinstance(x, Tensor) or not runs_eagerly(x) or is_watched() or is_hooked_everywhere():
+            return None
+        if type(x) is not Tensor or (pending is not None and (type(pending) is not Tensor or pending.shape != x.shape)):
+            return None
+        runs = choose_for("selective_scan", backend, x, pending) == ("triton", False)
+        return cls(x, pending, backend) if runs else None
+
+    def weights(self, module: nn.Module | None, kind: type[nn.Module], *names: str) -> list[Any] | None:
+        """The weights of these names, None for each that is missing, of a module that computes what ``kind`` says; else
+        None, and the line fails.
+        """
+        if not self.fails and module is not None and type(module) is kind and is_as_written(module):
+            weights = given_weights(module, names)
+            at_home = not isinstance(module, OnBackend) or module.backend == self.backend
+            if at_home and all([x is None or type(x) in PLAIN for x in weights]):
+                return weights
+        self.fails = True
+        return None
+
+    def _fits(self, *weights: Tensor | None) -> bool:
+        """Whether products of the branch read such weights, which autocast would cast."""
+        whole = None if self._half is None else torch.float32
+        return all([x is None or x.dtype in (self._branch, whole) for x in weights])
+
+    def norm(self, norm: nn.Module, adds: bool = True) -> None:
+        """A norm of the stream and the branch that is pending, or, unless it ``adds``, of the branch."""
+        centred = type(norm) is LayerNorm
+        weights = self.weights(norm, LayerNorm if centred else RMSNorm, "weight", "bias")
+        if weights is None:
+            return
+        assert isinstance(norm, LayerNorm | RMSNorm)
+        stream, branch = self.x.dtype, self._branch if adds else None
+        if branch is not None and torch.promote_types(stream, branch) != stream:
+            self.fails = True
+        if weights[0] is None or (self._half is not None and not norm.autocast_out):
+            self.fails = True
+            return
+        if adds:
+            check_width(self.x, weights[0].shape[0])
+        dtype = self._half or (stream if centred else torch.promote_types(stream, weights[0].dtype))
+        self._steps.append(self._kernels.Norm(weights, norm.eps, centred, dtype, adds, branch))
+        self._branch = dtype
+
+    def linear(self, linear: nn.Module) -> None:
+        """A linear layer."""
+        weights = self.weights(linear, nn.Linear, "weight", "bias")
+        if weights is None or not self._fits(*weights):
+            self.fails = True
+            return
+        self._steps.append(self._kernels.Linear(weights))
+
+    def split(self) -> None:
+        """Sets the second half of the branch aside for the gate."""
+        self._steps.append(self._kernels.Split(()))
+
+    def gate(self, scale: float = 1.0) -> None:
+        """Multiplies by SiLU of what was set aside, and by ``scale``."""
+        self._steps.append(self._kernels.Gate((), scale))
+
+    def scan(
+        self, conv: Sequence[Any] | None, taps: Sequence[Tensor], ssm: nn.Module | None, orders: Tensor,
+        visits: Visits | None,
+    ) -> None:  # fmt: skip
+        """A depthwise convolution with SiLU and a selective scan with its projections, whose orders are added.
+
+        ``conv`` are weight and bias of the convolution, from `weights`.
+        """
+        names = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
+        weights = self.weights(ssm, SelectiveSSM, *names)
+        if weights is None or conv is None or visits is None or visits.repeats or not self._fits(*weights[:2]):
+            self.fails = True
+            return
+        if any([x is not None and x.dtype != torch.float32 for x in (*weights[2:], *conv)]):
+            self.fails = True
+            return
+        self._steps.append(self._kernels.Scan((*weights, *conv), *taps, orders, visits))
+
+    def mlp(self, mlp: nn.Module) -> None:
+        """timm's ``Mlp`` with GELU, without dropout or norm."""
+        if type(mlp) is not Mlp or not is_as_written(mlp):
+            self.fails = True
+            return
+        act, *passed = mlp.act, mlp.drop1, mlp.norm, mlp.drop2
+        usual = type(act) is nn.GELU and act.approximate == "none" and is_as_written(act)
+        if not usual or not all([_is_idle(x) for x in passed]):
+            self.fails = True
+            return
+        self.linear(mlp.fc1)
+        self._steps.append(self._kernels.Gelu(()))
+        self.linear(mlp.fc2)
+
+    def drop_path(self, drop: nn.Module) -> None:
+        """timm's ``DropPath``, or an identity."""
+        if _is_idle(drop):
+            return
+        if type(drop) is not DropPath or not is_as_written(drop):
+            self.fails = True
+            return
+        self._steps.append(self._kernels.DropPath((), drop.drop_prob, drop.scale_by_keep))
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """The stream and the branch behind all steps. Not after the line has failed."""
+        assert not self.fails
+        return self._kernels.run(self._steps, self.x, self.pending, self._half)
+
+
+def _is_idle(module: nn.Module) -> bool:
+    """Whether a call of ``module`` returns its input: an identity, or dropout that drops nothing."""
+    if not is_as_written(module):
+        return False
+    if isinstance(module, nn.Dropout | DropPath):
+        rate = module.p if isinstance(module, nn.Dropout) else module.drop_prob
+        return type(module) in (nn.Dropout, DropPath) and (not module.training or rate == 0)
+    return type(module) is nn.Identity

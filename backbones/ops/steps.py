@@ -1,0 +1,342 @@
+"""A straight line of operations on a GPU, such as a residual block, as one node of autograd's graph.
+
+Each operation by itself costs the host its checks, a node in the graph and what that keeps, which together take longer
+than the launches. Here they are steps behind one another on rows of tokens, each with its gradient, and autograd sees
+the whole. Kernels and products are those of the operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbones.ops.depthwise import triton as depthwise
+from backbones.ops.derivatives import first_order
+from backbones.ops.fused.gate import triton as gate
+from backbones.ops.fused.layer_norm import triton as layer_norm
+from backbones.ops.scan.triton import projected
+from backbones.ops.scan.visits import Visits
+from backbones.ops.tracing import casts
+
+Weights = Sequence[Any]  # tensors, and None for those that a layer goes without
+Saved = tuple[Any, ...]  # tensors
+Gradients = tuple[Tensor | None, ...]
+
+
+class Flow:
+    """What runs along the steps; on the way back, the gradients of it.
+
+    Attributes:
+        images: b, the number of images.
+        stream: (b l, dim), the residual stream.
+        y: (b l, c), the branch, which the next step takes further; None in front of the first norm, where there is
+            nothing to add.
+        z: (b l, c), a part of the branch that waits for its gate.
+    """
+
+    __slots__ = ("images", "stream", "y", "z")
+
+    def __init__(self, images: int, stream: Tensor, y: Tensor | None) -> None:
+        self.images = images
+        self.stream = stream
+        self.y: Any = y
+        self.z: Any = None
+
+
+@dataclass(slots=True)
+class Step:
+    """One operation.
+
+    Attributes:
+        weights: its parameters. Both methods are given them anew, as tensors without history.
+        halves: how many of the weights, from the first on, autocast would cast.
+    """
+
+    weights: Weights
+    halves: ClassVar[int] = 0
+
+    def forward(self, flow: Flow, weights: Weights, save: bool) -> Saved:
+        """Takes ``flow`` further; with ``save``, returns what `backward` reads."""
+        raise NotImplementedError
+
+    def backward(self, flow: Flow, weights: Weights, saved: Sequence[Tensor], learns: Sequence[bool]) -> Gradients:
+        """Takes gradients back; returns those of the weights, at least where they learn."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class Norm(Step):
+    """LayerNorm or RMSNorm of the stream and the branch, whose sum becomes the stream; or of the branch alone.
+
+    Attributes:
+        eps: added to the variance.
+        centred: LayerNorm.
+        dtype: of the result.
+        adds: normalises the sum.
+        branch: dtype of the branch that is added, or None where there is none.
+    """
+
+    eps: float
+    centred: bool
+    dtype: torch.dtype
+    adds: bool
+    branch: torch.dtype | None = None
+
+    def forward(self, flow: Flow, weights: Weights, save: bool) -> Saved:
+        weight, bias = weights
+        x, branch = (flow.stream, flow.y) if self.adds else (flow.y, None)
+        total, flow.y, statistics = layer_norm.forward(
+            x, branch, weight, bias, self.eps, self.dtype, self.centred, save
+        )
+        if self.adds:
+            flow.stream = total
+        return (total, statistics) if save else ()
+
+    def backward(self, flow: Flow, weights: Weights, saved: Sequence[Tensor], learns: Sequence[bool]) -> Gradients:
+        weight, bias = weights
+        total, statistics = saved
+        stream = flow.stream if self.adds else None
+        dx, dbranch, sums = layer_norm.backward(flow.y, stream, total, weight, statistics, self.centred, self.branch)
+        if self.adds:
+            flow.stream, flow.y = dx, None if self.branch is None else dbranch
+        else:
+            flow.y = dx
+        dweight, dbias = (sums if sums.dtype == weight.dtype else sums.to(weight.dtype)).unbind(0)
+        return dweight, None if bias is None else dbias
+
+
+@dataclass(slots=True)
+class Linear(Step):
+    """A linear layer."""
+
+    halves = 2
+
+    def forward(self, flow: Flow, weights: Weights, save: bool) -> Saved:
+        rows = flow.y
+        flow.y = F.linear(rows, *weights)
+        return (rows,)
+
+    def backward(self, flow: Flow, weights: Weights, saved: Sequence[Tensor], learns: Sequence[bool]) -> Gradients:
+        grad, (rows,) = flow.y, saved
+        flow.y = torch.mm(grad, weights[0])
+        return torch.mm(grad.t(), rows) if learns[0] else None, grad.sum(0) if learns[1] else None
+
+
+@dataclass(slots=True)
+class Split(Step):
+    """Sets the second half of the branch aside for a gate."""
+
+    def forward(self, flow: Flow, weights: Weights, save: bool) -> Saved:
+        flow.y, flow.z = flow.y.chunk(2, 1)
+        return ()
+
+    def backward(self, flow: Flow, weights: Weights, saved: Sequence[Tensor], learns: Sequence[bool]) -> Gradients:
+        flow.y, flow.z = torch.cat((flow.y, flow.z), 1), None
+        return ()
+
+
+@dataclass(slots=True)
+class Scan(Step):
+    """A depthwise convolution, SiLU, and the selective scan with its projections, summed over k orders.
+
+    Weights: those of :func:`backbones.ops.scan.projected.projected_scan`, then weight and bias of the convolution, of
+    k orders or of one that all scans read.
+
+    Attributes:
+        taps: (k, j, l) of the convolution, see :func:`backbones.ops.depthwise_conv`.
+        inverse_taps: as ``taps``.
+        orders: (k, l) of the scan.
+        visits: what is known of them.
+    """
+
+    taps: Tensor
+    inverse_taps: Tensor
+    orders: Tensor
+    visits: Visits
+    halves = 2
+
+    def forward(self, flow: Flow, weights: Weights, save: bool) -> Saved:
+        x_weight, dt_weight, dt_bias, A_log, D, conv, bias = weights
+        k, j, length = self.taps.shape
+        x = flow.y.view(flow.images, length, -1)
+        conv, bias = conv.view(k, -1, j), None if bias is None else bias.view(k, -1)
+        u = depthwise.forward(x, conv, bias, self.taps, self.inverse_taps, True)
+        u = u[0] if k == 1 else u.permute(1, 2, 0, 3)
+        y, scan = projected.forward(
+            u, x_weight, dt_weight, dt_bias, A_log, D, self.orders, "sum", 0, self.visits, save
+        )  # fmt: skip
+        flow.y = y.view(flow.y.shape[0], -1)
+        return () if scan is None else (x, u, scan.x, scan.blocks, scan.delta, scan.A, scan.states)
+
+    def backward(self, flow: Flow, weights: Weights, saved: Sequence[Tensor], learns: Sequence[bool]) -> Gradients:
+        x_weight, dt_weight, dt_bias, _, D, weight, bias = weights
+        x, u, *scan = saved
+        k, j, length = self.taps.shape
+        du, *of_scan = projected.backward(
+            flow.y.view(flow.images, length, -1), projected.Saved(*scan), u, x_weight, dt_weight, dt_bias, D,
+            self.orders, "sum", 0, self.visits,
+        )  # fmt: skip
+        du = du.unsqueeze(0) if k == 1 else du.permute(2, 0, 1, 3)
+        conv = weight.view(k, -1, j)
+        dx, dconv, dbias = depthwise.backward(du, x, conv, bias, self.taps, self.inverse_taps, True)
+        flow.y = dx.view(flow.y.shape[0], -1)
+        return *of_scan, dconv.view(weight.shape), None if bias is None else dbias.view(bias.shape)
+
+
+@dataclass(slots=True)
+class Gate(Step):
+    """Multiplies by SiLU of what was set aside, and by ``scale``."""
+
+    scale: float
+
+    def forward(self, flow: Flow, weights: Weights, save: bool) -> Saved:
+        y, z = flow.y, flow.z
+        flow.y, flow.z = gate.forward(y, z, self.scale), None
+        return y, z
+
+    def backward(self, flow: Flow, weights: Weights, saved: Sequence[Tensor], learns: Sequence[bool]) -> Gradients:
+        y, z = saved
+        flow.y, flow.z = gate.backward(flow.y, y, z, self.scale)
+        return ()
+
+
+@dataclass(slots=True)
+class Gelu(Step):
+    """The exact GELU."""
+
+    def forward(self, flow: Flow, weights: Weights, save: bool) -> Saved:
+        x = flow.y
+        flow.y = F.gelu(x)
+        return (x,)
+
+    def backward(self, flow: Flow, weights: Weights, saved: Sequence[Tensor], learns: Sequence[bool]) -> Gradients:
+        flow.y = torch.ops.aten.gelu_backward(flow.y, *saved)
+        return ()
+
+
+@dataclass(slots=True)
+class DropPath(Step):
+    """timm's stochastic depth, drawn as timm draws it.
+
+    Attributes:
+        rate: of the images whose branch is dropped.
+        scales: divides the other branches by their share.
+    """
+
+    rate: float
+    scales: bool
+
+    def forward(self, flow: Flow, weights: Weights, save: bool) -> Saved:
+        keep = 1 - self.rate
+        kept = flow.y.new_empty((flow.images, 1, 1)).bernoulli_(keep)
+        if keep > 0 and self.scales:
+            kept.div_(keep)
+        self._multiply(flow, kept)
+        return (kept,)
+
+    def backward(self, flow: Flow, weights: Weights, saved: Sequence[Tensor], learns: Sequence[bool]) -> Gradients:
+        self._multiply(flow, saved[0])
+        return ()
+
+    @staticmethod
+    def _multiply(flow: Flow, kept: Tensor) -> None:
+        rows, c = flow.y.shape
+        flow.y = (flow.y.view(flow.images, -1, c) * kept).view(rows, c)
+
+
+def run(
+    steps: Sequence[Step], stream: Tensor, y: Tensor | None, half: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The stream and the branch behind all steps.
+
+    Args:
+        steps: end with a branch of the stream's width.
+        stream: (b, ..., dim).
+        y: as the stream, or None.
+        half: autocast's dtype, to which weights in float32 are cast.
+
+    Raises:
+        NotImplementedError: second derivatives.
+    """
+    weights = [weight for step in steps for weight in step.weights]
+    if torch.is_grad_enabled():
+        return _Line.apply(steps, half, stream, y, *weights)
+    found, _, _ = _forward(steps, half, stream, y, weights, False)
+    return found
+
+
+def _forward(
+    steps: Sequence[Step], half: torch.dtype | None, stream: Tensor, y: Tensor | None, weights: Weights, save: bool
+) -> tuple[tuple[Tensor, Tensor], list[Any], list[Saved]]:
+    """The stream and the branch, the weights as they were used, and what each step saved."""
+    shape = stream.shape
+    weights = list(weights) if half is None else _cast(steps, weights, half)
+    flow = Flow(shape[0], _rows(stream), None if y is None else _rows(y))
+    saved, end = [], 0
+    for step in steps:
+        begin, end = end, end + len(step.weights)
+        saved.append(step.forward(flow, weights[begin:end], save))
+    return (flow.stream.view(shape), flow.y.view(shape)), weights, saved
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _places(steps: Sequence[Step], weights: Weights) -> list[int]:
+    """Where the weights stand that autocast casts."""
+    found, begin = [], 0
+    for step in steps:
+        found += [i for i in range(begin, begin + step.halves) if weights[i] is not None]
+        begin += len(step.weights)
+    return found
+
+
+def _cast(steps: Sequence[Step], weights: Weights, half: torch.dtype) -> list[Any]:
+    """``weights`` as autocast would have them, cast together."""
+    places = [i for i in _places(steps, weights) if weights[i].dtype != half]
+    all_of_them = list(weights)
+    for i, weight in zip(places, casts([weights[i] for i in places], half) if places else (), strict=True):
+        all_of_them[i] = weight
+    return all_of_them
+
+
+class _Line(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, steps: Sequence[Step], half: torch.dtype | None, stream: Tensor, y: Tensor | None,
+        *weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        found, used, saved = _forward(steps, half, stream, y, weights, True)
+        ctx.steps, ctx.counts, ctx.has_branch = steps, [len(each) for each in saved], y is not None
+        ctx.dtypes = [None if weight is None else weight.dtype for weight in weights]
+        ctx.save_for_backward(found[0], *used, *[x for each in saved for x in each])
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, dstream: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        stream, *tensors = ctx.saved_tensors
+        learns = ctx.needs_input_grad[4:]
+        begin = len(learns)
+        weights, end = tensors[:begin], len(tensors)
+        flow = Flow(stream.shape[0], _rows(dstream), _rows(dy))
+        grads: list[Any] = [None] * begin
+        with torch.no_grad(), torch.autocast(stream.device.type, enabled=False):
+            for step, count in zip(reversed(ctx.steps), reversed(ctx.counts), strict=True):
+                own = slice(begin - len(step.weights), begin)
+                grads[own] = step.backward(flow, weights[own], tensors[end - count : end], learns[own])
+                begin, end = own.start, end - count
+            places = [i for i, x in enumerate(grads) if x is not None and learns[i] and x.dtype != ctx.dtypes[i]]
+            for i, grad in zip(places, casts([grads[i] for i in places], torch.float32) if places else (), strict=True):
+                grads[i] = grad
+        found = flow.stream.view(stream.shape), flow.y.view(stream.shape) if ctx.has_branch else None, *grads
+        if torch.is_grad_enabled():
+            whole = [x for x in found if x is not None]
+            once = iter(first_order("selective_scan", whole, (stream, dstream, dy, *weights)))
+            found = tuple(None if x is None else next(once) for x in found)
+        return None, None, *found

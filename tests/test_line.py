@@ -1,0 +1,257 @@
+"""Residual blocks as one line of steps against their layers in double precision: on a GPU, else in the interpreter."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from backbones.base.chain import run_chain
+from backbones.layers import SS2D, MambaBlock, MambaMixer, Scan, VSSBlock, set_backend
+from backbones.layers.line import Line
+from backbones.patterns import FORWARD
+from tests.kernels import DEVICE, RUNS, error, needs_kernels, quiet
+from tests.scripts import run_in_the_interpreter
+from tests.tolerances import AUTOCAST, OPERATOR
+
+pytest.importorskip("triton")
+pytestmark = quiet
+
+DIM = 8
+SECOND = partial(VSSBlock, DIM, partial(SS2D, d_state=1, gated=False, conv_bias=False), Mlp)
+BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "vmamba": (SECOND, (2, 3, 5)),
+    "vmamba, one column": (SECOND, (1, 4, 1)),
+    "vmamba, first generation": (partial(VSSBlock, DIM, partial(SS2D, d_state=3)), (2, 3, 2)),
+    "vim": (partial(MambaBlock, DIM, partial(MambaMixer, d_state=3)), (2, 7)),
+    "mamba": (partial(MambaBlock, DIM, partial(MambaMixer, scan=Scan(FORWARD), d_state=3)), (2, 7)),
+}
+
+
+@pytest.mark.skipif(RUNS, reason="the kernels run in this process")
+def test_in_the_interpreter() -> None:
+    run_in_the_interpreter(__file__)
+
+
+def built(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """A block on the kernels, its stream and what is pending."""
+    make, shape = BLOCKS[name]
+    block = make().to(DEVICE)
+    with torch.no_grad():
+        for parameter in block.parameters():  # or norms would be idle, and channels alike
+            parameter.add_(torch.rand_like(parameter) / 4)
+    set_backend(block, "triton")
+    x, pending = (torch.randn(*shape, DIM, device=DEVICE) for _ in range(2))
+    return block, x, pending
+
+
+def through(block: nn.Module, x: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Stream and branch behind the block: by its line, if it has one."""
+    line = block.line(x, pending)
+    return block.chained(x, pending) if line is None else line.run()
+
+
+def gradients(block: nn.Module, x: Tensor, pending: Tensor | None, grads: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Stream and branch behind the block, the gradients of its inputs, and of its parameters."""
+    inputs = [t.detach().requires_grad_() for t in (x, pending) if t is not None]
+    found = through(block, inputs[0], None if pending is None else inputs[1])
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    return [*found, *torch.autograd.grad(found, [*inputs, *parameters], grads)]
+
+
+def expected(block: nn.Module, x: Tensor, pending: Tensor | None, grads: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """`gradients` of plain PyTorch in double precision."""
+    block = copy.deepcopy(block).double().cpu()
+    set_backend(block, "naive")
+    doubles = [None if t is None else t.double().cpu() for t in (x, pending)]
+    return [t.detach() for t in gradients(block, *doubles, tuple(g.double().cpu() for g in grads))]
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("is_first", [False, True], ids=["", "nothing pending"])
+def test_output_and_gradients(name: str, is_first: bool) -> None:
+    block, x, given = built(name)
+    pending = None if is_first else given
+    assert block.line(x, pending) is not None
+    grads = torch.randn_like(x), torch.randn_like(x)
+    found = gradients(block, x, pending, grads)
+    for a, b in zip(found, expected(block, x, pending, grads), strict=True):
+        assert a.dtype == torch.float32
+        assert error(a, b) <= 3 * OPERATOR["float32"]  # of some ten operations behind one another
+    with torch.no_grad():
+        again = through(block, x, pending)
+    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=False))
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["vmamba", "vmamba, first generation", "vim"])
+def test_autocast(name: str) -> None:
+    block, x, pending = built(name)
+    grads = torch.randn_like(x), torch.randn_like(x).bfloat16()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        stream, y, dx, dpending, *found = gradients(block, x, pending.bfloat16(), grads)
+        with torch.no_grad():
+            again = block.line(x, pending.bfloat16()).run()
+    assert [t.dtype for t in (stream, y, dx, dpending)] == [torch.float32, torch.bfloat16] * 2
+    assert all(t.dtype == torch.float32 for t in found)
+    assert torch.equal(again[0], stream) and torch.equal(again[1], y)
+    wanted = expected(block, x, pending.bfloat16(), grads)
+    for a, b in zip((stream, y, dx, dpending), wanted, strict=False):
+        assert error(a, b) <= AUTOCAST["bfloat16"]
+    # Those of the step sizes alone are small differences of large numbers.
+    all_found, all_wanted = (torch.cat([t.flatten() for t in tensors]) for tensors in (found, wanted[4:]))
+    assert error(all_found, all_wanted) <= AUTOCAST["bfloat16"]
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["vmamba", "vim"])
+def test_drop_path_is_drawn_as_without_a_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, shape = BLOCKS[name]
+    block = make(drop_path=0.4).to(DEVICE)
+    set_backend(block, "triton")
+    x, pending, *grads = (torch.randn(8, *shape[1:], DIM, device=DEVICE) for _ in range(4))
+    assert block.line(x, pending) is not None
+    torch.manual_seed(3)
+    found = gradients(block, x, pending, tuple(grads))
+    monkeypatch.setattr(Line, "of", lambda *args: None)
+    torch.manual_seed(3)
+    wanted = gradients(block, x, pending, tuple(grads))
+    assert (wanted[1].flatten(1) == 0).all(1).any()  # some image's branch is dropped
+    for a, b in zip(found, wanted, strict=True):
+        assert error(a, b.detach().cpu().double()) <= OPERATOR["float32"]
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def hook(block: nn.Module) -> None:
+    block.mixer.ssm.register_forward_hook(lambda *args: None)
+
+
+def replace_layer(block: nn.Module) -> None:
+    block.mlp.fc1 = Doubled(DIM, 4 * DIM)
+
+
+def replace_forward(block: nn.Module) -> None:
+    block.norm2.forward = lambda x: x
+
+
+def other_activation(block: nn.Module) -> None:
+    block.mlp.act = nn.GELU(approximate="tanh")
+
+
+def dropout(block: nn.Module) -> None:
+    block.mlp.drop1.p = 0.5
+
+
+def other_backend(block: nn.Module) -> None:
+    block.mixer.out_norm.backend = "naive"
+
+
+def half(block: nn.Module) -> None:
+    block.mlp.half()
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "change", [hook, replace_layer, replace_forward, other_activation, dropout, other_backend, half]
+)
+def test_what_is_not_as_written_is_called(change: Callable[[nn.Module], None]) -> None:
+    block, x, pending = built("vmamba")
+    assert block.line(x, pending) is not None
+    change(block)
+    assert block.line(x, pending) is None
+
+
+@needs_kernels
+def test_a_hook_of_all_modules_sees_calls() -> None:
+    block, x, pending = built("vim")
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert block.line(x, pending) is None
+    finally:
+        handle.remove()
+    assert block.line(x, pending) is not None
+
+
+@needs_kernels
+def test_a_model_keeps_what_it_learns() -> None:
+    block, x, pending = built("vmamba")
+    grads = torch.randn_like(x), torch.randn_like(x)
+    whole = dict(zip([n for n, _ in block.named_parameters()], gradients(block, x, pending, grads)[4:], strict=True))
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    learning = [name for name, parameter in block.named_parameters() if parameter.requires_grad]
+    for name, grad in zip(learning, gradients(block, x, pending, grads)[4:], strict=True):
+        assert torch.equal(grad, whole[name])
+
+
+@needs_kernels
+def test_a_chain_runs_lines_and_what_has_none() -> None:
+    class Other(VSSBlock):
+        def chained(self, x: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
+            x, y = super().chained(x, pending)
+            return x, 2 * y
+
+    make, shape = BLOCKS["vmamba, first generation"]
+    blocks = [make().to(DEVICE), Other(DIM).to(DEVICE), make().to(DEVICE)]
+    for block in blocks:
+        set_backend(block, "triton")
+    x = torch.randn(*shape, DIM, device=DEVICE)
+    asked = []
+    blocks[0].line = lambda *args: asked.append(args) or VSSBlock.line(blocks[0], *args)
+    y = sum(run_chain(blocks, x))
+    assert len(asked) == 1
+    wanted = x
+    for block in blocks:
+        wanted = sum(block.chained(wanted, None))
+    assert error(y, wanted.detach().cpu().double()) <= OPERATOR["float32"]
+
+
+@needs_kernels
+def test_functional_calls_and_saved_tensors() -> None:
+    block, x, pending = built("vmamba")
+    x.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = sum(block.line(x, pending).run())
+    assert len(kept) > 20
+    doubled = {name: 2 * p for name, p in block.named_parameters()}
+
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return sum(self.block.line(*inputs).run())
+
+    other = torch.func.functional_call(Caller(), {f"block.{name}": p for name, p in doubled.items()}, (x, pending))
+    assert not torch.equal(other, y)
+    other.sum().backward()
+    assert all(p.grad is not None for p in block.parameters())
+
+
+@needs_kernels
+def test_misuse_is_refused() -> None:
+    block, x, pending = built("vmamba")
+    x.requires_grad_()
+    y = sum(block.line(x, pending).run()).square().sum()
+    (grad,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad.sum().backward()
+    y = sum(block.line(x, pending).run()).sum()
+    with torch.no_grad():
+        block.mixer.in_proj.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    with pytest.raises(ValueError, match="x: got shape"):
+        block.line(x[..., :4], None)
+    with pytest.raises(ValueError, match="OnTokens"):
+        block.line(x.flatten(1, 2), None)
