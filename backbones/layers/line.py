@@ -112,7 +112,7 @@ class Line:
         """
         names = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
         weights = self.weights(ssm, SelectiveSSM, *names)
-        if weights is None or conv is None or visits is None or visits.repeats or not self._fits(*weights[:2]):
+        if weights is None or conv is None or visits is None or not self._fits(*weights[:2]):
             self.fails = True
             return
         if any([x is not None and x.dtype != torch.float32 for x in (*weights[2:], *conv)]):
