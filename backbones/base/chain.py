@@ -32,7 +32,8 @@ def run_chain(blocks: Iterable[Any], x: Tensor, *args: Any) -> tuple[Tensor, Ten
     """
     pending: Tensor | None = None
     for block in blocks:
-        line = block.line(x, pending, *args) if _has_line(type(block)) else None
+        kind: Any = type(block)
+        line = block.line(x, pending, *args) if _has_line(kind) else None
         if line is None:
             x, pending = with_half_weights(block.chained, block, x, pending, *args)
         else:

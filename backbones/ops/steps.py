@@ -168,7 +168,7 @@ class Scan(Step):
         u = depthwise.forward(x, conv, bias, self.taps, self.inverse_taps, True)
         u = u[0] if k == 1 else u.permute(1, 2, 0, 3)
         y, scan = projected.forward(
-            u, x_weight, dt_weight, dt_bias, A_log, D, self.orders, "sum", 0, self.visits, save
+            u, x_weight, dt_weight, dt_bias, A_log, D, self.orders, "sum", 0, self.visits, None, save
         )  # fmt: skip
         flow.y = y.view(flow.y.shape[0], -1)
         return () if scan is None else (x, u, scan.x, scan.blocks, scan.delta, scan.A, scan.states)
