@@ -75,7 +75,7 @@ class Line:
             return
         assert isinstance(norm, LayerNorm | RMSNorm)
         stream, branch = self.x.dtype, self._branch if adds else None
-        if branch is not None and torch.promote_types(stream, branch) != stream:
+        if branch not in (None, stream) and torch.promote_types(stream, branch) != stream:
             self.fails = True
         if weights[0] is None or (self._half is not None and not norm.autocast_out):
             self.fails = True

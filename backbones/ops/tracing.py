@@ -248,7 +248,11 @@ def is_hooked_everywhere() -> bool:
 
 def is_as_written(module: nn.Module) -> bool:
     """Whether a call of ``module`` runs what its class says and nothing besides, unless `is_hooked_everywhere`."""
-    return not has_hooks(module) and not is_replaced(module)
+    own = vars(module)  # asked of every module of a block, so without further calls
+    return not (
+        own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]
+        or "forward" in own or module._compiled_call_impl is not None
+    )  # fmt: skip
 
 
 def given_weights(module: nn.Module, names: Sequence[str]) -> list[Any]:
