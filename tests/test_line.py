@@ -10,7 +10,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from backbones.base.chain import run_chain
-from backbones.layers import SS2D, MambaBlock, MambaMixer, Scan, VSSBlock, set_backend
+from backbones.layers import SS2D, ConvFFN, MambaBlock, MambaMixer, MultiScaleSS2D, Scan, VSSBlock, set_backend
 from backbones.layers.line import Line
 from backbones.patterns import FORWARD
 from tests.kernels import DEVICE, RUNS, error, needs_kernels, quiet
@@ -22,10 +22,17 @@ pytestmark = quiet
 
 DIM = 8
 SECOND = partial(VSSBlock, DIM, partial(SS2D, d_state=1, gated=False, conv_bias=False), Mlp)
+MULTI_SCALE = partial(VSSBlock, DIM, MultiScaleSS2D, partial(ConvFFN, residual=True))
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "vmamba": (SECOND, (2, 3, 5)),
     "vmamba, one column": (SECOND, (1, 4, 1)),
     "vmamba, first generation": (partial(VSSBlock, DIM, partial(SS2D, d_state=3)), (2, 3, 2)),
+    "msvmamba": (MULTI_SCALE, (2, 3, 5)),
+    "msvmamba, one column": (MULTI_SCALE, (1, 4, 1)),
+    "msvmamba, no gate": (
+        partial(VSSBlock, DIM, partial(MultiScaleSS2D, gated=False, upsampling="nearest")),
+        (2, 4, 2),
+    ),
     "vim": (partial(MambaBlock, DIM, partial(MambaMixer, d_state=3)), (2, 7)),
     "mamba": (partial(MambaBlock, DIM, partial(MambaMixer, scan=Scan(FORWARD), d_state=3)), (2, 7)),
 }
@@ -88,7 +95,7 @@ def test_output_and_gradients(name: str, is_first: bool) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["vmamba", "vmamba, first generation", "vim"])
+@pytest.mark.parametrize("name", ["vmamba", "vmamba, first generation", "msvmamba", "vim"])
 def test_autocast(name: str) -> None:
     block, x, pending = built(name)
     grads = torch.randn_like(x), torch.randn_like(x).bfloat16()
@@ -108,7 +115,7 @@ def test_autocast(name: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["vmamba", "vim"])
+@pytest.mark.parametrize("name", ["vmamba", "msvmamba", "vim"])
 def test_drop_path_is_drawn_as_without_a_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, shape = BLOCKS[name]
     block = make(drop_path=0.4).to(DEVICE)
@@ -167,6 +174,20 @@ def test_what_is_not_as_written_is_called(change: Callable[[nn.Module], None]) -
     assert block.line(x, pending) is not None
     change(block)
     assert block.line(x, pending) is None
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "name", ["mixer.se", "mixer.se.fc1", "mixer.ssm_low", "mixer.conv_low", "mixer.out_norm", "mlp", "mlp.dwconv"]
+)
+def test_hooks_within_two_scales_see_calls(name: str) -> None:
+    block, x, pending = built("msvmamba")
+    assert block.line(x, pending) is not None
+    seen = []
+    block.get_submodule(name).register_forward_hook(lambda *args: seen.append(args))
+    assert block.line(x, pending) is None
+    block.chained(x, pending)
+    assert seen
 
 
 @needs_kernels

@@ -1,12 +1,17 @@
 """Feed-forward layers of channels-last maps. The plain one is timm's ``Mlp``."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.layers.line import Line
 from backbones.layers.ss2d import DepthwiseConv2d
+from backbones.ops.dispatch import kernels
+from backbones.ops.tracing import is_as_written
+from backbones.patterns.taps import window_taps
 
 
 class ConvFFN(nn.Module):
@@ -34,6 +39,21 @@ class ConvFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
         return self.fc2(self.dwconv(self.fc1(x)))
+
+    def add_to(self, line: Line, x: Tensor) -> None:
+        """The layer, of a map like ``x``, as steps of a block's line."""
+        line.linear(self.fc1)
+        line.add(self._conv_step(line, *x.shape[1:3]))
+        line.linear(self.fc2)
+        line.fails |= not is_as_written(self)
+
+    def _conv_step(self, line: Line, height: int, width: int) -> Any:
+        weights = line.weights(self.dwconv, DepthwiseConv2d, "weight", "bias")
+        if weights is None or any([x is not None and x.dtype != torch.float32 for x in weights]):
+            return None
+        return kernels("steps").Conv(
+            weights, *window_taps(height, width, 3, device=weights[0].device), self.dwconv.residual
+        )
 
 
 class MultiScaleConvFFN(nn.Module):

@@ -30,6 +30,10 @@ class Line:
         x: the stream (b, ..., dim) in front of the block.
         pending: a branch that is still to be added to it, or None.
         backend: of all parts.
+
+    Attributes:
+        fails: whether the line has failed.
+        half: autocast's dtype, or None.
     """
 
     def __init__(self, x: Tensor, pending: Tensor | None, backend: str | None) -> None:
@@ -37,7 +41,7 @@ class Line:
         self.fails = False
         self._kernels = kernels("steps")
         self._steps: list[Any] = []
-        self._half = autocast_dtype(x)
+        self.half = autocast_dtype(x)
         self._branch = None if pending is None else pending.dtype
 
     @classmethod
@@ -62,9 +66,9 @@ class Line:
         self.fails = True
         return None
 
-    def _fits(self, *weights: Tensor | None) -> bool:
+    def fits(self, *weights: Tensor | None) -> bool:
         """Whether products of the branch read such weights, which autocast would cast."""
-        whole = None if self._half is None else torch.float32
+        whole = None if self.half is None else torch.float32
         return all([x is None or x.dtype in (self._branch, whole) for x in weights])
 
     def norm(self, norm: nn.Module, adds: bool = True) -> None:
@@ -77,22 +81,27 @@ class Line:
         stream, branch = self.x.dtype, self._branch if adds else None
         if branch not in (None, stream) and torch.promote_types(stream, branch) != stream:
             self.fails = True
-        if weights[0] is None or (self._half is not None and not norm.autocast_out):
+        if weights[0] is None or (self.half is not None and not norm.autocast_out):
             self.fails = True
             return
         if adds:
             check_width(self.x, weights[0].shape[0])
-        dtype = self._half or (stream if centred else torch.promote_types(stream, weights[0].dtype))
+        dtype = self.half or (stream if centred else torch.promote_types(stream, weights[0].dtype))
         self._steps.append(self._kernels.Norm(weights, norm.eps, centred, dtype, adds, branch))
         self._branch = dtype
 
     def linear(self, linear: nn.Module) -> None:
         """A linear layer."""
         weights = self.weights(linear, nn.Linear, "weight", "bias")
-        if weights is None or not self._fits(*weights):
+        if weights is None or not self.fits(*weights):
             self.fails = True
             return
         self._steps.append(self._kernels.Linear(weights))
+
+    def add(self, step: Any) -> None:
+        """A step whose weights have been looked at, or None where it cannot be one."""
+        self.fails |= step is None
+        self._steps.append(step)
 
     def split(self) -> None:
         """Sets the second half of the branch aside for the gate."""
@@ -112,7 +121,7 @@ class Line:
         """
         names = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
         weights = self.weights(ssm, SelectiveSSM, *names)
-        if weights is None or conv is None or visits is None or not self._fits(*weights[:2]):
+        if weights is None or conv is None or visits is None or not self.fits(*weights[:2]):
             self.fails = True
             return
         if any([x is not None and x.dtype != torch.float32 for x in (*weights[2:], *conv)]):
@@ -146,7 +155,7 @@ class Line:
     def run(self) -> tuple[Tensor, Tensor]:
         """The stream and the branch behind all steps. Not after the line has failed."""
         assert not self.fails
-        return self._kernels.run(self._steps, self.x, self.pending, self._half)
+        return self._kernels.run(self._steps, self.x, self.pending, self.half)
 
 
 def _is_idle(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.layers.line import Line
 from backbones.layers.norm import LayerNorm
 from backbones.layers.resolution import channels_first, channels_last
 from backbones.layers.scan import Scan
@@ -15,12 +16,14 @@ from backbones.layers.shapes import bottleneck_width, check_map, inner_width, in
 from backbones.layers.ss2d import DepthwiseConv2d, scan_grid
 from backbones.layers.tracing import Opaque
 from backbones.ops import silu_gate
+from backbones.ops.dispatch import kernels
 from backbones.ops.fused.gate.operator import excited_gate
 from backbones.ops.fused.row_sums.operator import has_row_sums_kernel, row_sums
 from backbones.ops.scan.projected import joined
-from backbones.ops.tracing import is_hooked, is_replaced
+from backbones.ops.tracing import is_as_written, is_hooked, is_replaced
 from backbones.patterns import MULTI_SCALE, ScanPattern
 from backbones.patterns.resampling import upsampling
+from backbones.patterns.taps import window_taps
 
 _MULTI_SCALE = Scan(MULTI_SCALE)
 
@@ -109,6 +112,51 @@ class MultiScaleSS2D(Opaque, nn.Module):
             full = full.unflatten(1, x.shape[1:3])
             y = self._merged(self.out_norm(full), low) if self.branch_norm else self.out_norm(self._merged(full, low))
         return self.out_proj(self._gated(y, z))
+
+    def add_to(self, line: Line, x: Tensor) -> None:
+        """The layer, of a map like ``x``, as steps of a block's line."""
+        check_map(x, input_width(self.in_proj, self.dim))
+        line.linear(self.in_proj)
+        if self.gated:
+            line.split()
+        line.add(self._scan_step(line, *x.shape[1:3]))
+        line.add(self._excite_step(line))
+        line.linear(self.out_proj)
+
+    def _scan_step(self, line: Line, height: int, width: int) -> Any:
+        sides = self.scanned_grid("ssm_low", height, width)
+        windows = self.scan.window(height * width), self.scan.window(sides[0] * sides[1])
+        if not self.branch_norm or max(windows) > 1 or not is_as_written(self):
+            return None
+        names = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
+        full, low = (line.weights(ssm, SelectiveSSM, *names) for ssm in (self.ssm_full, self.ssm_low))
+        first, second = (
+            line.weights(conv, DepthwiseConv2d, "weight", "bias") for conv in (self.conv_full, self.conv_low)
+        )
+        norm = line.weights(self.out_norm, LayerNorm, "weight", "bias")
+        if full is None or low is None or first is None or second is None or norm is None or norm[0] is None:
+            return None
+        halves, others = (*full[:2], *low[:2]), (*full[2:], *first, *low[2:], *second)
+        if not line.fits(*halves) or any([x is not None and x.dtype != torch.float32 for x in others]):
+            return None
+        steps, device = kernels("multi_scale_steps"), line.x.device
+        order, visits, _ = self.scan.pattern.tables(*sides, device)
+        if visits is None:
+            return None
+        branches = (
+            steps.Branch(window_taps(height, width, 3, device=device), None, None, height * width),
+            steps.Branch(window_taps(height, width, 7, 2, device=device), order, visits, order.shape[1]),
+        )
+        tables = upsampling(sides, (height, width), self.upsampling, self.scan.pattern, True, device)
+        dtype = line.half or line.x.dtype
+        return steps.TwoScales((*halves, *others, *norm), branches, tables, self.out_norm.eps, dtype)
+
+    def _excite_step(self, line: Line) -> Any:
+        layers = [line.weights(layer, nn.Linear, "weight", "bias") for layer in (self.se.fc1, self.se.fc2)]
+        if type(self.se) is not SqueezeExcite or not is_as_written(self.se):
+            return None
+        weights = [weights[0] for weights in layers if weights is not None and weights[1] is None]
+        return kernels("multi_scale_steps").Excite(weights) if len(weights) == 2 and line.fits(*weights) else None
 
     def scanned_grid(self, layer: str, height: int, width: int) -> tuple[int, int]:
         """Sides of the map that ``layer``, "ssm_full" or "ssm_low", scans in a map of ``height`` x ``width``."""

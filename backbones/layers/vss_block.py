@@ -8,7 +8,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from backbones.layers.constructor import Constructor
+from backbones.layers.feed_forward import ConvFFN
 from backbones.layers.line import Line
+from backbones.layers.multi_scale_ss2d import MultiScaleSS2D
 from backbones.layers.norm import LayerNorm, residual_norm
 from backbones.layers.ss2d import SS2D
 
@@ -72,7 +74,8 @@ class VSSBlock(nn.Module):
     def line(self, x: Tensor, pending: Tensor | None) -> Line | None:
         """What `chained` does as steps behind one another; None where it cannot be."""
         mixer: Any = self.mixer
-        line = Line.of(x, pending, mixer.conv2d.backend) if type(mixer) is SS2D and not self.mlp_post_norm else None
+        has_steps = type(mixer) in (SS2D, MultiScaleSS2D) and not self.mlp_post_norm
+        line = Line.of(x, pending, mixer.out_norm.backend) if has_steps else None
         if line is None:
             return None
         line.norm(self.norm1)
@@ -80,6 +83,9 @@ class VSSBlock(nn.Module):
         line.drop_path(self.drop_path)
         if self.mlp is not None and self.norm2 is not None:
             line.norm(self.norm2)
-            line.mlp(self.mlp)
+            if type(self.mlp) is ConvFFN:
+                self.mlp.add_to(line, x)
+            else:
+                line.mlp(self.mlp)
             line.drop_path(self.drop_path)
         return None if line.fails else line
