@@ -15,7 +15,7 @@ from backbones.ops.fused.layer_norm import triton as layer_norm
 from backbones.ops.fused.row_sums import triton as row_sums
 from backbones.ops.scan.triton import projected
 from backbones.ops.scan.visits import Visits
-from backbones.ops.steps import Flow, Gradients, Saved, Step, Weights
+from backbones.ops.steps import Flow, Gradients, Saved, Step, Weights, as_taps
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class Branch:
     def forward(self, x: Tensor, weights: Weights, into: Tensor, save: bool) -> Saved:
         """Writes the scan of x (b, l, c) ``into`` (b, t, 1, c)."""
         x_weight, dt_weight, dt_bias, A_log, D, conv, bias = weights
-        u = depthwise.forward(x, *_as_taps(conv, bias), *self.taps, True)[0]
+        u = depthwise.forward(x, *as_taps(conv, bias), *self.taps, True)[0]
         _, scan = projected.forward(
             u, x_weight, dt_weight, dt_bias, A_log, D, self.orders, "per_step", 0, self.visits, into, save
         )  # fmt: skip
@@ -50,7 +50,7 @@ class Branch:
         du, *of_scan = projected.backward(
             grad, projected.Saved(*scan), u, x_weight, dt_weight, dt_bias, D, self.orders, "per_step", 0, self.visits
         )
-        dx, dconv, dbias = depthwise.backward(du.unsqueeze(0), x, *_as_taps(conv, bias), *self.taps, True)
+        dx, dconv, dbias = depthwise.backward(du.unsqueeze(0), x, *as_taps(conv, bias), *self.taps, True)
         return dx, (*of_scan, dconv.view(conv.shape), None if bias is None else dbias.view(bias.shape))
 
 
@@ -132,11 +132,6 @@ class Excite(Step):
         dx.add_(torch.mm(dhidden, weights[0]).unsqueeze(1), alpha=1 / x.shape[1])
         flow.y, flow.z = dx.view(flow.y.shape), None if dz is None else dz.view(flow.y.shape)
         return torch.mm(dhidden.t(), mean), torch.mm(dlogits.t(), hidden)
-
-
-def _as_taps(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a depthwise ``nn.Conv2d`` as the kernels read them, for one order."""
-    return weight.view(1, weight.shape[0], -1), None if bias is None else bias.view(1, -1)
 
 
 def _of_each(weights: Weights) -> tuple[Weights, Weights]:

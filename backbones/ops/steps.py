@@ -205,6 +205,11 @@ class Gate(Step):
         return ()
 
 
+def as_taps(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a depthwise ``nn.Conv2d`` as the kernels read them, for one order."""
+    return weight.view(1, weight.shape[0], -1), None if bias is None else bias.view(1, -1)
+
+
 @dataclass(slots=True)
 class Conv(Step):
     """A depthwise convolution of a map, with GELU.
@@ -222,24 +227,19 @@ class Conv(Step):
     def forward(self, flow: Flow, weights: Weights, save: bool) -> Saved:
         rows, c = flow.y.shape
         x = flow.y.view(flow.images, -1, c)
-        weight, bias = self._as_taps(weights)
+        weight, bias = as_taps(*weights)
         y = depthwise.forward(x, weight, bias, self.taps, self.inverse_taps, False, True, self.residual)
         flow.y = y.view(rows, c)
         return (x,)
 
     def backward(self, flow: Flow, weights: Weights, saved: Sequence[Tensor], learns: Sequence[bool]) -> Gradients:
         (x,) = saved
-        weight, bias = self._as_taps(weights)
+        weight, bias = as_taps(*weights)
         dx, dweight, dbias = depthwise.backward(
             flow.y.view(1, *x.shape), x, weight, bias, self.taps, self.inverse_taps, False, True, self.residual
         )
         flow.y = dx.view(flow.y.shape)
         return dweight.view(weights[0].shape), None if bias is None else dbias.view(-1)
-
-    @staticmethod
-    def _as_taps(weights: Weights) -> tuple[Tensor, Tensor | None]:
-        weight, bias = weights
-        return weight.view(1, weight.shape[0], -1), None if bias is None else bias.view(1, -1)
 
 
 @dataclass(slots=True)
