@@ -34,6 +34,7 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (2, 4, 2),
     ),
     "vim": (partial(MambaBlock, DIM, partial(MambaMixer, d_state=3)), (2, 7)),
+    "lbvim": (partial(MambaBlock, DIM, partial(MambaMixer, scan=Scan(FORWARD, local_window=3), d_state=3)), (2, 7)),
     "mamba": (partial(MambaBlock, DIM, partial(MambaMixer, scan=Scan(FORWARD), d_state=3)), (2, 7)),
 }
 

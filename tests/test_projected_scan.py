@@ -86,18 +86,31 @@ def test_scans_are_written_behind_one_another() -> None:
         assert torch.equal(projected.joined(whole, into), expected)
 
 
-def check_output_and_gradients(shared: bool, table: list | None, out: str, deterministic: bool, c: int = 0) -> None:
+@needs_kernels
+@pytest.mark.parametrize("shared", [True, False], ids=["one u", "a u for each order"])
+def test_windows(shared: bool) -> None:
+    check_output_and_gradients(shared, ORDERS["all tokens"], "sum", False, window=3)
+
+
+@needs_kernels
+def test_windows_over_tokens_visited_again() -> None:
+    check_output_and_gradients(True, REPEATS, "sum", False, window=3)
+
+
+def check_output_and_gradients(
+    shared: bool, table: list | None, out: str, deterministic: bool, c: int = 0, window: int = 0
+) -> None:
     c = c or (70 if table is None else 5)  # several blocks of channels
     layer, u = operands(shared, torch.float32, c)
     orders = None if table is None else torch.tensor(table, dtype=torch.int32)
     u.requires_grad_()
-    expected = layer(u, orders, out)
+    expected = layer(u, orders, out, window)
     parameters = layer.x_proj_weight, layer.dt_proj_weight, layer.dt_proj_bias, layer.A_log, layer.D
     grad = torch.randn(expected.shape)
     wanted = (expected, *torch.autograd.grad(expected, (u, *parameters), grad.double()))
 
     tensors = given(layer, u, torch.float32)
-    options = {"out": out, "visits": None if orders is None else Visits.of(orders, 6)}
+    options = {"out": out, "local_window": window, "visits": None if orders is None else Visits.of(orders, 6)}
     options["orders"] = None if orders is None else orders.to(DEVICE)
     torch.use_deterministic_algorithms(deterministic)
     try:

@@ -61,7 +61,7 @@ class Line:
         if not self.fails and module is not None and type(module) is kind and is_as_written(module):
             weights = given_weights(module, names)
             at_home = not isinstance(module, OnBackend) or module.backend == self.backend
-            if at_home and all([x is None or type(x) in PLAIN for x in weights]):
+            if at_home and all([x is None or (type(x) in PLAIN and x.is_contiguous()) for x in weights]):
                 return weights
         self.fails = True
         return None
@@ -113,7 +113,7 @@ class Line:
 
     def scan(
         self, conv: Sequence[Any] | None, taps: Sequence[Tensor], ssm: nn.Module | None, orders: Tensor,
-        visits: Visits | None,
+        window: int, visits: Visits | None,
     ) -> None:  # fmt: skip
         """A depthwise convolution with SiLU and a selective scan with its projections, whose orders are added.
 
@@ -127,7 +127,7 @@ class Line:
         if any([x is not None and x.dtype != torch.float32 for x in (*weights[2:], *conv)]):
             self.fails = True
             return
-        self._steps.append(self._kernels.Scan((*weights, *conv), *taps, orders, visits))
+        self._steps.append(self._kernels.Scan((*weights, *conv), *taps, orders, window, visits))
 
     def mlp(self, mlp: nn.Module) -> None:
         """timm's ``Mlp`` with GELU, without dropout or norm."""

@@ -110,7 +110,7 @@ class MambaMixer(Opaque, nn.Module):
         """The layer, of tokens like ``x``, as steps of a block's line."""
         check_tokens(x, input_width(self.in_proj, self.dim))
         tokens, pattern = x.shape[1], self.scan.pattern
-        if self.merge is not None or self.scan.window(tokens) > 1:
+        if self.merge is not None:
             line.fails = True
             return
         grid = checked_grid(grid, tokens)
@@ -121,7 +121,7 @@ class MambaMixer(Opaque, nn.Module):
         line.linear(self.in_proj)
         line.split()
         conv = line.weights(self, MambaMixer, "conv_weight", "conv_bias")
-        line.scan(conv, taps, self.ssm, orders, _visits(pattern, grid))
+        line.scan(conv, taps, self.ssm, orders, self.scan.window(tokens), _visits(pattern, grid))
         line.gate(1 / pattern.num_orders)
         line.linear(self.out_proj)
 

@@ -172,16 +172,17 @@ class MultiScaleSS2D(Opaque, nn.Module):
         windows = self.scan.window(rows * columns), self.scan.window(height * width)
         u, v = full.flatten(1, 2), low.flatten(1, 2)
         if (
-            not self.ssm_full.is_one_operation(u, None, windows[0])
-            or not self.ssm_low.is_one_operation(v, order, windows[1], visits)
+            max(windows) > 1
+            or not self.ssm_full.is_one_operation(u)
+            or not self.ssm_low.is_one_operation(v, order, visits)
             or not has_row_sums_kernel(u, None, self.ssm_low.backend)
         ):
             return None
         sizes = [rows * columns, order.shape[1]]
         steps = u.new_empty(b, sum(sizes), 1, c)
         into = steps.split_with_sizes(sizes, 1)
-        of_full = self.ssm_full.projected(u, None, "per_step", None, into[0])
-        of_low = self.ssm_low.projected(v, order, "per_step", visits, into[1])
+        of_full = self.ssm_full.projected(u, None, "per_step", None, into=into[0])
+        of_low = self.ssm_low.projected(v, order, "per_step", visits, into=into[1])
         normed = self.out_norm(joined(steps, (of_full, of_low)).squeeze(2))
         tables = upsampling((height, width), (rows, columns), self.upsampling, self.scan.pattern, True, full.device)
         return row_sums(normed, None, tables, backend=self.ssm_low.backend).view(full.shape)

@@ -117,8 +117,8 @@ class SelectiveSSM(OnBackend, nn.Module):
         visits: Visits | None = None,
     ) -> Tensor:
         """Scans u (b, l, c), or (b, l, k, c) where orders read different inputs; see ``selective_scan``."""
-        if self.is_one_operation(u, orders, local_window, visits):
-            return self.projected(u, orders, out, visits)
+        if self.is_one_operation(u, orders, visits):
+            return self.projected(u, orders, out, visits, local_window)
         u, delta, dt_weight, B, C, D = self.operands(u)
         return selective_scan(
             u,
@@ -136,19 +136,20 @@ class SelectiveSSM(OnBackend, nn.Module):
             backend=self.backend,
         )
 
-    def is_one_operation(
-        self, u: Tensor, orders: Tensor | None = None, local_window: int = 0, visits: Visits | None = None
-    ) -> bool:
+    def is_one_operation(self, u: Tensor, orders: Tensor | None = None, visits: Visits | None = None) -> bool:
         """Whether projections and scan are `projected`: see `backbones.ops.scan.projected`."""
-        if local_window > 1 or type(self) is not SelectiveSSM:  # others project in another way
+        if type(self) is not SelectiveSSM:  # others project in another way
             return False
         return has_projected_scan(u, *self._weights(), orders=orders, visits=visits, backend=self.backend)
 
     def projected(
-        self, u: Tensor, orders: Tensor | None, out: str, visits: Visits | None, into: Tensor | None = None
-    ) -> Tensor:
-        """`forward` where `is_one_operation`; "per_step" is written ``into`` (b, t, k, d_inner)."""
-        return projected_scan(u, *self._weights(), orders=orders, out=out, visits=visits, into=into)
+        self, u: Tensor, orders: Tensor | None, out: str, visits: Visits | None, local_window: int = 0,
+        into: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`forward` where `is_one_operation`; "per_step" without a window is written ``into`` (b, t, k, d_inner)."""
+        return projected_scan(
+            u, *self._weights(), orders=orders, out=out, local_window=local_window, visits=visits, into=into
+        )
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self.A_log, self.D

@@ -189,14 +189,15 @@ class SS2D(Opaque, nn.Module):
         check_map(x, input_width(self.in_proj, self.dim))
         (height, width), pattern = x.shape[1:3], self.scan.pattern
         orders, visits, padded = pattern.tables(height, width, x.device)
-        if self.merge is not None or padded or self.scan.window(height * width) > 1 or not is_as_written(self):
+        if self.merge is not None or padded or not is_as_written(self):
             line.fails = True
             return
         line.linear(self.in_proj)
         if self.gated:
             line.split()
         conv = line.weights(self.conv2d, DepthwiseConv2d, "weight", "bias")
-        line.scan(conv, window_taps(height, width, 3, device=x.device), self.ssm, orders, visits)
+        taps, window = window_taps(height, width, 3, device=x.device), self.scan.window(height * width)
+        line.scan(conv, taps, self.ssm, orders, window, visits)
         line.norm(self.out_norm, adds=False)
         if self.gated:
             line.gate()

@@ -151,12 +151,14 @@ class Scan(Step):
         taps: (k, j, l) of the convolution, see :func:`backbones.ops.depthwise_conv`.
         inverse_taps: as ``taps``.
         orders: (k, l) of the scan.
-        visits: what is known of them.
+        window: steps of the scan's window.
+        visits: what is known of the orders.
     """
 
     taps: Tensor
     inverse_taps: Tensor
     orders: Tensor
+    window: int
     visits: Visits
     halves = 2
 
@@ -168,7 +170,7 @@ class Scan(Step):
         u = depthwise.forward(x, conv, bias, self.taps, self.inverse_taps, True)
         u = u[0] if k == 1 else u.permute(1, 2, 0, 3)
         y, scan = projected.forward(
-            u, x_weight, dt_weight, dt_bias, A_log, D, self.orders, "sum", 0, self.visits, None, save
+            u, x_weight, dt_weight, dt_bias, A_log, D, self.orders, "sum", self.window, self.visits, None, save
         )  # fmt: skip
         flow.y = y.view(flow.y.shape[0], -1)
         return () if scan is None else (x, u, scan.x, scan.blocks, scan.delta, scan.A, scan.states)
@@ -179,7 +181,7 @@ class Scan(Step):
         k, j, length = self.taps.shape
         du, *of_scan = projected.backward(
             flow.y.view(flow.images, length, -1), projected.Saved(*scan), u, x_weight, dt_weight, dt_bias, D,
-            self.orders, "sum", 0, self.visits,
+            self.orders, "sum", self.window, self.visits,
         )  # fmt: skip
         du = du.unsqueeze(0) if k == 1 else du.permute(2, 0, 1, 3)
         conv = weight.view(k, -1, j)

@@ -49,6 +49,7 @@ def projected_scan(
     *,
     orders: Tensor | None = None,
     out: str = "sum",
+    local_window: int = 0,
     visits: Visits | None = None,
     into: Tensor | None = None,
 ) -> Tensor:
@@ -64,9 +65,10 @@ def projected_scan(
         D: (k, c).
         orders: see :func:`backbones.ops.selective_scan`.
         out: see there.
+        local_window: see there.
         visits: see there.
-        into: (b, t, k, c), contiguous rows in the dtype of u: the memory of the result of ``out="per_step"``. See
-            :func:`joined`.
+        into: (b, t, k, c), contiguous rows in the dtype of u: the memory of the result of ``out="per_step"`` without a
+            window. See :func:`joined`.
 
     Raises:
         NotImplementedError: second derivatives.
@@ -75,8 +77,9 @@ def projected_scan(
         orders = orders.to(torch.int32)
     x_weight, dt_weight, bias, A_log, D = (x.contiguous() for x in (x_weight, dt_weight, bias, A_log, D))
     if torch.is_grad_enabled():
-        return _ProjectedScan.apply(u, x_weight, dt_weight, bias, A_log, D, orders, out, visits, into)
-    return kernels(_TRITON).forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, 0, visits, into, False)[0]
+        return _ProjectedScan.apply(u, x_weight, dt_weight, bias, A_log, D, orders, out, local_window, visits, into)
+    forward = kernels(_TRITON).forward
+    return forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, local_window, visits, into, False)[0]
 
 
 def joined(whole: Tensor, parts: Sequence[Tensor]) -> Tensor:
@@ -88,28 +91,29 @@ class _ProjectedScan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, u: Tensor, x_weight: Tensor, dt_weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor,
-        orders: Tensor | None, out: str, visits: Visits | None, into: Tensor | None,
+        orders: Tensor | None, out: str, window: int, visits: Visits | None, into: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        y, saved = kernels(_TRITON).forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, 0, visits, into, True)
+        forward = kernels(_TRITON).forward
+        y, saved = forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, window, visits, into, True)
         assert saved is not None
         ctx.save_for_backward(
             u, x_weight, dt_weight, bias, D, orders, saved.x, saved.blocks, saved.delta, saved.A, saved.states
         )
-        ctx.out, ctx.visits = out, visits
+        ctx.options = out, window, visits
         return y if into is None else y.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         projected = kernels(_TRITON)
         u, x_weight, dt_weight, bias, D, orders, *saved = ctx.saved_tensors
-        args = (grad, projected.Saved(*saved), u, x_weight, dt_weight, bias, D, orders, ctx.out, 0, ctx.visits)
+        args = (grad, projected.Saved(*saved), u, x_weight, dt_weight, bias, D, orders, *ctx.options)
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
             with torch.no_grad(), torch.autocast("cuda", enabled=False):
                 results = projected.backward(*args)
             results = first_order("selective_scan", results, (grad, u, x_weight, dt_weight, bias, D))
         else:
             results = projected.backward(*args)
-        return *results, None, None, None, None
+        return *results, None, None, None, None, None
 
 
 class _Joined(torch.autograd.Function):

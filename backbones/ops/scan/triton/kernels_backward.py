@@ -232,7 +232,7 @@ def backward_kernel(
         part = sums + (batch * segments + s) * k * c * (n + 2)
         tl.store(part + order * n * c + tile, dA_sum, mask=mask)
         part += k * c * n + order * c + cs
-        if HAS_D:
+        if HAS_D or WINDOW:  # of a window's walk, nothing: its sums are added to those of the other
             tl.store(part, dD_sum, mask=c_mask)
         if HAS_BIAS:
             tl.store(part + k * c, dbias_sum, mask=c_mask)

@@ -283,9 +283,9 @@ class _Scan:
 
     def backward(
         self, grad: Tensor, tensors: Operands, states: Tensor, order_by_order: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients as the kernel leaves them: of u and delta as `buffer` makes them; the partial sums of those of B
-        and C, see `_partials`; and for each walk of the order those of A, D and bias, see `_split_sums`.
+        and C, see `_partials`, and of those of A, D and bias, in rows, see `_split_sums`.
         """
         u, delta, A, B, C, D, orders, bias = tensors
         config = self.backward_config
@@ -310,9 +310,10 @@ class _Scan:
         ddelta = self.buffer(self.c, merged=False, order_by_order=order_by_order)
         partials = _partials(self, 1 if atomic else blocks, atomic, B.dtype)
         dB, dC = partials.unbind(0)
-        all_parts = []
-        for i, walk in enumerate(walks):
-            window = i == 1
+        counts = [self.b * walk["segments"] for walk in walks]
+        all_parts = empty((sum(counts), self.k * self.c * (self.n + 2)), torch.float32, self.device)
+        for walk, parts in zip(walks, all_parts.split(counts) if self.window > 1 else (all_parts,), strict=True):
+            window = walk is not walks[0]
             kept: Tensor | None = states
             if window:
                 kept = None
@@ -327,7 +328,6 @@ class _Scan:
             tile_bytes = 4 * config.N * config.BLOCK_C * cdiv(walk["chunk"], config.U)
             programs = min(items, max(1, _SCRATCH_BYTES // tile_bytes))
             scratch = empty((programs * tile_bytes // 4,), torch.float32, self.device)
-            parts = empty((self.b * walk["segments"], self.k * self.c * (self.n + 2)), torch.float32, self.device)
             key = ("backward", window, atomic, grad.dtype, grad.stride(), order_by_order, kept is None)
             run = self.launches.get(key)
             if run is None:
@@ -349,7 +349,6 @@ class _Scan:
                 du, ddelta, dB, dC, parts,
             )  # fmt: skip
             del scratch  # or the peak would hold it beside the sums of what follows
-            all_parts.append(parts)
         return du, ddelta, partials, all_parts
 
 
@@ -379,12 +378,8 @@ def backward(
     with device_of(u):
         tensors = _as_kernels_read(u, delta, A, B, C, D, orders, delta_bias)
         scan = _Scan.of(tensors, delta_softplus, out, local_window, visits)
-        du, ddelta, partials, all_parts = scan.backward(contiguous_rows(grad), tensors, states)
-        sums = [_split_sums(column_sums(parts), scan) for parts in all_parts]
-        dA, dD, dbias = sums[0]
-        if scan.window > 1:  # whose walk has no D
-            dA += sums[1][0]
-            dbias += sums[1][2]
+        du, ddelta, partials, parts = scan.backward(contiguous_rows(grad), tensors, states)
+        dA, dD, dbias = _split_sums(column_sums(parts), scan)
         if not scan.facts.repeats:
             partials = (partials if partials.shape[1] == 1 else partials.sum(1, keepdim=True)).to(B.dtype)
         none = dA.new_empty(0)

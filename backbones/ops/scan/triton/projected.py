@@ -150,12 +150,12 @@ def backward(
         u = contiguous_rows(u)
         tensors = (u, saved.delta, saved.A, *_weights(saved.x, x_weight, b, length, r), D, orders, bias)
         scan = _Scan.of(tensors, True, out, window, visits)
-        du, ddelta, partials, (parts,) = scan.backward(
+        du, ddelta, partials, parts = scan.backward(
             contiguous_rows(grad), tensors, saved.states, order_by_order=u.dim() == 4
         )
         du = scan.collect(du, scan.shared, u.dtype, orders)
+        ddelta = scan.collect(ddelta, False, u.dtype, orders)
         if scan.facts.repeats:
-            ddelta = scan.collect(ddelta, False, u.dtype, orders)
             shape = partials.shape
             partials = scan.collect(partials.flatten(0, 2), False, partials.dtype, orders)
             partials = partials.view(*shape[:3], *partials.shape[1:])
