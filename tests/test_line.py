@@ -39,6 +39,13 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _autograd_has_a_context() -> None:
+    """Autograd's thread calls cuBLAS first here, which warns where nothing has been launched from it before."""
+    if DEVICE == "cuda":
+        torch.ones(1, device=DEVICE, requires_grad=True).exp().backward()
+
+
 @pytest.mark.skipif(RUNS, reason="the kernels run in this process")
 def test_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__)
