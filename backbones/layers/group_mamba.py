@@ -13,7 +13,10 @@ from backbones.layers.shapes import bottleneck_width, check_map
 from backbones.layers.ss2d import DepthwiseConv2d, scan_grid
 from backbones.layers.tracing import Opaque
 from backbones.ops import silu_gate
+from backbones.ops.group_mixer.operator import Plan, Weights, group_mixer, has_group_mixer
+from backbones.ops.tracing import is_as_written, is_hooked_everywhere
 from backbones.patterns import CROSS
+from backbones.patterns.taps import window_taps
 
 _CROSS = Scan(CROSS)
 
@@ -38,6 +41,9 @@ class GroupedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., groups, in_features) to (..., groups, out_features)."""
         return torch.einsum("...ki,koi->...ko", x, self.weight)
+
+
+_PARTS = (nn.Linear, nn.Linear, GroupedLinear, DepthwiseConv2d, SelectiveSSM, nn.GroupNorm, GroupedLinear, LayerNorm)
 
 
 class GroupMambaLayer(Opaque, nn.Module):
@@ -88,6 +94,8 @@ class GroupMambaLayer(Opaque, nn.Module):
 
     def of_normed(self, x: Tensor) -> Tensor:
         """The layer, of what its norm gave."""
+        if self._is_served(x):
+            return self.proj(group_mixer(x.flatten(1, 2), *self.mixer_operands(x)).view_as(x))
         weight = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((1, 2), keepdim=True)))))
         u, z = self.in_proj(x.unflatten(-1, (self.groups, -1))).chunk(2, dim=-1)
         u = self.conv2d(u.flatten(-2)).unflatten(-1, (self.groups, -1))
@@ -95,3 +103,29 @@ class GroupMambaLayer(Opaque, nn.Module):
         tokens = y.flatten(0, 2).flatten(1)  # (b h w, dim), where GroupNorm is a LayerNorm of each group
         y = self.out_proj(silu_gate(self.out_norm(tokens).view_as(y), z, backend=self.ssm.backend)).flatten(-2)
         return self.proj(self.norm(y * self.skip_scale * x * weight))
+
+    def mixer_operands(self, x: Tensor) -> tuple[Plan, Weights]:
+        """What `group_mixer` takes for a map x (b, h, w, dim)."""
+        ssm, conv, out_norm, norm = self.ssm, self.conv2d, self.out_norm, self.norm
+        height, width = x.shape[1:3]
+        orders, visits, _ = self.scan.pattern.tables(height, width, x.device)
+        taps, inverse_taps = window_taps(height, width, conv.kernel_size[0], device=x.device)
+        weights: tuple[Any, ...] = (  # of which some are None where a module has no bias
+            self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.in_proj.weight, self.out_proj.weight,
+            ssm.x_proj_weight, ssm.dt_proj_weight, ssm.dt_proj_bias, ssm.A_log, ssm.D, conv.weight, conv.bias,
+            out_norm.weight, out_norm.bias, self.skip_scale, norm.weight, norm.bias,
+        )  # fmt: skip
+        return Plan(orders, visits, taps, inverse_taps, out_norm.eps, norm.eps), Weights(*weights)
+
+    def _is_served(self, x: Tensor) -> bool:
+        """Whether `group_mixer` serves x, and these modules as they are."""
+        parts = self.fc1, self.fc2, self.in_proj, self.conv2d, self.ssm, self.out_norm, self.out_proj, self.norm
+        if not x.is_cuda or any([type(part) is not kind for part, kind in zip(parts, _PARTS, strict=True)]):
+            return False
+        if is_hooked_everywhere() or not all([is_as_written(part) for part in parts]):
+            return False
+        backends = {self.norm.backend, self.conv2d.backend, self.ssm.backend}
+        height, width = x.shape[1:3]
+        if len(backends) > 1 or self.scan.window(height * width) > 1 or self.scan.pattern.padded(height, width):
+            return False
+        return has_group_mixer(x, *self.mixer_operands(x), self.ssm.backend)

@@ -33,7 +33,7 @@ from backbones.layers import (
 )
 from backbones.layers.distilled_head import DistilledHead
 from backbones.layers.norm import residual_norm
-from backbones.ops.tracing import is_hooked, is_replaced, runs_eagerly
+from backbones.ops.tracing import is_as_written, is_hooked_everywhere, runs_eagerly
 from backbones.patterns import CROSS
 from backbones.weights import KeyRule
 from backbones.zoo import default_cfgs as zoo_cfgs
@@ -86,7 +86,7 @@ class GroupMambaBlock(nn.Module):
 
 def _is_as_written(mixer: nn.Module, x: Tensor) -> TypeGuard[GroupMambaLayer]:
     """Whether a call of ``mixer`` is its norm and the rest of it."""
-    if type(mixer) is not GroupMambaLayer or is_hooked(mixer) or is_replaced(mixer):
+    if type(mixer) is not GroupMambaLayer or is_hooked_everywhere() or not is_as_written(mixer):
         return False
     return isinstance(x, Tensor) and runs_eagerly(x)
 

@@ -34,8 +34,8 @@ _PROGRAMS = 2048  # into which the sums over tokens are cut
 @triton.jit
 def gather_kernel(
     x, weight, bias, table, grad, y,
-    x_k, x_b, x_l, g_k, g_b, g_l,
-    batches, orders, summed, rows, c,
+    x_k, x_b, x_l, g_k, g_b, g_l, y_k, y_b, y_l, table_k,
+    orders, summed, rows, c,
     J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
     HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SILU: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -43,8 +43,8 @@ def gather_kernel(
     """y[k, b, i, c] = act(bias[k, c] + sum_j weight[k, c, j] x[k, b, table[k, j, i], c]), where -1 reads 0.
 
     Program (batch, tile of rows, order, channel block). With ``summed`` > 1 there is one order of y: the sum of so many
-    of x. With RESIDUAL x[k, b, i, c] is added before act. SLOPE writes the gradient before act, grad act'(pre), instead
-    of act(pre).
+    of x. The orders' tables lie ``table_k`` apart. With RESIDUAL x[k, b, i, c] is added before act. SLOPE writes the
+    gradient before act, grad act'(pre), instead of act(pre).
     """
     blocks = tl.cdiv(c, BLOCK_C)
     tiles = tl.cdiv(rows, BLOCK_M)
@@ -59,7 +59,7 @@ def gather_kernel(
     for source in range(order, order + summed):
         x_at = x + tl.cast(source, tl.int64) * x_k + batch * x_b
         for j in tl.range(0, J, loop_unroll_factor=UNROLL):
-            token = tl.load(table + (source * J + j) * rows + ms, mask=m_mask, other=-1)
+            token = tl.load(table + source * table_k + j * rows + ms, mask=m_mask, other=-1)
             if WIDE:
                 at = token.to(tl.int64)[:, None] * x_l + cs[None, :]
             else:
@@ -88,18 +88,18 @@ def gather_kernel(
             total = g * slope
         else:
             total *= gate
-    y += (order * batches + batch) * rows * c
-    tl.store(y + ms[:, None] * c + cs[None, :], total.to(y.dtype.element_ty), mask=mask)
+    y += order.to(tl.int64) * y_k + batch * y_b
+    tl.store(y + ms[:, None] * y_l + cs[None, :], total.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def weight_kernel(
     x, g, table, sums,
-    x_b, x_l, g_k, g_b, g_l,
+    x_k, x_b, x_l, g_k, g_b, g_l, table_k,
     orders, tiles, row_tiles, rows, c,
     J: tl.constexpr, TAPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """sums[part, k, c, j] = sum of g[k, b, i, c] x[b, table[k, j, i], c] over a part of (b, i); behind them, sums of g.
+    """sums[part, k, c, j] = sum of g[k, b, i, c] x[k, b, table[k, j, i], c] over a part of (b, i); then sums of g.
 
     Program (part, group of TAPS taps, order, channel block); a part is every so-manieth of ``tiles``.
     """
@@ -111,8 +111,9 @@ def weight_kernel(
     tap = item // blocks // orders % groups * TAPS
     part = item // blocks // orders // groups
     c_mask = cs < c
+    x += order.to(tl.int64) * x_k
     g += order.to(tl.int64) * g_k
-    table += order * J * rows
+    table += order * table_k
     zeros = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     of_bias = zeros
     of_taps = ()
@@ -150,7 +151,9 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse_taps: Tensor, silu: bool, gelu: bool = False,
     residual: bool = False,
 ) -> Tensor:  # fmt: skip
-    """See :mod:`backbones.ops.depthwise.operator`."""
+    """See :mod:`backbones.ops.depthwise.operator`. x is (b, l, c), or (k, b, l, c): an input for each order, all of
+    which may share one table.
+    """
     check_device("x", x)
     with device_of(x):
         return _gather(contiguous_rows(x), weight, bias, taps, x.dtype, silu, gelu, residual)
@@ -158,18 +161,21 @@ def forward(
 
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, inverse_taps: Tensor, silu: bool,
-    gelu: bool = False, residual: bool = False,
+    gelu: bool = False, residual: bool = False, dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See :mod:`backbones.ops.depthwise.operator`."""
+    """See :mod:`backbones.ops.depthwise.operator`, and `forward`. ``dx`` takes the gradient of x; see `_gather`."""
     with device_of(x):
         x, grad = contiguous_rows(x), contiguous_rows(grad)
         g = grad
         if silu or gelu:
             g = _gather(x, weight, bias, taps, torch.float32, silu, gelu, residual, grad)
-        dx = _gather(g, weight, None, inverse_taps, x.dtype, False, False, residual)[0]
+        shared = x.dim() == 3
+        dx = _gather(g, weight, None, inverse_taps, x.dtype, False, False, residual, summed=shared, y=dx)
+        dx = dx[0] if shared else dx
 
-        (b, _, c), (k, j, rows) = x.shape, taps.shape
-        key = ("weight", x.shape, x.dtype, x.stride(), g.dtype, g.stride(), taps.shape)
+        b, _, c = x.shape[-3:]
+        k, (tables, j, rows) = weight.shape[0], taps.shape
+        key = ("weight", x.shape, x.dtype, x.stride(), g.dtype, g.stride(), k, taps.shape)
         found = _launches.get(key)
         if found is None:
             block_m, block_c = tile(rows, c, SUMMED)
@@ -178,8 +184,10 @@ def backward(
             parts = min(b * row_tiles, cdiv(_PROGRAMS, programs))
             made = Launch(
                 weight_kernel, (parts * programs,),
-                (*x.stride()[:2], *g.stride()[:3], k, b * row_tiles, row_tiles, rows, c), 4,
-                J=j, TAPS=group, BLOCK_M=block_m, BLOCK_C=block_c, WIDE=_is_wide(x),
+                (
+                    *_strides(x), *g.stride()[:3], j * rows if tables > 1 else 0, k, b * row_tiles, row_tiles, rows, c,
+                ),
+                4, J=j, TAPS=group, BLOCK_M=block_m, BLOCK_C=block_c, WIDE=_is_wide(x),
             )  # fmt: skip
             found = remember(_launches, key, (made, (parts, k * c * (j + 1))))
         run, shape = found
@@ -199,21 +207,31 @@ def _gather(
     gelu: bool,
     residual: bool,
     grad: Tensor | None = None,
+    summed: bool = False,
+    y: Tensor | None = None,
 ) -> Tensor:
-    """(k, b, rows, c) from x (b, l, c), or (1, b, rows, c), summed over orders, from x (k, b, l, c)."""
+    """(k, b, rows, c) from x (b, l, c) or (k, b, l, c), or, ``summed`` over the orders of the latter, (1, b, rows, c).
+
+    ``y`` takes the result.
+    """
     of_grad = None if grad is None else (grad.stride(), grad.dtype)
-    key = (x.shape, x.dtype, x.stride(), bias is None, table.shape, dtype, silu, gelu, residual, of_grad)
+    of_y = None if y is None else y.stride()
+    key = (
+        x.shape, x.dtype, x.stride(), bias is None, weight.shape[0], table.shape, dtype, silu, gelu, residual, of_grad,
+        summed, of_y,
+    )  # fmt: skip
     found = _launches.get(key)
     if found is None:
         b, _, c = x.shape[-3:]
-        k, j, rows = table.shape
-        each = 1 if x.dim() == 4 else k
+        k, (tables, j, rows) = weight.shape[0], table.shape
+        each = 1 if summed else k
+        of_y = (b * rows * c, rows * c, c) if of_y is None else of_y[:3]
         block_m, block_c = tile(rows, c, GATHERED)
         made = Launch(
             gather_kernel, (cdiv(c, block_c) * each * cdiv(rows, block_m) * b,),
             (
-                x.stride(0) if x.dim() == 4 else 0, *x.stride()[-3:-1],
-                *((0, 0, 0) if grad is None else grad.stride()[:3]), b, each, k // each, rows, c,
+                *_strides(x), *((0, 0, 0) if grad is None else grad.stride()[:3]), *of_y,
+                j * rows if tables > 1 else 0, each, k // each, rows, c,
             ),
             4, J=j, BLOCK_M=block_m, BLOCK_C=block_c, UNROLL=min(j, TAPS),
             HAS_BIAS=bias is not None, RESIDUAL=residual, SILU=silu, GELU=gelu, SLOPE=grad is not None,
@@ -221,7 +239,7 @@ def _gather(
         )  # fmt: skip
         found = remember(_launches, key, (made, (each, b, rows, c)))
     run, shape = found
-    y = empty(shape, dtype, x.device)
+    y = empty(shape, dtype, x.device) if y is None else y
     run(x, weight, bias, table, grad, y)
     return y
 
@@ -231,6 +249,11 @@ def tile(rows: int, c: int, numbers: int) -> tuple[int, int]:
     block_c = 128 if c % 128 == 0 else 64 if c % 64 == 0 else 32
     block_c = min(block_c, next_power_of_2(c))
     return min(numbers // block_c, next_power_of_2(rows)), block_c
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Of order, image and token; the first is 0 where all orders read one x."""
+    return x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2)
 
 
 def _is_wide(x: Tensor) -> bool:

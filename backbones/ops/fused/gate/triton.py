@@ -15,7 +15,7 @@ from backbones.ops.triton_host import Launch, cdiv, check_device, device_of, emp
 
 
 @triton.jit
-def _silu(z):
+def silu(z):
     """SiLU(z), and its derivative."""
     sigmoid = 1 / (1 + tl.exp2(-z * LOG2_E))
     return z * sigmoid, sigmoid * (1 + z * (1 - sigmoid))
@@ -27,7 +27,7 @@ def gate_kernel(x, z, y, x_row, z_row, rows, c, scale, ROWS: tl.constexpr, BLOCK
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = (r < rows) & (cs < c)
-    gate, _ = _silu(tl.load(z + r * z_row + cs, mask=mask, other=0.0).to(tl.float32))
+    gate, _ = silu(tl.load(z + r * z_row + cs, mask=mask, other=0.0).to(tl.float32))
     value = tl.load(x + r * x_row + cs, mask=mask, other=0.0).to(tl.float32) * gate * scale
     tl.store(y + r * c + cs, value.to(y.dtype.element_ty), mask=mask)
 
@@ -41,7 +41,7 @@ def gate_backward_kernel(
     cs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = (r < rows) & (cs < c)
     g = tl.load(grad + r * g_row + cs, mask=mask, other=0.0).to(tl.float32) * scale
-    gate, slope = _silu(tl.load(z + r * z_row + cs, mask=mask, other=0.0).to(tl.float32))
+    gate, slope = silu(tl.load(z + r * z_row + cs, mask=mask, other=0.0).to(tl.float32))
     tl.store(dx + r * c + cs, (g * gate).to(dx.dtype.element_ty), mask=mask)
     value = g * tl.load(x + r * x_row + cs, mask=mask, other=0.0).to(tl.float32) * slope
     tl.store(dz + r * c + cs, value.to(dz.dtype.element_ty), mask=mask)
@@ -61,7 +61,7 @@ def excited_kernel(
     value = tl.load(x + at * x_row + cs[None, :], mask=mask, other=0.0).to(tl.float32)
     value *= 1 / (1 + tl.exp2(-s * LOG2_E))[None, :]
     if HAS_Z:
-        gate, _ = _silu(tl.load(z + at * z_row + cs[None, :], mask=mask, other=0.0).to(tl.float32))
+        gate, _ = silu(tl.load(z + at * z_row + cs[None, :], mask=mask, other=0.0).to(tl.float32))
         value *= gate
     tl.store(y + at * c + cs[None, :], value.to(y.dtype.element_ty), mask=mask)
 
@@ -88,7 +88,7 @@ def excited_backward_kernel(
         g = tl.load(grad + at * g_row + cs[None, :], mask=mask, other=0.0).to(tl.float32)
         value = tl.load(x + at * x_row + cs[None, :], mask=mask, other=0.0).to(tl.float32)
         if HAS_Z:
-            gate, slope = _silu(tl.load(z + at * z_row + cs[None, :], mask=mask, other=0.0).to(tl.float32))
+            gate, slope = silu(tl.load(z + at * z_row + cs[None, :], mask=mask, other=0.0).to(tl.float32))
             dz_t = g * value * excitation * slope
             tl.store(dz + at * c + cs[None, :], dz_t.to(dz.dtype.element_ty), mask=mask)
             g *= gate

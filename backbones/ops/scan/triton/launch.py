@@ -260,8 +260,8 @@ class _Scan:
     def forward(self, tensors: Operands, save: bool, into: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The output in the dtype of u, and with ``save`` the states.
 
-        ``into``, (b, t, k, c) in that dtype with rows of any distance, is what "per_step" without a window is written
-        to.
+        ``into`` takes the former, in that dtype with rows of any distance, without a window: (b, t, k, c) where it is
+        "per_step", or (b, l, k, c) where it is "per_order" and orders visit all tokens once.
         """
         u, delta, A, B, _, _, orders, bias = tensors
         slots = (self.steps - 1) // CHUNK

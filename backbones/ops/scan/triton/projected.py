@@ -163,7 +163,7 @@ def backward(
         if u.dim() == 4:
             ddelta = _per_order(ddelta)
             torch.bmm(ddelta, dt_weight, out=dx[:, :, :r])
-            product, ddt_weight = None, _product_per_order(ddelta, saved.x[:, :, :r], b)
+            product, ddt_weight = None, product_per_order(ddelta, saved.x[:, :, :r], b)
             of_order, of_row, taking = tokens * i, i, 0
         else:
             ddelta = ddelta.view(tokens, k * o)
@@ -186,7 +186,7 @@ def backward(
 
         if u.dim() == 4:
             rows = _per_order(u)
-            dx_weight = _product_per_order(dx, rows, b)
+            dx_weight = product_per_order(dx, rows, b)
             _per_order(du).baddbmm_(dx, x_weight)
         else:
             rows = u.reshape(tokens, -1)
@@ -212,7 +212,7 @@ def _per_order(x: Tensor) -> Tensor:
     return x.permute(2, 0, 1, 3).reshape(k, b * length, c)
 
 
-def _product_per_order(grad: Tensor, x: Tensor, b: int) -> Tensor:
+def product_per_order(grad: Tensor, x: Tensor, b: int) -> Tensor:
     """(k, o, i), sums over m of grad (k, m, o) times x (k, m, i), in their dtype.
 
     cuBLAS does not split the sums of batched products, which leaves most of a GPU idle: tokens of ``b`` images are
