@@ -5,6 +5,7 @@
     ssm-backbones benchmark model vim_tiny            images per second beside timm's own models
     ssm-backbones benchmark tokens vim_tiny           what fewer tokens save on a CPU (backbones.reduce_tokens)
     ssm-backbones benchmark gpu vim_tiny              launches, host time, throughput: eager mode and CUDA graphs
+    ssm-backbones benchmark host vim_tiny             of these, launches and host time alone
     ssm-backbones benchmark dense configs/coco/*_1x_* a training step of detectors and segmentors: time, peak memory
     ssm-backbones benchmark scaling vim_tiny          training on two GPUs (--gpus) against one
     ssm-backbones benchmark training CONFIG           the whole training command against its loader and a bare loop
@@ -31,7 +32,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import backbones  # noqa: F401  (registers the models in timm)
-from backbones.commands.bench.gpu import bench_gpu
+from backbones.commands.bench.gpu import bench_gpu, bench_host
 from backbones.commands.bench.measure import ParityError, conditions
 from backbones.commands.bench.models import COMPANIONS, KINDS, bench_model
 from backbones.commands.bench.operator import bench_limits, bench_op
@@ -101,7 +102,7 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="limits|op|model|tokens|gpu|dense|scaling|training")
+    commands = parser.add_subparsers(required=True, metavar="limits|op|model|tokens|gpu|host|dense|scaling|training")
     limits = commands.add_parser("limits", help="measure this machine's limits")
     limits.set_defaults(run=bench_limits)
     op = commands.add_parser("op", help="time the operator's backends")
@@ -128,8 +129,11 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     )
     gpu = commands.add_parser("gpu", help="count launches and time models on a GPU, in eager mode and with CUDA graphs")
     gpu.set_defaults(run=bench_gpu, device="cuda", dtype="bfloat16 autocast")
-    gpu.add_argument("names", nargs="+", help="models of this library, and of timm for comparison")
-    gpu.add_argument("--size", type=_positive, default=224, help="side of the images in pixels")
+    host = commands.add_parser("host", help="count launches, and time the host that makes them")
+    host.set_defaults(run=bench_host, device="cuda", dtype="bfloat16 autocast")
+    for command in (gpu, host):
+        command.add_argument("names", nargs="+", help="models of this library, and of timm for comparison")
+        command.add_argument("--size", type=_positive, default=224, help="side of the images in pixels")
     gpu.add_argument("--batch", type=_positive, default=128, help="images per batch for throughput and memory")
     dense = commands.add_parser("dense", help="time a training step of detectors and segmentors, as configs say")
     dense.set_defaults(run=_bench_dense, dtype="bfloat16 autocast")
@@ -157,7 +161,7 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     training.add_argument("--loader-only", action="store_true", help="train nothing: what the images cost")
     training.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     training.add_argument("--cfg-options", nargs="+", action=_Options, metavar="KEY=VALUE", help="change the config")
-    for command in (limits, op, model, tokens, gpu, dense, scaling, training):
+    for command in (limits, op, model, tokens, gpu, host, dense, scaling, training):
         command.add_argument("--threads", type=_positive, default=1)
         command.add_argument("--rounds", type=_positive, default=7, help="timed repetitions of each contestant")
         command.add_argument("--csv", type=Path, help="also write the rows to this file")

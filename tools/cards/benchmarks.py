@@ -149,6 +149,30 @@ def gpu_launches_table(results: Results) -> str:
     return table(["model", "mode", *columns.values()], rows)
 
 
+def gpu_host_table(results: Results) -> str:
+    """Launches and the host's time in eager mode, over those of a Swin Transformer, and with CUDA graphs."""
+    columns = ["launches_inference", "launches_training", "host_inference_ms", "host_training_ms"]
+    results.need("model", "mode", *columns)
+    times = {(row["model"], row["mode"]): [float(row[name]) for name in columns[2:]] for row in results.rows}
+    swin = times["swin_tiny_patch4_window7_224", "eager"]
+    rows = []
+    for row in results.rows:
+        if row["mode"] != "eager":
+            continue
+        own = times[row["model"], "eager"]
+        graphs = times.get((row["model"], "graphs"))
+        rows.append(
+            [
+                f"`{row['model']}`",
+                *(row[name] for name in columns),
+                " / ".join(f"{time / of_swin:.2f}" for time, of_swin in zip(own, swin, strict=True)),
+                "" if graphs is None else " / ".join(f"{time:.3g}" for time in graphs),
+            ]
+        )
+    titles = ["launches in inference", "in training", "host in inference [ms]", "in training [ms]"]
+    return table(["model", *titles, "over Swin-T", "with CUDA graphs [ms]"], rows)
+
+
 def gpu_dense_table(files: Iterable[Results]) -> str:
     """A training step of detectors and segmentors, as their configs have it."""
     columns = {

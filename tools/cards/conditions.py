@@ -100,7 +100,9 @@ def command(file: Results) -> str:
     elif "against" in given:
         words = ["model", *ast.literal_eval(given.pop("names")), "--against", *ast.literal_eval(given.pop("against"))]
     else:
-        kind = "dense" if "configs" in given else "scaling" if "gpus" in given else "gpu"
+        kind = (
+            "dense" if "configs" in given else "scaling" if "gpus" in given else "gpu" if "batch" in given else "host"
+        )
         words = [kind, *ast.literal_eval(given.pop("configs" if kind == "dense" else "names"))]
         del given["device"], given["dtype"]  # it has one of each
     for name, value in given.items():

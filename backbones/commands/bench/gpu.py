@@ -22,8 +22,9 @@ MODES = ("eager", "graphs")
 KINDS = {"infer": "inference", "train": "training"}  # what a contestant does, and what its columns are called
 HOST_BATCH = 2  # so little work that nothing waits for the GPU
 LOGITS = 1e-2  # relative RMS of a graph against eager mode, both under bfloat16 autocast
+HOST_COLUMNS = ("model", "mode", "launches_inference", "launches_training", "host_inference_ms", "host_training_ms")
 COLUMNS = (
-    *("model", "mode", "launches_inference", "launches_training", "host_inference_ms", "host_training_ms"),
+    *HOST_COLUMNS,
     *("inference_img_s", "training_img_s", "gpu_training_ms", "peak_inference_mib", "peak_training_mib"),
 )
 
@@ -58,17 +59,22 @@ class Contestant:
 Key = tuple[str, str]  # model and mode
 
 
+def bench_host(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
+    """The columns of `bench_gpu` about launches and the host alone."""
+    rows = _rows(args.names)
+    task = progress.add_task("models", total=1)
+    _host(rows, args.size, args.rounds)
+    progress.advance(task)
+    return [{column: row[column] for column in HOST_COLUMNS} for row in rows.values()]
+
+
 def bench_gpu(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
     """A row for each model and mode.
 
     What the host limits is timed by turns of all models: its own speed may change by half from minute to minute.
     """
-    if not torch.cuda.is_available():
-        raise ParityError("gpu: PyTorch sees no GPU")
-    ours = timm.list_models(module=list(family_names()))
-    keys = [(name, mode) for name in args.names for mode in MODES if mode == "eager" or name in ours]
-    rows: dict[Key, dict[str, object]] = {key: dict(zip(("model", "mode"), key, strict=True)) for key in keys}
-    task = progress.add_task("models", total=len(keys) + 2)
+    rows = _rows(args.names)
+    task = progress.add_task("models", total=len(rows) + 2)
     _host(rows, args.size, args.rounds)
     progress.advance(task)
     eager = {key: row for key, row in rows.items() if key[1] == "eager"}
@@ -78,6 +84,15 @@ def bench_gpu(args: argparse.Namespace, progress: Progress) -> list[dict[str, ob
         _alone(key, row, args.batch, args.size, args.rounds)
         progress.advance(task)
     return [{column: row[column] for column in COLUMNS} for row in rows.values()]
+
+
+def _rows(names: list[str]) -> dict[Key, dict[str, object]]:
+    """A row for each model and mode, of which models of others have one."""
+    if not torch.cuda.is_available():
+        raise ParityError("gpu: PyTorch sees no GPU")
+    ours = timm.list_models(module=list(family_names()))
+    keys = [(name, mode) for name in names for mode in MODES if mode == "eager" or name in ours]
+    return {key: dict(zip(("model", "mode"), key, strict=True)) for key in keys}
 
 
 def _host(rows: dict[Key, dict[str, object]], size: int, rounds: int) -> None:
