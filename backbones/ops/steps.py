@@ -314,7 +314,7 @@ def _forward(
 ) -> tuple[tuple[Tensor, Tensor], list[Any], list[Saved]]:
     """The stream and the branch, the weights as they were used, and what each step saved."""
     shape = stream.shape
-    weights = list(weights) if half is None else _cast(steps, weights, half)
+    weights = list(weights) if half is None else _as_products_read(steps, weights, half)
     flow = Flow(shape[0], _rows(stream), None if y is None else _rows(y))
     saved, end = [], 0
     for step in steps:
@@ -327,22 +327,20 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def _places(steps: Sequence[Step], weights: Weights) -> list[int]:
-    """Where the weights stand that autocast casts."""
-    found, begin = [], 0
+def _as_products_read(steps: Sequence[Step], weights: Weights, half: torch.dtype) -> list[Any]:
+    """``weights`` as autocast would have them."""
+    places, begin = [], 0
     for step in steps:
-        found += [i for i in range(begin, begin + step.halves) if weights[i] is not None]
+        places += [i for i in range(begin, begin + step.halves) if weights[i] is not None and weights[i].dtype != half]
         begin += len(step.weights)
-    return found
+    return _cast(list(weights), places, half)
 
 
-def _cast(steps: Sequence[Step], weights: Weights, half: torch.dtype) -> list[Any]:
-    """``weights`` as autocast would have them, cast together."""
-    places = [i for i in _places(steps, weights) if weights[i].dtype != half]
-    all_of_them = list(weights)
-    for i, weight in zip(places, casts([weights[i] for i in places], half) if places else (), strict=True):
-        all_of_them[i] = weight
-    return all_of_them
+def _cast(tensors: list[Any], places: Sequence[int], dtype: torch.dtype) -> list[Any]:
+    """The same list, its tensors at these places cast together."""
+    for i, x in zip(places, casts([tensors[i] for i in places], dtype), strict=True):
+        tensors[i] = x
+    return tensors
 
 
 class _Line(torch.autograd.Function):
@@ -371,8 +369,7 @@ class _Line(torch.autograd.Function):
                 grads[own] = step.backward(flow, weights[own], tensors[end - count : end], learns[own])
                 begin, end = own.start, end - count
             places = [i for i, x in enumerate(grads) if x is not None and learns[i] and x.dtype != ctx.dtypes[i]]
-            for i, grad in zip(places, casts([grads[i] for i in places], torch.float32) if places else (), strict=True):
-                grads[i] = grad
+            _cast(grads, places, torch.float32)
         found = flow.stream.view(stream.shape), flow.y.view(stream.shape) if ctx.has_branch else None, *grads
         if torch.is_grad_enabled():
             whole = [x for x in found if x is not None]

@@ -208,7 +208,8 @@ def copies(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 def casts(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Copies of all tensors in a dtype, in few launches."""
     results = [torch.empty_like(x, dtype=dtype) for x in tensors]
-    torch._foreach_copy_(results, list(tensors))
+    if results:
+        torch._foreach_copy_(results, list(tensors))
     return results
 
 
