@@ -94,8 +94,8 @@ class GroupMambaLayer(Opaque, nn.Module):
 
     def of_normed(self, x: Tensor) -> Tensor:
         """The layer, of what its norm gave."""
-        if self._is_served(x):
-            return self.proj(group_mixer(x.flatten(1, 2), *self.mixer_operands(x)).view_as(x))
+        if (operands := self._served(x)) is not None:
+            return self.proj(group_mixer(x.flatten(1, 2), *operands).view_as(x))
         weight = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((1, 2), keepdim=True)))))
         u, z = self.in_proj(x.unflatten(-1, (self.groups, -1))).chunk(2, dim=-1)
         u = self.conv2d(u.flatten(-2)).unflatten(-1, (self.groups, -1))
@@ -117,15 +117,16 @@ class GroupMambaLayer(Opaque, nn.Module):
         )  # fmt: skip
         return Plan(orders, visits, taps, inverse_taps, out_norm.eps, norm.eps), Weights(*weights)
 
-    def _is_served(self, x: Tensor) -> bool:
-        """Whether `group_mixer` serves x, and these modules as they are."""
+    def _served(self, x: Tensor) -> tuple[Plan, Weights] | None:
+        """`mixer_operands` where `group_mixer` serves x, and these modules as they are; else None."""
         parts = self.fc1, self.fc2, self.in_proj, self.conv2d, self.ssm, self.out_norm, self.out_proj, self.norm
         if not x.is_cuda or any([type(part) is not kind for part, kind in zip(parts, _PARTS, strict=True)]):
-            return False
+            return None
         if is_hooked_everywhere() or not all([is_as_written(part) for part in parts]):
-            return False
+            return None
         backends = {self.norm.backend, self.conv2d.backend, self.ssm.backend}
         height, width = x.shape[1:3]
         if len(backends) > 1 or self.scan.window(height * width) > 1 or self.scan.pattern.padded(height, width):
-            return False
-        return has_group_mixer(x, *self.mixer_operands(x), self.ssm.backend)
+            return None
+        operands = self.mixer_operands(x)
+        return operands if has_group_mixer(x, *operands, self.ssm.backend) else None
