@@ -127,7 +127,8 @@ class Line:
         if any([x is not None and x.dtype != torch.float32 for x in (*weights[2:], *conv)]):
             self.fails = True
             return
-        self._steps.append(self._kernels.Scan((*weights, *conv), *taps, orders, window, visits))
+        operation = self._kernels.ConvolvedScan(*taps, orders, "sum", window, visits)
+        self._steps.append(self._kernels.Scan((*weights, *conv), operation))
 
     def mlp(self, mlp: nn.Module) -> None:
         """timm's ``Mlp`` with GELU, without dropout or norm."""

@@ -139,17 +139,19 @@ class MultiScaleSS2D(Opaque, nn.Module):
         halves, others = (*full[:2], *low[:2]), (*full[2:], *first, *low[2:], *second)
         if not line.fits(*halves) or any([x is not None and x.dtype != torch.float32 for x in others]):
             return None
-        steps, device = kernels("multi_scale_steps"), line.x.device
+        scan, device = kernels("steps").ConvolvedScan, line.x.device
         order, visits, _ = self.scan.pattern.tables(*sides, device)
         if visits is None:
             return None
         branches = (
-            steps.Branch(window_taps(height, width, 3, device=device), None, None, height * width),
-            steps.Branch(window_taps(height, width, 7, 2, device=device), order, visits, order.shape[1]),
+            scan(*window_taps(height, width, 3, device=device), None, "per_step", 0, None),
+            scan(*window_taps(height, width, 7, 2, device=device), order, "per_step", 0, visits),
         )
+        sizes = height * width, order.shape[1]
         tables = upsampling(sides, (height, width), self.upsampling, self.scan.pattern, True, device)
         dtype = line.half or line.x.dtype
-        return steps.TwoScales((*halves, *others, *norm), branches, tables, self.out_norm.eps, dtype)
+        make = kernels("multi_scale_steps").TwoScales
+        return make((*halves, *others, *norm), branches, sizes, tables, self.out_norm.eps, dtype)
 
     def _excite_step(self, line: Line) -> Any:
         layers = [line.weights(layer, nn.Linear, "weight", "bias") for layer in (self.se.fc1, self.se.fc2)]

@@ -9,49 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.ops.depthwise import triton as depthwise
 from backbones.ops.fused.gate import triton as gate
 from backbones.ops.fused.layer_norm import triton as layer_norm
 from backbones.ops.fused.row_sums import triton as row_sums
-from backbones.ops.scan.triton import projected
-from backbones.ops.scan.visits import Visits
-from backbones.ops.steps import Flow, Gradients, Saved, Step, Weights, as_taps
-
-
-@dataclass(slots=True)
-class Branch:
-    """A depthwise convolution with SiLU, and a scan of its result along one order.
-
-    Attributes:
-        taps: of the convolution, and its inverse taps, see :func:`backbones.ops.depthwise_conv`.
-        orders: (1, t) of the scan, or None.
-        visits: what is known of them.
-        steps: t.
-    """
-
-    taps: tuple[Tensor, Tensor]
-    orders: Tensor | None
-    visits: Visits | None
-    steps: int
-
-    def forward(self, x: Tensor, weights: Weights, into: Tensor, save: bool) -> Saved:
-        """Writes the scan of x (b, l, c) ``into`` (b, t, 1, c)."""
-        x_weight, dt_weight, dt_bias, A_log, D, conv, bias = weights
-        u = depthwise.forward(x, *as_taps(conv, bias), *self.taps, True)[0]
-        _, scan = projected.forward(
-            u, x_weight, dt_weight, dt_bias, A_log, D, self.orders, "per_step", 0, self.visits, into, save
-        )  # fmt: skip
-        return () if scan is None else (u, scan.x, scan.blocks, scan.delta, scan.A, scan.states)
-
-    def backward(self, grad: Tensor, x: Tensor, weights: Weights, saved: Sequence[Tensor]) -> tuple[Tensor, Gradients]:
-        """The gradients of x and of the weights, from that of the steps (b, t, 1, c)."""
-        x_weight, dt_weight, dt_bias, _, D, conv, bias = weights
-        u, *scan = saved
-        du, *of_scan = projected.backward(
-            grad, projected.Saved(*scan), u, x_weight, dt_weight, dt_bias, D, self.orders, "per_step", 0, self.visits
-        )
-        dx, dconv, dbias = depthwise.backward(du.unsqueeze(0), x, *as_taps(conv, bias), *self.taps, True)
-        return dx, (*of_scan, dconv.view(conv.shape), None if bias is None else dbias.view(bias.shape))
+from backbones.ops.steps import ConvolvedScan, Flow, Gradients, Saved, Step, Weights
 
 
 @dataclass(slots=True)
@@ -62,13 +23,15 @@ class TwoScales(Step):
     convolution, then weight and bias of the norm.
 
     Attributes:
-        branches: both of them.
+        branches: both of them, with ``out="per_step"``.
+        sizes: their steps.
         tables: of :func:`backbones.ops.fused.row_sums.operator.row_sums`, over the steps of both.
         eps: added to the variance.
         dtype: of the norm's result.
     """
 
-    branches: tuple[Branch, Branch]
+    branches: tuple[ConvolvedScan, ConvolvedScan]
+    sizes: tuple[int, int]
     tables: tuple[Tensor, Tensor, Tensor, Tensor]
     eps: float
     dtype: torch.dtype
@@ -77,11 +40,11 @@ class TwoScales(Step):
     def forward(self, flow: Flow, weights: Weights, save: bool) -> Saved:
         rows, c = flow.y.shape
         x = flow.y.view(flow.images, -1, c)
-        sizes = [branch.steps for branch in self.branches]
-        steps = x.new_empty(flow.images, sum(sizes), 1, c)
+        steps = x.new_empty(flow.images, sum(self.sizes), 1, c)
         saved: list[Tensor] = []
-        for branch, own, into in zip(self.branches, _of_each(weights), steps.split_with_sizes(sizes, 1), strict=True):
-            saved += branch.forward(x, own, into, save)
+        places = steps.split_with_sizes(self.sizes, 1)
+        for branch, own, into in zip(self.branches, _of_each(weights), places, strict=True):
+            saved += branch.forward(x, own, save, into)[1]
         steps = steps.squeeze(2)
         weight, bias = weights[-2:]
         _, normed, statistics = layer_norm.forward(steps, None, weight, bias, self.eps, self.dtype, True, save)
@@ -93,7 +56,7 @@ class TwoScales(Step):
         grad = row_sums.forward(flow.y.view(x.shape), None, *self.tables[2:])
         grad, _, sums = layer_norm.backward(grad, None, steps, weights[-2], statistics, True, None)
         dweight, dbias = (sums if sums.dtype == weights[-2].dtype else sums.to(weights[-2].dtype)).unbind(0)
-        parts = grad.unsqueeze(2).split_with_sizes([branch.steps for branch in self.branches], 1)
+        parts = grad.unsqueeze(2).split_with_sizes(self.sizes, 1)
         half = len(scans) // 2
         found = [
             branch.backward(part, x, own, kept)
@@ -135,5 +98,5 @@ class Excite(Step):
 
 
 def _of_each(weights: Weights) -> tuple[Weights, Weights]:
-    """Those of both branches, see `Branch`."""
+    """Those of both branches, see `ConvolvedScan`."""
     return (*weights[:2], *weights[4:9]), (*weights[2:4], *weights[9:14])

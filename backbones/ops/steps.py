@@ -141,53 +141,86 @@ class Split(Step):
 
 
 @dataclass(slots=True)
-class Scan(Step):
-    """A depthwise convolution, SiLU, and the selective scan with its projections, summed over k orders.
+class ConvolvedScan:
+    """A depthwise convolution, SiLU, and the selective scan with its projections, along k orders.
 
-    Weights: those of :func:`backbones.ops.scan.projected.projected_scan`, then weight and bias of the convolution, of
-    k orders or of one that all scans read.
+    Its weights are those of :func:`backbones.ops.scan.projected.projected_scan`, then weight and bias of the
+    convolution, of k orders or of one that all scans read.
 
     Attributes:
         taps: (k, j, l) of the convolution, see :func:`backbones.ops.depthwise_conv`.
         inverse_taps: as ``taps``.
-        orders: (k, l) of the scan.
+        orders: (k, t) of the scan, or None.
+        out: see :func:`backbones.ops.selective_scan`.
         window: steps of the scan's window.
         visits: what is known of the orders.
     """
 
     taps: Tensor
     inverse_taps: Tensor
-    orders: Tensor
+    orders: Tensor | None
+    out: str
     window: int
-    visits: Visits
+    visits: Visits | None
+
+    def forward(self, x: Tensor, weights: Weights, save: bool, into: Tensor | None = None) -> tuple[Tensor, Saved]:
+        """The scan of x (b, l, c), see `projected.forward`, and what `backward` reads."""
+        x_weight, dt_weight, dt_bias, A_log, D, *conv = weights
+        u = depthwise.forward(x, *_as_taps(conv, self.taps), self.taps, self.inverse_taps, True)
+        u = u[0] if u.shape[0] == 1 else u.permute(1, 2, 0, 3)
+        y, scan = projected.forward(
+            u, x_weight, dt_weight, dt_bias, A_log, D, self.orders, self.out, self.window, self.visits, into, save
+        )  # fmt: skip
+        return y, () if scan is None else (u, *scan)
+
+    def backward(self, grad: Tensor, x: Tensor, weights: Weights, saved: Sequence[Tensor]) -> tuple[Tensor, Gradients]:
+        """The gradients of x and of the weights."""
+        x_weight, dt_weight, dt_bias, _, D, *conv = weights
+        u, *scan = saved
+        du, *of_scan = projected.backward(
+            grad, projected.Saved(*scan), u, x_weight, dt_weight, dt_bias, D, self.orders, self.out, self.window,
+            self.visits,
+        )  # fmt: skip
+        du = du.unsqueeze(0) if du.dim() == 3 else du.permute(2, 0, 1, 3)
+        dx, *dconv = depthwise.backward(du, x, *_as_taps(conv, self.taps), self.taps, self.inverse_taps, True)
+        return dx, (*of_scan, *_as_given(dconv, conv))
+
+
+@dataclass(slots=True)
+class Scan(Step):
+    """A `ConvolvedScan`, whose orders are added.
+
+    Attributes:
+        operation: with ``out="sum"``.
+    """
+
+    operation: ConvolvedScan
     halves = 2
 
     def forward(self, flow: Flow, weights: Weights, save: bool) -> Saved:
-        x_weight, dt_weight, dt_bias, A_log, D, conv, bias = weights
-        k, j, length = self.taps.shape
-        x = flow.y.view(flow.images, length, -1)
-        conv, bias = conv.view(k, -1, j), None if bias is None else bias.view(k, -1)
-        u = depthwise.forward(x, conv, bias, self.taps, self.inverse_taps, True)
-        u = u[0] if k == 1 else u.permute(1, 2, 0, 3)
-        y, scan = projected.forward(
-            u, x_weight, dt_weight, dt_bias, A_log, D, self.orders, "sum", self.window, self.visits, None, save
-        )  # fmt: skip
-        flow.y = y.view(flow.y.shape[0], -1)
-        return () if scan is None else (x, u, scan.x, scan.blocks, scan.delta, scan.A, scan.states)
+        rows, c = flow.y.shape
+        x = flow.y.view(flow.images, -1, c)
+        y, saved = self.operation.forward(x, weights, save)
+        flow.y = y.view(rows, -1)
+        return (x, *saved) if save else ()
 
     def backward(self, flow: Flow, weights: Weights, saved: Sequence[Tensor], learns: Sequence[bool]) -> Gradients:
-        x_weight, dt_weight, dt_bias, _, D, weight, bias = weights
-        x, u, *scan = saved
-        k, j, length = self.taps.shape
-        du, *of_scan = projected.backward(
-            flow.y.view(flow.images, length, -1), projected.Saved(*scan), u, x_weight, dt_weight, dt_bias, D,
-            self.orders, "sum", self.window, self.visits,
-        )  # fmt: skip
-        du = du.unsqueeze(0) if k == 1 else du.permute(2, 0, 1, 3)
-        conv = weight.view(k, -1, j)
-        dx, dconv, dbias = depthwise.backward(du, x, conv, bias, self.taps, self.inverse_taps, True)
-        flow.y = dx.view(flow.y.shape[0], -1)
-        return *of_scan, dconv.view(weight.shape), None if bias is None else dbias.view(bias.shape)
+        x, *saved = saved
+        rows, c = flow.y.shape
+        dx, gradients = self.operation.backward(flow.y.view(flow.images, -1, c), x, weights, saved)
+        flow.y = dx.view(rows, -1)
+        return gradients
+
+
+def _as_taps(conv: Weights, taps: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a depthwise convolution as the kernels read them, for the orders of ``taps``."""
+    (weight, bias), (k, j, _) = conv, taps.shape
+    return weight.view(k, -1, j), None if bias is None else bias.view(k, -1)
+
+
+def _as_given(gradients: Sequence[Tensor], conv: Sequence[Any]) -> Gradients:
+    """Gradients of what `_as_taps` made, for weight and bias as they were."""
+    return tuple(None if x is None else grad.view(x.shape) for grad, x in zip(gradients, conv, strict=True))
 
 
 @dataclass(slots=True)
@@ -207,11 +240,6 @@ class Gate(Step):
         return ()
 
 
-def as_taps(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a depthwise ``nn.Conv2d`` as the kernels read them, for one order."""
-    return weight.view(1, weight.shape[0], -1), None if bias is None else bias.view(1, -1)
-
-
 @dataclass(slots=True)
 class Conv(Step):
     """A depthwise convolution of a map, with GELU.
@@ -229,19 +257,19 @@ class Conv(Step):
     def forward(self, flow: Flow, weights: Weights, save: bool) -> Saved:
         rows, c = flow.y.shape
         x = flow.y.view(flow.images, -1, c)
-        weight, bias = as_taps(*weights)
-        y = depthwise.forward(x, weight, bias, self.taps, self.inverse_taps, False, True, self.residual)
+        conv = _as_taps(weights, self.taps)
+        y = depthwise.forward(x, *conv, self.taps, self.inverse_taps, False, True, self.residual)
         flow.y = y.view(rows, c)
         return (x,)
 
     def backward(self, flow: Flow, weights: Weights, saved: Sequence[Tensor], learns: Sequence[bool]) -> Gradients:
         (x,) = saved
-        weight, bias = as_taps(*weights)
-        dx, dweight, dbias = depthwise.backward(
-            flow.y.view(1, *x.shape), x, weight, bias, self.taps, self.inverse_taps, False, True, self.residual
+        conv = _as_taps(weights, self.taps)
+        dx, *dconv = depthwise.backward(
+            flow.y.view(1, *x.shape), x, *conv, self.taps, self.inverse_taps, False, True, self.residual
         )
         flow.y = dx.view(flow.y.shape)
-        return dweight.view(weights[0].shape), None if bias is None else dbias.view(-1)
+        return _as_given(dconv, weights)
 
 
 @dataclass(slots=True)

@@ -53,8 +53,7 @@ def forward(x: Tensor, plan: Plan, weights: Weights, save: bool) -> tuple[Tensor
         out = kernels.modulated_norm(o, x, scale, weights.skip, weights.norm, weights.norm_bias, plan.norm_eps)
         if scan is None:
             return out, ()
-        saved = (scan.x, scan.blocks, scan.delta, scan.A, scan.states)
-        return out, _Saved(uz, u, y, gated, o, mean, hidden, scale, *saved)
+        return out, _Saved(uz, u, y, gated, o, mean, hidden, scale, *scan)
 
 
 def backward(grad: Tensor, x: Tensor, plan: Plan, weights: Weights, tensors: list[Tensor]) -> tuple[Tensor, Weights]:

@@ -96,9 +96,7 @@ class _ProjectedScan(torch.autograd.Function):
         forward = kernels(_TRITON).forward
         y, saved = forward(u, x_weight, dt_weight, bias, A_log, D, orders, out, window, visits, into, True)
         assert saved is not None
-        ctx.save_for_backward(
-            u, x_weight, dt_weight, bias, D, orders, saved.x, saved.blocks, saved.delta, saved.A, saved.states
-        )
+        ctx.save_for_backward(u, x_weight, dt_weight, bias, D, orders, *saved)
         ctx.options = out, window, visits
         return y if into is None else y.detach()
 

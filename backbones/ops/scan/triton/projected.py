@@ -8,7 +8,7 @@ takes partial sums to the gradients of B, C, A_log, D and bias.
 
 # mypy: ignore-errors
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -99,8 +99,7 @@ def gradients_kernel(
         tl.store(ddt_weight + taken_at, tl.load(product + place_in, mask=taken, other=0.0), mask=taken)
 
 
-@dataclass
-class Saved:
+class Saved(NamedTuple):
     """What forward leaves to backward, besides its arguments.
 
     ``x``: u times x_weight, (k, b l, i) where every order has a u of its own, else (b l, k i). ``blocks``: the
