@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.layers.line import Line
+from backbones.layers.line import Line, are_whole
 from backbones.layers.ss2d import DepthwiseConv2d
 from backbones.ops.dispatch import kernels
-from backbones.ops.tracing import is_as_written
 from backbones.patterns.taps import window_taps
 
 
@@ -45,11 +44,10 @@ class ConvFFN(nn.Module):
         line.linear(self.fc1)
         line.add(self._conv_step(line, *x.shape[1:3]))
         line.linear(self.fc2)
-        line.fails |= not is_as_written(self)
 
     def _conv_step(self, line: Line, height: int, width: int) -> Any:
         weights = line.weights(self.dwconv, DepthwiseConv2d, "weight", "bias")
-        if weights is None or any([x is not None and x.dtype != torch.float32 for x in weights]):
+        if weights is None or not are_whole(*weights):
             return None
         return kernels("steps").Conv(
             weights, *window_taps(height, width, 3, device=weights[0].device), self.dwconv.residual

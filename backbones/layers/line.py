@@ -71,6 +71,22 @@ class Line:
         whole = None if self.half is None else torch.float32
         return all([x is None or x.dtype in (self._branch, whole) for x in weights])
 
+    def scan_weights(self, ssm: nn.Module | None) -> list[Any] | None:
+        """Of a selective scan with its projections; the first two are those of products. See `weights`."""
+        return self.weights(ssm, SelectiveSSM, "x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
+
+    def layer(self, layer: Any, x: Tensor, *args: Any) -> None:
+        """A layer on ``x``: timm's ``Mlp``, or one whose class has a method ``add_to(line, x, *args)`` of its own."""
+        kind = type(layer)
+        if self.fails or not is_as_written(layer):
+            self.fails = True
+        elif kind is Mlp:
+            self._mlp(layer)
+        elif "add_to" in vars(kind):
+            layer.add_to(self, x, *args)
+        else:
+            self.fails = True
+
     def norm(self, norm: nn.Module, adds: bool = True) -> None:
         """A norm of the stream and the branch that is pending, or, unless it ``adds``, of the branch."""
         centred = type(norm) is LayerNorm
@@ -119,22 +135,18 @@ class Line:
 
         ``conv`` are weight and bias of the convolution, from `weights`.
         """
-        names = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
-        weights = self.weights(ssm, SelectiveSSM, *names)
+        weights = self.scan_weights(ssm)
         if weights is None or conv is None or visits is None or not self.fits(*weights[:2]):
             self.fails = True
             return
-        if any([x is not None and x.dtype != torch.float32 for x in (*weights[2:], *conv)]):
+        if not are_whole(*weights[2:], *conv):
             self.fails = True
             return
         operation = self._kernels.ConvolvedScan(*taps, orders, "sum", window, visits)
         self._steps.append(self._kernels.Scan((*weights, *conv), operation))
 
-    def mlp(self, mlp: nn.Module) -> None:
-        """timm's ``Mlp`` with GELU, without dropout or norm."""
-        if type(mlp) is not Mlp or not is_as_written(mlp):
-            self.fails = True
-            return
+    def _mlp(self, mlp: Mlp) -> None:
+        """With GELU, without dropout or norm."""
         act, *passed = mlp.act, mlp.drop1, mlp.norm, mlp.drop2
         usual = type(act) is nn.GELU and act.approximate == "none" and is_as_written(act)
         if not usual or not all([_is_idle(x) for x in passed]):
@@ -157,6 +169,11 @@ class Line:
         """The stream and the branch behind all steps. Not after the line has failed."""
         assert not self.fails
         return self._kernels.run(self._steps, self.x, self.pending, self.half)
+
+
+def are_whole(*weights: Tensor | None) -> bool:
+    """Whether all of these are in float32, as the kernels read them."""
+    return all([x is None or x.dtype == torch.float32 for x in weights])
 
 
 def _is_idle(module: nn.Module) -> bool:

@@ -243,12 +243,10 @@ class MambaBlock(nn.Module):
 
     def line(self, x: Tensor, pending: Tensor | None, grid: tuple[int, int] | None = None) -> Line | None:
         """What `chained` does as steps behind one another; None where it cannot be."""
-        mixer: Any = self.mixer
-        usual = type(mixer) is MambaMixer and self.after is None
-        line = Line.of(x, pending, mixer.ssm.backend) if usual else None
+        line = Line.of(x, pending, getattr(self.norm, "backend", None)) if self.after is None else None
         if line is None:
             return None
         line.norm(self.norm)
-        mixer.add_to(line, x, grid)
+        line.layer(self.mixer, x, grid)
         line.drop_path(self.drop_path)
         return None if line.fails else line

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.layers.line import Line
+from backbones.layers.line import Line, are_whole
 from backbones.layers.norm import LayerNorm
 from backbones.layers.resolution import channels_first, channels_last
 from backbones.layers.scan import Scan
@@ -126,10 +126,9 @@ class MultiScaleSS2D(Opaque, nn.Module):
     def _scan_step(self, line: Line, height: int, width: int) -> Any:
         sides = self.scanned_grid("ssm_low", height, width)
         windows = self.scan.window(height * width), self.scan.window(sides[0] * sides[1])
-        if not self.branch_norm or max(windows) > 1 or not is_as_written(self):
+        if not self.branch_norm or max(windows) > 1:
             return None
-        names = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
-        full, low = (line.weights(ssm, SelectiveSSM, *names) for ssm in (self.ssm_full, self.ssm_low))
+        full, low = line.scan_weights(self.ssm_full), line.scan_weights(self.ssm_low)
         first, second = (
             line.weights(conv, DepthwiseConv2d, "weight", "bias") for conv in (self.conv_full, self.conv_low)
         )
@@ -137,7 +136,7 @@ class MultiScaleSS2D(Opaque, nn.Module):
         if full is None or low is None or first is None or second is None or norm is None or norm[0] is None:
             return None
         halves, others = (*full[:2], *low[:2]), (*full[2:], *first, *low[2:], *second)
-        if not line.fits(*halves) or any([x is not None and x.dtype != torch.float32 for x in others]):
+        if not line.fits(*halves) or not are_whole(*others):
             return None
         scan, device = kernels("steps").ConvolvedScan, line.x.device
         order, visits, _ = self.scan.pattern.tables(*sides, device)

@@ -1,16 +1,13 @@
 """The residual block of VMamba and MSVMamba: a mixer, then, where there is one, a feed-forward layer."""
 
 from functools import partial
-from typing import Any
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from backbones.layers.constructor import Constructor
-from backbones.layers.feed_forward import ConvFFN
 from backbones.layers.line import Line
-from backbones.layers.multi_scale_ss2d import MultiScaleSS2D
 from backbones.layers.norm import LayerNorm, residual_norm
 from backbones.layers.ss2d import SS2D
 
@@ -73,19 +70,15 @@ class VSSBlock(nn.Module):
 
     def line(self, x: Tensor, pending: Tensor | None) -> Line | None:
         """What `chained` does as steps behind one another; None where it cannot be."""
-        mixer: Any = self.mixer
-        has_steps = type(mixer) in (SS2D, MultiScaleSS2D) and not self.mlp_post_norm
-        line = Line.of(x, pending, mixer.out_norm.backend) if has_steps else None
+        backend = getattr(self.norm1, "backend", None)
+        line = None if self.mlp_post_norm else Line.of(x, pending, backend)
         if line is None:
             return None
         line.norm(self.norm1)
-        mixer.add_to(line, x)
+        line.layer(self.mixer, x)
         line.drop_path(self.drop_path)
         if self.mlp is not None and self.norm2 is not None:
             line.norm(self.norm2)
-            if type(self.mlp) is ConvFFN:
-                self.mlp.add_to(line, x)
-            else:
-                line.mlp(self.mlp)
+            line.layer(self.mlp, x)
             line.drop_path(self.drop_path)
         return None if line.fails else line
