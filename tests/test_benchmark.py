@@ -3,6 +3,7 @@
 import argparse
 import csv
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,12 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operator, "limits", lambda rounds: {"read bytes/s": 1e10, "exp2/s": 1e9})
 
 
+def last(tables: Iterable[measure.Rows]) -> measure.Rows:
+    """The whole of a table that grows."""
+    *_, rows = tables
+    return rows
+
+
 def op_arguments(*extra: str):
     return benchmark.parse_args(["op", "--shapes", "a", "--rounds", "1", *extra])
 
@@ -32,7 +39,8 @@ def op_arguments(*extra: str):
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_agree_with_each_other(dtype: str) -> None:
-    rows = {row["backend"]: row for row in operator.bench_op(op_arguments("--dtype", dtype), Progress(disable=True))}
+    tables = operator.bench_op(op_arguments("--dtype", dtype), Progress(disable=True))
+    rows = {row["backend"]: row for row in last(tables)}
     assert rows.keys() == {"textbook", "naive", "cpu", "cpu, window 4", "cpu, window 16"}
     assert rows["textbook"]["times textbook"] == 1 and rows["naive"]["times naive"] == 1
     row = rows["cpu"]
@@ -60,7 +68,7 @@ def test_a_wrong_backend_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operator, "selective_scan", wrong)
     monkeypatch.setattr(operator, "medians", lambda *args: pytest.fail("it was timed"))
     with pytest.raises(measure.ParityError, match=r"cpu: not timed, its relative error of 1\.0e-04 exceeds 1e-05"):
-        operator.bench_op(op_arguments(), Progress(disable=True))
+        last(operator.bench_op(op_arguments(), Progress(disable=True)))
 
 
 def test_a_wrong_model_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +82,7 @@ def test_a_wrong_model_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fewer_tokens_are_timed_beside_all_of_them() -> None:
     args = argparse.Namespace(names=["vim_tiny"], sizes=[64], batch=1, rounds=1)
-    rows = tokens.bench_tokens(args, Progress(disable=True))
+    rows = last(tokens.bench_tokens(args, Progress(disable=True)))
     assert rows[0] | {"ms per image": 0} == {
         "model": "vim_tiny", "size": 64, "mode": "none", "tokens": 17, "operations": 1, "time": 1, "ms per image": 0
     }  # fmt: skip
@@ -82,7 +90,7 @@ def test_fewer_tokens_are_timed_beside_all_of_them() -> None:
     assert [row["tokens"] for row in rows[1:5]] == [11, 9, 7, 5] and rows[4]["operations"] < rows[1]["operations"] < 1
     args.names = ["vmamba_tiny_s1l8"]
     with pytest.raises(measure.ParityError, match="vmamba_tiny_s1l8: not timed, it is not a plain model"):
-        tokens.bench_tokens(args, Progress(disable=True))
+        last(tokens.bench_tokens(args, Progress(disable=True)))
 
 
 def test_what_is_not_timed_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -93,6 +101,30 @@ def test_what_is_not_timed_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: None)
     assert benchmark.main(["op", "--threads", str(torch.get_num_threads())]) == 2
     assert capsys.readouterr().err == "cpu: not timed\n"
+
+
+def test_what_is_measured_stands_in_the_file_before_the_rest_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "op.csv"
+
+    def read() -> list[dict[str, str]]:
+        return list(csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("# ")))
+
+    def measure_twice_and_fail(args: argparse.Namespace, progress: Progress) -> Iterator[measure.Rows]:
+        rows: measure.Rows = [{"model": "vim_tiny", "mode": "eager", "img_s": 1.0, "peak_mib": None}]
+        yield rows
+        assert read() == [{"model": "vim_tiny", "mode": "eager", "img_s": "1", "peak_mib": ""}]
+        rows[0]["peak_mib"] = 5
+        yield rows
+        raise measure.ParityError("graphs: not timed")
+
+    monkeypatch.setattr(benchmark, "bench_op", measure_twice_and_fail)
+    monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: None)
+    assert benchmark.main(["op", "--threads", str(torch.get_num_threads()), "--csv", str(path)]) == 2
+    assert read() == [{"model": "vim_tiny", "mode": "eager", "img_s": "1", "peak_mib": "5"}]
+    printed = capsys.readouterr()
+    assert "vim_tiny" in printed.out and printed.err == "graphs: not timed\n"
 
 
 @pytest.mark.parametrize("arguments", [["op", "--shapes", "z"], ["op", "--rounds", "0"], ["model"], []])
@@ -180,7 +212,7 @@ def test_a_training_step_of_a_detector_or_segmentor(config: str) -> None:
     pytest.importorskip("mmseg")
     options = ["--device", "cpu", "--size", "64", "64", "--batch", "2", "--rounds", "1"]
     args = benchmark.parse_args(["dense", str(CONFIGS / "digits" / config), *options])
-    (row,) = args.run(args, Progress(disable=True))
+    (row,) = last(args.run(args, Progress(disable=True)))
     assert row["images"] == "2 x 64 x 64"
     assert row["images_s"] == pytest.approx(2e3 / row["step_ms"])
 
@@ -189,7 +221,7 @@ def test_a_config_that_does_not_exist_is_named() -> None:
     pytest.importorskip("mmengine")
     args = benchmark.parse_args(["dense", "nothing.py", "--device", "cpu"])
     with pytest.raises(measure.ParityError, match=r"no config nothing\.py"):
-        args.run(args, Progress(disable=True))
+        last(args.run(args, Progress(disable=True)))
 
 
 @pytest.mark.slow
@@ -197,7 +229,7 @@ def test_two_processes_against_one() -> None:
     options = ["--device", "cpu", "--size", "32", "--batch", "1", "--rounds", "1"]
     args = benchmark.parse_args(["scaling", "vim_tiny", *options])
     args.modes = ["eager", "sharded"]
-    rows = args.run(args, Progress(disable=True))
+    rows = last(args.run(args, Progress(disable=True)))
     assert [row["mode"] for row in rows] == ["eager", "sharded"]
     for row in rows:
         assert row["gpus"] == 2 and row["peak_mib"] is None  # known of GPUs alone
@@ -207,14 +239,14 @@ def test_two_processes_against_one() -> None:
 def test_graphs_on_a_cpu_are_refused() -> None:
     args = benchmark.parse_args(["scaling", "vim_tiny", "--device", "cpu", "--modes", "graphs"])
     with pytest.raises(measure.ParityError, match="graphs need a GPU"):
-        args.run(args, Progress(disable=True))
+        last(args.run(args, Progress(disable=True)))
 
 
 @pytest.mark.slow
 def test_the_training_command_is_timed_beside_its_parts() -> None:
     pytest.importorskip("mmengine")
     arguments = ["training", "vim-narrow_digits", "--device", "cpu", "--workers", "2", "--batch", "2", "--steps", "2"]
-    (row,) = (args := benchmark.parse_args(arguments)).run(args, Progress(disable=True))
+    (row,) = last((args := benchmark.parse_args(arguments)).run(args, Progress(disable=True)))
     assert row["mode"] == "eager" and row["workers"] == 2
     assert 0 < row["read_ms"] < row["core_ms"]
     assert row["of_bare"] == pytest.approx(row["command_img_s"] / row["bare_img_s"])
@@ -224,7 +256,7 @@ def test_the_training_command_is_timed_beside_its_parts() -> None:
 def test_the_loader_alone_trains_nothing() -> None:
     pytest.importorskip("mmengine")
     arguments = ["training", "vim-narrow_digits", "--loader-only", "--workers", "1", "--batch", "2", "--steps", "2"]
-    (row,) = (args := benchmark.parse_args(arguments)).run(args, Progress(disable=True))
+    (row,) = last((args := benchmark.parse_args(arguments)).run(args, Progress(disable=True)))
     assert row.keys() == {"mode", "workers", "jpeg_kib", "read_ms", "core_ms", "loader_img_s"}
     assert row["mode"] == "none" and 80 < row["jpeg_kib"] < 140  # as large as those of ImageNet
 
@@ -233,7 +265,7 @@ def test_training_that_reads_no_image_folder_is_refused() -> None:
     pytest.importorskip("mmdet.models")
     args = benchmark.parse_args(["training", "mask-rcnn_vmamba-tiny-s1l8_fpn_digits", "--device", "cpu"])
     with pytest.raises(measure.ParityError, match="does not train on an ImageFolder"):
-        args.run(args, Progress(disable=True))
+        last(args.run(args, Progress(disable=True)))
 
 
 def test_models_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +273,7 @@ def test_models_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "medians", lambda calls, *args: {name: seconds[name] for name in calls})
     command = ["model", "vim_tiny", "--against", "deit_tiny_patch16_224", "--size", "32", "--batch", "4", "--amp"]
     args = benchmark.parse_args(command)
-    ours, other = models.bench_model(args, Progress(disable=True))
+    ours, other = last(models.bench_model(args, Progress(disable=True)))
     for kind in models.KINDS:
         assert ours[f"{kind} img/s"] == 4 and other[f"{kind} img/s"] == 8
         assert ours[f"{kind} over float32"] == other[f"{kind} over float32"] == 2

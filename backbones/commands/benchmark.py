@@ -11,7 +11,7 @@
     ssm-backbones benchmark training CONFIG           the whole training command against its loader and a bare loop
 
 Whatever fails parity is not timed. With --csv, the rows are also written to a file whose header states the
-conditions.
+conditions; what is measured so far stands there if the command is ended before its time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from rich.table import Table
 
 import backbones  # noqa: F401  (registers the models in timm)
 from backbones.commands.bench.gpu import bench_gpu, bench_host
-from backbones.commands.bench.measure import ParityError, conditions
+from backbones.commands.bench.measure import ParityError, Rows, conditions
 from backbones.commands.bench.models import COMPANIONS, KINDS, bench_model
 from backbones.commands.bench.operator import bench_limits, bench_op
 from backbones.commands.bench.scaling import MODES, bench_scaling
@@ -46,7 +46,7 @@ from backbones.suggest import did_you_mean
 console = Console()
 
 
-def show(rows: list[dict[str, object]], facts: dict[str, object]) -> None:
+def show(rows: Rows, facts: dict[str, object]) -> None:
     """The rows as tables under their conditions."""
     console.print("; ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
     for title, group in _tables(rows).items():
@@ -60,11 +60,11 @@ def show(rows: list[dict[str, object]], facts: dict[str, object]) -> None:
         console.print(table)
 
 
-def _tables(rows: list[dict[str, object]]) -> dict[str, list[dict[str, object]]]:
+def _tables(rows: Rows) -> dict[str, Rows]:
     """Rows by title, without what it says: a table for each shape of the operator or of the images, and for inference
     and training of models, narrow enough for a terminal.
     """
-    tables: dict[str, list[dict[str, object]]] = {}
+    tables: dict[str, Rows] = {}
     for row in rows:
         if "shape" in row:
             rest = {column: value for column, value in row.items() if column not in ("shape", "of")}
@@ -87,7 +87,7 @@ def _text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def write_csv(path: Path, rows: list[dict[str, object]], facts: dict[str, object]) -> None:
+def write_csv(path: Path, rows: Rows, facts: dict[str, object]) -> None:
     """The rows, under comment lines with their conditions."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -164,17 +164,17 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     for command in (limits, op, model, tokens, gpu, host, dense, scaling, training):
         command.add_argument("--threads", type=_positive, default=1)
         command.add_argument("--rounds", type=_positive, default=7, help="timed repetitions of each contestant")
-        command.add_argument("--csv", type=Path, help="also write the rows to this file")
+        command.add_argument("--csv", type=Path, help="also write the rows to this file, as they come")
     return parser.parse_args(arguments)
 
 
-def _bench_dense(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
+def _bench_dense(args: argparse.Namespace, progress: Progress) -> Iterator[Rows]:
     from backbones.commands.bench.dense import bench_dense  # only this one needs OpenMMLab
 
     return bench_dense(args, progress)
 
 
-def _bench_training(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
+def _bench_training(args: argparse.Namespace, progress: Progress) -> Iterator[Rows]:
     from backbones.commands.bench.training import bench_training
 
     return bench_training(args, progress)
@@ -221,14 +221,18 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         return 2
     keep_freed_memory()
     torch.set_num_threads(args.threads)
+    rows: Rows = []
+    facts: dict[str, object] = {}
+    status, errors = 0, Console(stderr=True)
     try:
-        with Progress(console=console, transient=True) as progress:
-            rows = args.run(args, progress)
+        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+            for rows in args.run(args, progress):
+                facts = facts or conditions(args)  # before the file is written: that may change the tree of the commit
+                if args.csv:
+                    write_csv(args.csv, rows, facts)
     except ParityError as error:
         print(error, file=sys.stderr)
-        return 2
-    facts = conditions(args)
-    show(rows, facts)
-    if args.csv:
-        write_csv(args.csv, rows, facts)
-    return 0
+        status = 2
+    if rows:
+        show(rows, facts)
+    return status

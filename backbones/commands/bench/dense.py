@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mmengine.structures import InstanceData, PixelData
 from rich.progress import Progress
 from torch import Tensor
 
-from backbones.commands.bench.measure import ParityError, wait
+from backbones.commands.bench.measure import ParityError, Rows, first_line, wait
 from backbones.mm import Runner
 from backbones.mm.app.cli import read_config
 
@@ -26,20 +27,20 @@ WARM_UP = 3
 INSTANCES = 7  # objects in an image of COCO, on average
 
 
-def bench_dense(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
-    """A row for each config; each is alone in memory."""
+def bench_dense(args: argparse.Namespace, progress: Progress) -> Iterator[Rows]:
+    """A row for each config; each is alone in memory. Yields the rows so far."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ParityError("dense: PyTorch sees no GPU")
     paths = [Path(config) for config in args.configs]
     for path in paths:
         if not path.is_file():
             raise ParityError(f"dense: no config {path}")
-    rows: list[dict[str, object]] = []
+    rows: Rows = []
     task = progress.add_task("configs", total=len(paths))
     for path in paths:
         rows.append(_row(path, args))
         progress.advance(task)
-    return rows
+        yield rows
 
 
 def _row(path: Path, args: argparse.Namespace) -> dict[str, object]:
@@ -52,8 +53,9 @@ def _row(path: Path, args: argparse.Namespace) -> dict[str, object]:
         torch.cuda.reset_peak_memory_stats()
     try:
         times = _steps(config, batch, size, args)
-    except torch.cuda.OutOfMemoryError:
-        return row  # without figures: it does not fit
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"{path.stem}: no figures, {first_line(error)}", file=sys.stderr)
+        return row
     seconds = statistics.median(times[WARM_UP:])
     row |= {"step_ms": 1e3 * seconds, "images_s": batch / seconds}
     if args.device == "cuda":

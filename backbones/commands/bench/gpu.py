@@ -6,7 +6,7 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import timm
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import backbones
-from backbones.commands.bench.measure import ParityError, check_parity, train_step
+from backbones.commands.bench.measure import ParityError, Rows, check_parity, train_step
 from backbones.models import family_names
 
 MODES = ("eager", "graphs")
@@ -59,16 +59,16 @@ class Contestant:
 Key = tuple[str, str]  # model and mode
 
 
-def bench_host(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
+def bench_host(args: argparse.Namespace, progress: Progress) -> Iterator[Rows]:
     """The columns of `bench_gpu` about launches and the host alone."""
     rows = _rows(args.names)
     task = progress.add_task("models", total=1)
     _host(rows, args.size, args.rounds)
     progress.advance(task)
-    return [{column: row[column] for column in HOST_COLUMNS} for row in rows.values()]
+    yield [{column: row[column] for column in HOST_COLUMNS} for row in rows.values()]
 
 
-def bench_gpu(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
+def bench_gpu(args: argparse.Namespace, progress: Progress) -> Iterator[Rows]:
     """A row for each model and mode.
 
     What the host limits is timed by turns of all models: its own speed may change by half from minute to minute.
@@ -83,7 +83,7 @@ def bench_gpu(args: argparse.Namespace, progress: Progress) -> list[dict[str, ob
     for key, row in rows.items():
         _alone(key, row, args.batch, args.size, args.rounds)
         progress.advance(task)
-    return [{column: row[column] for column in COLUMNS} for row in rows.values()]
+    yield [{column: row[column] for column in COLUMNS} for row in rows.values()]
 
 
 def _rows(names: list[str]) -> dict[Key, dict[str, object]]:

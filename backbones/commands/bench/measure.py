@@ -22,10 +22,16 @@ from backbones.ops import native
 
 PARITY = {torch.float32: 1e-5, torch.bfloat16: 5e-3}  # RMS error over RMS value, against float64
 ROOT = Path(__file__).resolve().parents[3]
+Rows = list[dict[str, object]]  # a table: the cells of each row by column
 
 
 class ParityError(Exception):
     """Raised where the code to be timed computes something else."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what follows in lines of its own, such as PyTorch's advice on memory."""
+    return str(error).splitlines()[0]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from backbones.commands.bench.measure import check_parity, medians
+from backbones.commands.bench.measure import Rows, check_parity, medians
 
 COMPANIONS = ("deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_tiny", "mambaout_tiny")
 KINDS = ("inference", "training")
@@ -27,7 +27,7 @@ def options_of(name: str, size: int) -> dict[str, Any]:
     return {"img_size": size} if name.startswith(_SIZED) else {}
 
 
-def bench_model(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
+def bench_model(args: argparse.Namespace, progress: Progress) -> Iterator[Rows]:
     """Images a second, in inference and in a training step (forward and backward).
 
     With ``args.amp`` under autocast to bfloat16, and how much faster that is than float32, from the same run.
@@ -69,7 +69,7 @@ def bench_model(args: argparse.Namespace, progress: Progress) -> list[dict[str, 
                 row[f"{kind} over float32"] = seconds[name, False] / own
             row |= {f"{kind} over {other.split('_')[0]}": seconds[other, args.amp] / own for other in args.against}
         rows.append(row)
-    return rows
+    yield rows
 
 
 @torch.no_grad()

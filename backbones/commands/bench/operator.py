@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,30 +11,33 @@ import torch
 from rich.progress import Progress
 
 from backbones import ops
-from backbones.commands.bench.measure import PARITY, check_parity, limits, medians, peak_memory
+from backbones.commands.bench.measure import PARITY, Rows, check_parity, limits, medians, peak_memory
 from backbones.commands.bench.shapes import SHAPES, TextbookLoop
 from backbones.ops import selective_scan
 from backbones.ops.scan.naive import selective_scan_naive
 
 
-def bench_limits(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
+def bench_limits(args: argparse.Namespace, progress: Progress) -> Iterator[Rows]:
     """The machine's peak rates, and the least time of a forward pass that follows from them."""
     found = limits(args.rounds)
-    rows: list[dict[str, object]] = [
+    rows: Rows = [
         {"limit": "memory read", "value": found["read bytes/s"] / 1e9, "unit": "GB/s"},
         {"limit": "exp2 of the kernel", "value": found["exp2/s"] / 1e9, "unit": "1e9/s"},
     ]
     floors = {key: shape.floor(4, found["read bytes/s"], found["exp2/s"]) for key, shape in SHAPES.items()}
-    return rows + [{"limit": f"forward of shape {key}", "value": x * 1e3, "unit": "ms"} for key, x in floors.items()]
+    yield rows + [{"limit": f"forward of shape {key}", "value": x * 1e3, "unit": "ms"} for key, x in floors.items()]
 
 
-def bench_op(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
-    """Forward, and forward with backward, of every backend that runs here."""
+def bench_op(args: argparse.Namespace, progress: Progress) -> Iterator[Rows]:
+    """Forward, and forward with backward, of every backend that runs here. Yields the rows so far after each shape."""
     dtype = getattr(torch, args.dtype)
     # Triton's interpreter is no contestant.
     backends = [name for name, reason in ops.backends().items() if reason is None and name != "triton"]
     found = limits(args.rounds) if "cpu" in backends else None
-    return [row for key in args.shapes for row in _bench_shape(key, dtype, backends, found, args, progress)]
+    rows: Rows = []
+    for key in args.shapes:
+        rows += _bench_shape(key, dtype, backends, found, args, progress)
+        yield rows
 
 
 def _bench_shape(
@@ -44,7 +47,7 @@ def _bench_shape(
     found: dict[str, float] | None,
     args: argparse.Namespace,
     progress: Progress,
-) -> list[dict[str, object]]:
+) -> Rows:
     shape = SHAPES[key]
     tensors = shape.tensors(dtype)
     loop = TextbookLoop({name: x.float() if x.is_floating_point() else x for name, x in tensors.items()})

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import timm
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import backbones
-from backbones.commands.bench.measure import ROOT, ParityError, train_step, wait
+from backbones.commands.bench.measure import ROOT, ParityError, Rows, train_step, wait
 from backbones.commands.bench.models import options_of
 
 MODES = ("eager", "graphs", "sharded")  # the last in eager mode, with FullyShardedModel
@@ -27,15 +28,18 @@ WARM_UP = 5
 STEPS = 5  # in a round: the host runs ahead of the GPU as in training
 
 
-def bench_scaling(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
-    """A row for each model and mode."""
+def bench_scaling(args: argparse.Namespace, progress: Progress) -> Iterator[Rows]:
+    """A row for each model and mode. Yields the rows so far."""
     if args.device == "cuda" and torch.cuda.device_count() < args.gpus:
         raise ParityError(f"scaling: PyTorch sees {torch.cuda.device_count()} GPUs, --gpus is {args.gpus}")
     modes = args.modes or (MODES[:2] if args.device == "cuda" else MODES[:1])
     if args.device == "cpu" and "graphs" in modes:
         raise ParityError("scaling: graphs need a GPU, choose other --modes")
     jobs = [(name, mode) for name in args.names for mode in modes]
-    return [_row(name, mode, args) for name, mode in progress.track(jobs, description="models")]
+    rows: Rows = []
+    for name, mode in progress.track(jobs, description="models"):
+        rows.append(_row(name, mode, args))
+        yield rows
 
 
 def _row(name: str, mode: str, args: argparse.Namespace) -> dict[str, object]:

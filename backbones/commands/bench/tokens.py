@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -11,21 +12,28 @@ import torch
 from rich.progress import Progress
 
 from backbones.analysis.flops import count
-from backbones.commands.bench.measure import ParityError, medians
+from backbones.commands.bench.measure import ParityError, Rows, medians
 
 _KEEP = (0.9, 0.8, 0.7, 0.6)  # the share that each of ToP-ViM's three steps keeps
 _MERGE = (0.025, 0.04, 0.055)  # the share of all patches that each of R-MeeTo's steps merges: 5, 8 and 11 of 196
 
 
-def bench_tokens(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
-    """Time and counted operations of each reduction, over those of the whole model, for every size."""
+def bench_tokens(args: argparse.Namespace, progress: Progress) -> Iterator[Rows]:
+    """Time and counted operations of each reduction, over those of the whole model, for every size.
+
+    Yields the rows so far after each size.
+    """
     for name in args.names:
         if not hasattr(timm.create_model(name), "token_reduction"):
             raise ParityError(f"{name}: not timed, it is not a plain model, whose tokens can be reduced")
-    return [row for name in args.names for size in args.sizes for row in _rows(args, name, size, progress)]
+    rows: Rows = []
+    for name in args.names:
+        for size in args.sizes:
+            rows += _rows(args, name, size, progress)
+            yield rows
 
 
-def _rows(args: argparse.Namespace, name: str, size: int, progress: Progress) -> list[dict[str, object]]:
+def _rows(args: argparse.Namespace, name: str, size: int, progress: Progress) -> Rows:
     batch = max(args.batch * 224**2 // size**2, 1)
     images, patches = torch.randn(batch, 3, size, size), (size // 16) ** 2
     reductions: dict[str, Any] = {"none": None}

@@ -8,6 +8,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from PIL import Image
 from rich.progress import Progress
 
 import backbones
-from backbones.commands.bench.measure import ParityError, train_step, wait
+from backbones.commands.bench.measure import ParityError, Rows, train_step, wait
 from backbones.images import read_image
 from backbones.mm import Runner
 from backbones.mm.app.cli import read_config
@@ -34,8 +35,8 @@ WARM_UP = 10  # steps
 CORE_IMAGES = 100
 
 
-def bench_training(args: argparse.Namespace, progress: Progress) -> list[dict[str, object]]:
-    """A row for each mode and number of workers."""
+def bench_training(args: argparse.Namespace, progress: Progress) -> Iterator[Rows]:
+    """A row for each mode and number of workers. Yields the rows so far."""
     if args.device == "cuda" and not args.loader_only and not torch.cuda.is_available():
         raise ParityError("training: PyTorch sees no GPU; --loader-only needs none")
     modes = args.modes or (MODES if args.device == "cuda" else MODES[:1])
@@ -45,19 +46,18 @@ def bench_training(args: argparse.Namespace, progress: Progress) -> list[dict[st
         images = (WARM_UP + args.steps) * config.train_dataloader.batch_size
         size = make_photographs(Path(folder, "images", dataset.split), dataset.num_classes, images)
         core = _core_ms(config)
-        rows: list[dict[str, object]] = []
+        rows: Rows = []
         jobs = [(mode, workers) for mode in (["none"] if args.loader_only else modes) for workers in args.workers]
         for mode, workers in progress.track(jobs, description="modes and workers"):
             config.train_dataloader.num_workers = workers
             row: dict[str, object] = {"mode": mode, "workers": workers, "jpeg_kib": size / 1024, **core}
             row["loader_img_s"] = _loader(config)
+            if not args.loader_only:
+                row["bare_img_s"] = _bare(config, mode, args)
+                row["command_img_s"] = _command(config, mode, args, Path(folder, f"{mode}_{workers}"))
+                row["of_bare"] = row["command_img_s"] / row["bare_img_s"]  # type: ignore[operator]
             rows.append(row)
-            if args.loader_only:
-                continue
-            row["bare_img_s"] = _bare(config, mode, args)
-            row["command_img_s"] = _command(config, mode, args, Path(folder, f"{mode}_{workers}"))
-            row["of_bare"] = row["command_img_s"] / row["bare_img_s"]  # type: ignore[operator]
-    return rows
+            yield rows
 
 
 def _config(args: argparse.Namespace, folder: Path) -> Config:
