@@ -2,16 +2,18 @@
 
 import argparse
 import csv
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from rich.progress import Progress
 
 from backbones.commands import benchmark
-from backbones.commands.bench import measure, models, operator, tokens
+from backbones.commands.bench import gpu, measure, models, operator, tokens
 from backbones.commands.bench.shapes import SHAPES, Shape
 from backbones.ops import native
 
@@ -184,6 +186,104 @@ def test_tables_of_models_fit_a_terminal(capsys: pytest.CaptureFixture[str], mon
     assert printed.count("swin_tiny_patch4_window7_224") == len(models.KINDS)
     for text in ("inference", "training", *others):
         assert text in printed, printed
+
+
+class Scripted:
+    """In place of a model on a GPU. Graphs of one compute something else, and training of another does not fit."""
+
+    def __init__(self, name: str, mode: str, batch: int, size: int) -> None:
+        self.name, self.mode, self.images = name, mode, range(batch)
+
+    def ready(self, kind: str) -> Callable[[], object]:
+        return getattr(self, kind)
+
+    def infer(self) -> torch.Tensor:
+        return torch.full((2, 3), 2.0 if (self.name, self.mode) == ("lbvim_tiny", "graphs") else 1.0)
+
+    def train(self) -> None:
+        if self.name == "vmamba_tiny_s1l8" and len(self.images) > gpu.HOST_BATCH:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nSee the documentation")
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+    """A GPU that there is not; gives name, mode and batch of what is made, in this order."""
+    made: list[tuple[str, str, int]] = []
+
+    def contestant(name: str, mode: str, batch: int, size: int) -> Scripted:
+        made.append((name, mode, batch))
+        return Scripted(name, mode, batch, size)
+
+    def kernels(call: Callable[[], object]) -> tuple[int, float]:
+        call()
+        return 7, 1.5
+
+    monkeypatch.setattr(gpu, "Contestant", contestant)
+    monkeypatch.setattr(gpu, "_kernels", kernels)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1 << 20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 << 20)
+    return made
+
+
+def copies(tables: Iterable[measure.Rows]) -> Iterator[dict[tuple[object, object], dict[str, object]]]:
+    """Rows by model and mode, as they are when a table comes."""
+    for rows in tables:
+        yield {(row["model"], row["mode"]): dict(row) for row in rows}
+
+
+def measured(row: dict[str, object]) -> int:
+    """Cells that are not blank, but model and mode."""
+    return sum(value is not None for value in row.values()) - 2
+
+
+def test_models_on_a_gpu_are_complete_in_the_order_of_their_names(
+    scripted: list[tuple[str, str, int]], capsys: pytest.CaptureFixture
+) -> None:
+    names = ["vim_tiny", "deit_tiny_patch16_224"]
+    args = benchmark.parse_args(["gpu", *names, "--batch", "8"])
+    host, turns, *alone = copies(args.run(args, Progress(disable=True, console=Console(stderr=True))))
+    keys = [("vim_tiny", "eager"), ("vim_tiny", "graphs"), ("deit_tiny_patch16_224", "eager")]
+    assert [[*table] for table in (host, turns, *alone)] == [keys] * 5
+    assert [tuple(row) for row in host.values()] == [gpu.COLUMNS] * 3
+    assert [measured(row) for row in host.values()] == [4] * 3  # launches and the host
+    assert [measured(row) for row in turns.values()] == [6, 4, 6]  # eager mode's images a second
+    assert [[measured(row) for row in table.values()] for table in alone] == [[9, 4, 6], [9, 9, 6], [9, 9, 9]]
+    assert alone[-1][keys[1]]["peak_training_mib"] == 4 and alone[-1][keys[1]]["gpu_training_ms"] == 1.5
+    assert scripted == [(*key, 2) for key in keys] + [(*keys[0], 8), (*keys[2], 8)] + [(*key, 8) for key in keys]
+    assert re.search(r"^ +0 s  vim_tiny, graphs: first calls of 8 images in training$", capsys.readouterr().err, re.M)
+
+
+@pytest.mark.usefixtures("scripted")
+def test_what_cannot_be_measured_on_a_gpu_is_blank_and_said_to_be(capsys: pytest.CaptureFixture) -> None:
+    args = benchmark.parse_args(["gpu", "lbvim_tiny", "vmamba_tiny_s1l8", "--batch", "8"])
+    tables = copies(args.run(args, Progress(disable=True, console=Console(stderr=True))))
+    kept: list[dict[tuple[object, object], dict[str, object]]] = []
+    with pytest.raises(measure.ParityError, match=r"gpu: not timed, as said above: lbvim_tiny, graphs$"):
+        kept.extend(tables)
+    found = {key: measured(row) for key, row in kept[-1].items()}
+    assert found == {
+        ("lbvim_tiny", "eager"): 9, ("lbvim_tiny", "graphs"): 0,
+        ("vmamba_tiny_s1l8", "eager"): 6, ("vmamba_tiny_s1l8", "graphs"): 6,
+    }  # fmt: skip
+    reasons = [line for line in capsys.readouterr().err.splitlines() if "not " in line]
+    assert reasons[0].startswith("lbvim_tiny, graphs: not timed, its relative error")
+    calls, peak, kernels = (
+        f"{what} in training: not measured, CUDA out of memory."
+        for what in ("first calls of 8 images", "peak memory", "time of the kernels")
+    )
+    for mode, expected in {"eager": [calls, peak, kernels], "graphs": [peak, calls, kernels]}.items():
+        start = f"vmamba_tiny_s1l8, {mode}: "
+        assert [line.removeprefix(start) for line in reasons if line.startswith(start)] == expected
+
+
+def test_launches_and_the_host_alone(scripted: list[tuple[str, str, int]]) -> None:
+    args = benchmark.parse_args(["host", "vim_tiny"])
+    (rows,) = args.run(args, Progress(disable=True))
+    assert [tuple(row) for row in rows] == [gpu.HOST_COLUMNS] * 2
+    assert all(measured(row) == 4 for row in rows) and {batch for _, _, batch in scripted} == {gpu.HOST_BATCH}
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
