@@ -226,7 +226,9 @@ def summary_table(cpu: Iterable[Results], gpu: Results) -> str:
     where = f"{chip}, {gpu.facts['dtype'].split()[0]}, {_batch(gpu)}"
     modes: dict[str, dict[str, tuple[str, str]]] = {"eager": {}, "graphs": {}}
     for row in gpu.rows:
-        modes.setdefault(row["mode"], {})[row["model"]] = (row["inference_img_s"], row["training_img_s"])
+        speeds = (row["inference_img_s"], row["training_img_s"])
+        if all(speeds):  # the file may hold rows that were not measured to their end
+            modes.setdefault(row["mode"], {})[row["model"]] = speeds
     rows += _ratios(modes["eager"], modes["eager"], where)
     for ours, theirs in _PAIRS:
         if ours in modes["graphs"]:
