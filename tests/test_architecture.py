@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the ground up: a room imports itself and what stands before it.
 ROOMS = (
-    *("suggest", "configs", "zoo", "images", "ops", "graphs", "weights", "patterns", "scan_patterns", "layers", "base"),
-    *("models", "segmentation", "analysis", "conversion", "export", "doctor", "mm", "commands"),
+    *("suggest", "processes", "configs", "zoo", "images", "ops", "graphs", "weights", "patterns", "scan_patterns"),
+    *("layers", "base", "models", "segmentation", "analysis", "conversion", "export", "doctor", "mm", "commands"),
 )
 
 

@@ -60,7 +60,7 @@ WORKER = """
 import torch
 from mmengine.config import Config
 from backbones.mm import Runner
-from backbones.mm.app.cli import leave_process_group
+from backbones.processes import leave_process_group
 
 def train(name, run, **settings):
     config = Config.fromfile(name + ".py")

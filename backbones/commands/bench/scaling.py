@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -22,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import backbones
 from backbones.commands.bench.measure import ROOT, ParityError, Rows, train_step, wait
 from backbones.commands.bench.models import options_of
+from backbones.processes import leave_process_group
 
 MODES = ("eager", "graphs", "sharded")  # the last in eager mode, with FullyShardedModel
 WARM_UP = 5
@@ -113,8 +113,7 @@ def measure(name: str, mode: str, device_type: str, batch: int, size: int, round
     figures = _measure(name, mode, device, batch, size, rounds)
     if rank == 0:
         print(json.dumps(figures))
-    gc.collect()  # a thread of gloo that outlives Python aborts the process, and the model's cycles keep it
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def _measure(name: str, mode: str, device: torch.device, batch: int, size: int, rounds: int) -> list[float | None]:

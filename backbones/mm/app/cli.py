@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import sys
 from argparse import ArgumentParser, Namespace
@@ -19,6 +18,7 @@ from backbones.mm.app.options import check_options, spread_classes
 from backbones.mm.data.annotations import check_annotations
 from backbones.mm.data.datasets import check_class_folders
 from backbones.mm.errors import UserError
+from backbones.processes import leave_process_group
 from backbones.weights import CheckpointError
 
 # What a config may need beyond mmengine.
@@ -92,16 +92,6 @@ def read_config(
     if config.get("check_annotations", True):
         check_annotations(config, loaders)
     return config
-
-
-def leave_process_group() -> None:
-    """Leave the other processes, and wait for the threads that talked to them.
-
-    A thread of gloo that still frees a tensor when Python ends aborts the process. They end with the last reference to
-    the group, and a model and its run, which hold some, refer to themselves.
-    """
-    gc.collect()
-    dist.destroy_process_group()
 
 
 def run_tool(prog: str, run: Callable[[Namespace], None], args: Namespace) -> int:
