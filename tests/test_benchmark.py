@@ -286,6 +286,11 @@ def test_launches_and_the_host_alone(scripted: list[tuple[str, str, int]]) -> No
     assert all(measured(row) == 4 for row in rows) and {batch for _, _, batch in scripted} == {gpu.HOST_BATCH}
 
 
+def test_limits_are_shown_in_one_table(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.show([{"limit": "memory read", "value": 12.5, "unit": "GB/s"}], {"threads": 1})
+    assert re.search(r"^ *memory read +12\.5 +GB/s$", capsys.readouterr().out, re.M)
+
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 

@@ -72,7 +72,7 @@ def _tables(rows: Rows) -> dict[str, Rows]:
         elif "images" in row:
             rest = {column: value for column, value in row.items() if column != "images"}
             tables.setdefault(f"{row['images']} pixels", []).append(rest)
-        elif "mode" not in row:
+        elif f"{KINDS[0]} img/s" in row:
             for kind in KINDS:
                 of_kind = {x.removeprefix(f"{kind} "): value for x, value in row.items() if x.startswith(f"{kind} ")}
                 tables.setdefault(kind, []).append({"model": row["model"], **of_kind})
