@@ -1,8 +1,10 @@
 """Residual blocks as one line of steps against their layers in double precision: on a GPU, else in the interpreter."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
+from weakref import WeakKeyDictionary, ref
 
 import pytest
 import torch
@@ -11,13 +13,15 @@ from torch import Tensor, nn
 
 from backbones.base.chain import run_chain
 from backbones.layers import SS2D, ConvFFN, MambaBlock, MambaMixer, MultiScaleSS2D, Scan, VSSBlock, set_backend
-from backbones.layers.line import Line
+from backbones.layers.line import Line, steps_of
 from backbones.patterns import FORWARD
 from tests.kernels import DEVICE, RUNS, error, needs_kernels, quiet
 from tests.scripts import run_in_the_interpreter
 from tests.tolerances import AUTOCAST, OPERATOR
 
 pytest.importorskip("triton")
+from backbones.ops import recorded
+
 pytestmark = quiet
 
 DIM = 8
@@ -46,6 +50,11 @@ def _autograd_has_a_context() -> None:
         torch.ones(1, device=DEVICE, requires_grad=True).exp().backward()
 
 
+@pytest.fixture(autouse=True)
+def _every_first_call_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "_SEEN", 0)
+
+
 @pytest.mark.skipif(RUNS, reason="the kernels run in this process")
 def test_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__)
@@ -65,8 +74,8 @@ def built(name: str) -> tuple[nn.Module, Tensor, Tensor]:
 
 def through(block: nn.Module, x: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
     """Stream and branch behind the block: by its line, if it has one."""
-    line = block.line(x, pending)
-    return block.chained(x, pending) if line is None else line.run()
+    steps = steps_of(block, x, pending)
+    return block.chained(x, pending) if steps is None else steps.run(x, pending)
 
 
 def gradients(block: nn.Module, x: Tensor, pending: Tensor | None, grads: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -91,15 +100,20 @@ def expected(block: nn.Module, x: Tensor, pending: Tensor | None, grads: tuple[T
 def test_output_and_gradients(name: str, is_first: bool) -> None:
     block, x, given = built(name)
     pending = None if is_first else given
-    assert block.line(x, pending) is not None
+    assert steps_of(block, x, pending) is not None
     grads = torch.randn_like(x), torch.randn_like(x)
     found = gradients(block, x, pending, grads)
     for a, b in zip(found, expected(block, x, pending, grads), strict=True):
         assert a.dtype == torch.float32
         assert error(a, b) <= 3 * OPERATOR["float32"]  # of some ten operations behind one another
-    with torch.no_grad():
-        again = through(block, x, pending)
-    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=False))
+    again = gradients(block, x, pending, grads)
+    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+    for _ in range(2):
+        with torch.no_grad():
+            again = through(block, x, pending)
+        assert all(torch.equal(a, b) for a, b in zip(again, found, strict=False))
+    kinds = steps_of(block, x, pending)._recordings._kinds.values()
+    assert len(kinds) == 3 and all(map(callable, kinds))
 
 
 @needs_kernels
@@ -108,9 +122,12 @@ def test_autocast(name: str) -> None:
     block, x, pending = built(name)
     grads = torch.randn_like(x), torch.randn_like(x).bfloat16()
     with torch.autocast(DEVICE, torch.bfloat16):
-        stream, y, dx, dpending, *found = gradients(block, x, pending.bfloat16(), grads)
-        with torch.no_grad():
-            again = block.line(x, pending.bfloat16()).run()
+        first = gradients(block, x, pending.bfloat16(), grads)
+        for _ in range(2):
+            stream, y, dx, dpending, *found = gradients(block, x, pending.bfloat16(), grads)
+            with torch.no_grad():
+                again = through(block, x, pending.bfloat16())
+    assert all(torch.equal(a, b) for a, b in zip(first, (stream, y, dx, dpending, *found), strict=True))
     assert [t.dtype for t in (stream, y, dx, dpending)] == [torch.float32, torch.bfloat16] * 2
     assert all(t.dtype == torch.float32 for t in found)
     assert torch.equal(again[0], stream) and torch.equal(again[1], y)
@@ -128,11 +145,14 @@ def test_drop_path_is_drawn_as_without_a_line(name: str, monkeypatch: pytest.Mon
     make, shape = BLOCKS[name]
     block = make(drop_path=0.4).to(DEVICE)
     set_backend(block, "triton")
-    x, pending, *grads = (torch.randn(8, *shape[1:], DIM, device=DEVICE) for _ in range(4))
-    assert block.line(x, pending) is not None
-    torch.manual_seed(3)
-    found = gradients(block, x, pending, tuple(grads))
+    sides = [2] * (len(shape) - 1)
+    x, pending, *grads = (torch.randn(6, *sides, DIM, device=DEVICE) for _ in range(4))
+    assert steps_of(block, x, pending) is not None
+    for _ in range(2):
+        torch.manual_seed(3)
+        found = gradients(block, x, pending, tuple(grads))
     monkeypatch.setattr(Line, "of", lambda *args: None)
+    monkeypatch.setattr("backbones.layers.line._lines", WeakKeyDictionary())
     torch.manual_seed(3)
     wanted = gradients(block, x, pending, tuple(grads))
     assert (wanted[1].flatten(1) == 0).all(1).any()  # some image's branch is dropped
@@ -179,9 +199,9 @@ def half(block: nn.Module) -> None:
 )
 def test_what_is_not_as_written_is_called(change: Callable[[nn.Module], None]) -> None:
     block, x, pending = built("vmamba")
-    assert block.line(x, pending) is not None
+    assert steps_of(block, x, pending) is not None
     change(block)
-    assert block.line(x, pending) is None
+    assert steps_of(block, x, pending) is None
 
 
 @needs_kernels
@@ -190,10 +210,10 @@ def test_what_is_not_as_written_is_called(change: Callable[[nn.Module], None]) -
 )
 def test_hooks_within_two_scales_see_calls(name: str) -> None:
     block, x, pending = built("msvmamba")
-    assert block.line(x, pending) is not None
+    assert steps_of(block, x, pending) is not None
     seen = []
     block.get_submodule(name).register_forward_hook(lambda *args: seen.append(args))
-    assert block.line(x, pending) is None
+    assert steps_of(block, x, pending) is None
     block.chained(x, pending)
     assert seen
 
@@ -203,10 +223,10 @@ def test_a_hook_of_all_modules_sees_calls() -> None:
     block, x, pending = built("vim")
     handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
     try:
-        assert block.line(x, pending) is None
+        assert steps_of(block, x, pending) is None
     finally:
         handle.remove()
-    assert block.line(x, pending) is not None
+    assert steps_of(block, x, pending) is not None
 
 
 @needs_kernels
@@ -249,7 +269,7 @@ def test_functional_calls_and_saved_tensors() -> None:
     x.requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = sum(block.line(x, pending).run())
+        y = sum(through(block, x, pending))
     assert len(kept) > 20
     doubled = {name: 2 * p for name, p in block.named_parameters()}
 
@@ -259,7 +279,7 @@ def test_functional_calls_and_saved_tensors() -> None:
             self.block = block
 
         def forward(self, *inputs: Tensor) -> Tensor:
-            return sum(self.block.line(*inputs).run())
+            return sum(through(self.block, *inputs))
 
     other = torch.func.functional_call(Caller(), {f"block.{name}": p for name, p in doubled.items()}, (x, pending))
     assert not torch.equal(other, y)
@@ -267,20 +287,98 @@ def test_functional_calls_and_saved_tensors() -> None:
     assert all(p.grad is not None for p in block.parameters())
 
 
+def set_eps(block: nn.Module) -> None:
+    block.norm1.eps = 0.5
+
+
+def set_rate(block: nn.Module) -> None:
+    block.drop_path.drop_prob = 1.0
+
+
+def set_mode(block: nn.Module) -> None:
+    block.eval()
+
+
+def set_parameter(block: nn.Module) -> None:
+    block.norm2.weight = nn.Parameter(2 * block.norm2.weight.detach())
+
+
+def set_data(block: nn.Module) -> None:
+    block.norm2.weight.data = 2 * block.norm2.weight.data
+
+
+def prune(block: nn.Module) -> None:
+    """As pruners do: the weights keep their place in memory."""
+    block.mlp.fc1.weight.data, block.mlp.fc1.bias.data = block.mlp.fc1.weight.data[:5], block.mlp.fc1.bias.data[:5]
+    block.mlp.fc2.weight.data = block.mlp.fc2.weight.data[:, :5].contiguous()
+
+
+@needs_kernels
+@pytest.mark.parametrize("change", [set_eps, set_rate, set_mode, set_parameter, set_data, prune])
+def test_a_recorded_block_may_change(change: Callable[[nn.Module], None]) -> None:
+    block = SECOND(drop_path=0.2).to(DEVICE)
+    set_backend(block, "triton")
+    x, pending = (torch.randn(3, 1, 2, DIM, device=DEVICE) for _ in range(2))
+
+    def drawn() -> Tensor:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return torch.stack(through(block, x, pending))
+
+    for _ in range(2):
+        before = drawn()
+    change(block)
+    after = drawn()
+    assert not torch.equal(after, before)
+    wanted = copy.deepcopy(block)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert error(after, torch.stack(wanted.chained(x, pending)).cpu().double()) <= OPERATOR["float32"]
+    for _ in range(2):
+        assert torch.equal(drawn(), after)
+
+
+@needs_kernels
+def test_saved_tensors_may_come_back_with_other_strides() -> None:
+    block, x, pending = built("vim")
+    grads = torch.randn_like(x), torch.randn_like(x)
+    for _ in range(2):
+        wanted = gradients(block, x, pending, grads)
+    pack = partial(torch.clone, memory_format=torch.contiguous_format)
+    for _ in range(2):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            found = gradients(block, x, pending, grads)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@needs_kernels
+def test_recordings_end_with_their_block() -> None:
+    block, x, pending = built("vmamba")
+    grads = torch.randn_like(x), torch.randn_like(x)
+    for _ in range(2):
+        gradients(block, x, pending, grads)
+    gone = ref(block.mlp.fc1.weight)
+    copied = copy.deepcopy(block)
+    assert pickle.loads(pickle.dumps(block)) is not None
+    del block
+    assert gone() is None
+    assert steps_of(copied, x, pending) is not None
+
+
 @needs_kernels
 def test_misuse_is_refused() -> None:
     block, x, pending = built("vmamba")
     x.requires_grad_()
-    y = sum(block.line(x, pending).run()).square().sum()
+    y = sum(through(block, x, pending)).square().sum()
     (grad,) = torch.autograd.grad(y, x, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         grad.sum().backward()
-    y = sum(block.line(x, pending).run()).sum()
+    y = sum(through(block, x, pending)).sum()
     with torch.no_grad():
         block.mixer.in_proj.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
     with pytest.raises(ValueError, match="x: got shape"):
-        block.line(x[..., :4], None)
+        steps_of(block, x[..., :4], None)
     with pytest.raises(ValueError, match="OnTokens"):
-        block.line(x.flatten(1, 2), None)
+        steps_of(block, x.flatten(1, 2), None)

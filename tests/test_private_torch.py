@@ -275,9 +275,12 @@ def hooks() -> None:
     whole.register_module("none", None)
     assert set(tracing.all_modules(whole)) == set(whole.modules()), "_modules: expected the modules inside"
     assert tracing.own_weight(module, "weight") is module.weight, "_parameters: expected the parameter"
-    assert tracing.given_weights(module, ("weight", "none")) == [module.weight, None]
+    assert tracing.Weight.of(module, "none") is None
+    weight = tracing.Weight.of(module, "weight")
+    assert weight and weight.now() is module.weight and weight.is_plain and weight.dtype == torch.float32
+    state = tracing.State(module)
     vars(module)["weight"] = torch.zeros(2, 2)
-    assert tracing.given_weights(module, ("weight",))[0] is vars(module)["weight"]
+    assert weight.now() is vars(module)["weight"] and state.holds()
     assert tracing.own_weight(module, "weight") is None and module.weight.sum() == 0, (
         "vars(module): expected to go first"
     )
@@ -308,7 +311,38 @@ def tensors() -> None:
     assert tree["a"][1][0].tolist() == (x + 1).tolist(), "tree_map: expected to go through dicts, lists and tuples"
 
 
+def operators() -> None:
+    aten = torch.ops.aten
+    for operator in (aten.add_.Tensor, aten.mm.out, aten._foreach_copy_.default, aten.bernoulli_.float):
+        assert tracing.changes_arguments(operator), f"_schema: expected {operator} to be mutable"
+    for operator in (aten.add.Tensor, aten.view.default, aten.rand_like.default):
+        assert not tracing.changes_arguments(operator), f"_schema: expected {operator} not to be mutable"
+    assert tracing.is_random(aten.rand_like.default) and not tracing.is_random(aten.empty_like.default)
+
+
+def states() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    state = tracing.State(module)
+    assert state.holds()
+    for change in (
+        lambda: setattr(module[1], "p", 0.25),
+        lambda: module.eval(),
+        lambda: module[0].register_forward_hook(lambda *args: None),
+        lambda: setattr(module[0], "bias", None),
+        lambda: setattr(module[0], "forward", lambda x: x),
+        lambda: module.append(nn.ReLU()),
+        lambda: setattr(module[1], "__class__", nn.Identity),
+        lambda: module[0].compile(),
+    ):
+        change()
+        assert not state.holds(), "nn.Module: expected what it depends on among its attributes"
+        state = tracing.State(module)
+        assert state.holds()
+
+
 ASSUMED = {
+    ("_schema",): operators,
+    (): states,
     ("_current_level",): forward_mode,
     ("peek_interpreter_stack", "is_gradtrackingtensor", "is_functorch_wrapped_tensor", "_DisableFuncTorch"): functorch,
     ("_len_torch_dispatch_stack", "TorchDispatchMode", "_disable_current_modes"): modes,

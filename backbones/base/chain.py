@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from backbones.layers.half_weights import with_half_weights
+from backbones.layers.line import steps_of
 from backbones.ops.tracing import is_hooked, is_replaced, runs_eagerly
 
 _PARTS = {"forward", "branch", "join"}  # of which ``chained`` is another form
@@ -33,11 +34,11 @@ def run_chain(blocks: Iterable[Any], x: Tensor, *args: Any) -> tuple[Tensor, Ten
     pending: Tensor | None = None
     for block in blocks:
         kind: Any = type(block)
-        line = block.line(x, pending, *args) if _has_line(kind) else None
-        if line is None:
+        steps = steps_of(block, x, pending, *args) if _has_line(kind) else None
+        if steps is None:
             x, pending = with_half_weights(block.chained, block, x, pending, *args)
         else:
-            x, pending = line.run()
+            x, pending = steps.run(x, pending)
     return x, pending
 
 

@@ -50,7 +50,7 @@ class ConvFFN(nn.Module):
         if weights is None or not are_whole(*weights):
             return None
         return kernels("steps").Conv(
-            weights, *window_taps(height, width, 3, device=weights[0].device), self.dwconv.residual
+            weights, *window_taps(height, width, 3, device=line.x.device), self.dwconv.residual
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from timm.layers import DropPath, Mlp
@@ -15,9 +16,17 @@ from backbones.layers.scan import OnBackend
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.layers.shapes import check_width
 from backbones.ops import Visits
-from backbones.ops.dispatch import choose_for, kernels
-from backbones.ops.rows import PLAIN
-from backbones.ops.tracing import given_weights, is_as_written, is_hooked_everywhere, is_watched, runs_eagerly
+from backbones.ops.dispatch import choose, kernels
+from backbones.ops.scan.triton import interprets
+from backbones.ops.tracing import (
+    State,
+    Weight,
+    is_as_written,
+    is_hooked_everywhere,
+    is_transformed,
+    is_watched,
+    runs_eagerly,
+)
 
 
 class Line:
@@ -46,27 +55,23 @@ class Line:
 
     @classmethod
     def of(cls, x: Tensor, pending: Tensor | None, backend: str | None) -> Line | None:
-        """An empty line where the kernels run on x, and nobody looks on; else None."""
-        if not isinstance(x, Tensor) or not runs_eagerly(x) or is_watched() or is_hooked_everywhere():
-            return None
-        if type(x) is not Tensor or (pending is not None and (type(pending) is not Tensor or pending.shape != x.shape)):
-            return None
-        runs = choose_for("selective_scan", backend, x, pending) == ("triton", False)
+        """An empty line where the kernels run on x; else None."""
+        runs = choose("selective_scan", backend, x.device.type, x.dtype) == "triton"
         return cls(x, pending, backend) if runs else None
 
     def weights(self, module: nn.Module | None, kind: type[nn.Module], *names: str) -> list[Any] | None:
-        """The weights of these names, None for each that is missing, of a module that computes what ``kind`` says; else
-        None, and the line fails.
+        """Where weights of these names stand, None for each that is missing, of a module that computes what ``kind``
+        says; else None, and the line fails.
         """
         if not self.fails and module is not None and type(module) is kind and is_as_written(module):
-            weights = given_weights(module, names)
+            weights = [Weight.of(module, name) for name in names]
             at_home = not isinstance(module, OnBackend) or module.backend == self.backend
-            if at_home and all([x is None or (type(x) in PLAIN and x.is_contiguous()) for x in weights]):
+            if at_home and all([x is None or x.is_plain for x in weights]):
                 return weights
         self.fails = True
         return None
 
-    def fits(self, *weights: Tensor | None) -> bool:
+    def fits(self, *weights: Weight | None) -> bool:
         """Whether products of the branch read such weights, which autocast would cast."""
         whole = None if self.half is None else torch.float32
         return all([x is None or x.dtype in (self._branch, whole) for x in weights])
@@ -165,13 +170,58 @@ class Line:
             return
         self._steps.append(self._kernels.DropPath((), drop.drop_prob, drop.scale_by_keep))
 
-    def run(self) -> tuple[Tensor, Tensor]:
-        """The stream and the branch behind all steps. Not after the line has failed."""
+    def steps(self) -> Any:
+        """All of them, as :class:`backbones.ops.steps.Steps`. Not after the line has failed."""
         assert not self.fails
-        return self._kernels.run(self._steps, self.x, self.pending, self.half)
+        return self._kernels.Steps(self._steps, self.half)
 
 
-def are_whole(*weights: Tensor | None) -> bool:
+class _Lines:
+    """The steps of a block for each kind of input, as long as the block is what it was."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.state = State(block)
+        self.found: dict[Any, Any] = {}
+
+
+_MOST = 16  # kinds of inputs
+_lines: WeakKeyDictionary[nn.Module, _Lines] = WeakKeyDictionary()
+
+
+def steps_of(block: Any, x: Tensor, pending: Tensor | None, *args: Any) -> Any:
+    """What ``block.chained(x, pending, *args)`` does, as :class:`backbones.ops.steps.Steps` to be run on x and pending.
+
+    ``block.line(x, pending, *args)`` collects them, once for each kind of input. None where it cannot, where no kernel
+    runs on x, or somebody looks on.
+    """
+    if not _runs_alone(x, pending):
+        return None
+    lines = _lines.get(block)
+    if lines is None or not lines.state.holds():
+        lines = _lines[block] = _Lines(block)
+    key = (x.shape, x.dtype, x.device, None if pending is None else pending.dtype, autocast_dtype(x), args)
+    steps = lines.found.get(key)
+    if steps is not None and steps.have_same_weights():
+        return steps
+    line = block.line(x, pending, *args)
+    if line is None or line.fails:
+        return None
+    if len(lines.found) >= _MOST:
+        lines.found.clear()
+    lines.found[key] = steps = line.steps()
+    return steps
+
+
+def _runs_alone(x: Tensor, pending: Tensor | None) -> bool:
+    """Whether kernels may run on plain tensors, and nobody looks on."""
+    if type(x) is not Tensor or not (x.is_cuda or interprets()) or not runs_eagerly(x):
+        return False
+    if is_watched() or is_hooked_everywhere() or is_transformed(x, pending):
+        return False
+    return pending is None or (type(pending) is Tensor and pending.shape == x.shape)
+
+
+def are_whole(*weights: Weight | None) -> bool:
     """Whether all of these are in float32, as the kernels read them."""
     return all([x is None or x.dtype == torch.float32 for x in weights])
 

@@ -249,4 +249,4 @@ class MambaBlock(nn.Module):
         line.norm(self.norm)
         line.layer(self.mixer, x, grid)
         line.drop_path(self.drop_path)
-        return None if line.fails else line
+        return line

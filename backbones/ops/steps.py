@@ -19,11 +19,14 @@ from backbones.ops.depthwise import triton as depthwise
 from backbones.ops.derivatives import first_order
 from backbones.ops.fused.gate import triton as gate
 from backbones.ops.fused.layer_norm import triton as layer_norm
+from backbones.ops.recorded import Recordings
 from backbones.ops.scan.triton import projected
 from backbones.ops.scan.visits import Visits
-from backbones.ops.tracing import casts
+from backbones.ops.tracing import Weight, casts, kind_of
+from backbones.ops.triton_host import device_of
 
 Weights = Sequence[Any]  # tensors, and None for those that a layer goes without
+Places = Sequence[Weight | None]
 Saved = tuple[Any, ...]  # tensors
 Gradients = tuple[Tensor | None, ...]
 
@@ -53,11 +56,11 @@ class Step:
     """One operation.
 
     Attributes:
-        weights: its parameters. Both methods are given them anew, as tensors without history.
+        weights: where its parameters stand. Both methods are given them as tensors without history.
         halves: how many of the weights, from the first on, autocast would cast.
     """
 
-    weights: Weights
+    weights: Places
     halves: ClassVar[int] = 0
 
     def forward(self, flow: Flow, weights: Weights, save: bool) -> Saved:
@@ -132,7 +135,8 @@ class Split(Step):
     """Sets the second half of the branch aside for a gate."""
 
     def forward(self, flow: Flow, weights: Weights, save: bool) -> Saved:
-        flow.y, flow.z = flow.y.chunk(2, 1)
+        half = flow.y.shape[1] // 2
+        flow.y, flow.z = flow.y.split_with_sizes((half, half), 1)
         return ()
 
     def backward(self, flow: Flow, weights: Weights, saved: Sequence[Tensor], learns: Sequence[bool]) -> Gradients:
@@ -316,91 +320,129 @@ class DropPath(Step):
         flow.y = (flow.y.view(flow.images, -1, c) * kept).view(rows, c)
 
 
-def run(
-    steps: Sequence[Step], stream: Tensor, y: Tensor | None, half: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """The stream and the branch behind all steps.
+class Steps:
+    """Steps behind one another, for inputs of one shape and dtype.
 
     Args:
         steps: end with a branch of the stream's width.
-        stream: (b, ..., dim).
-        y: as the stream, or None.
-        half: autocast's dtype, to which weights in float32 are cast.
-
-    Raises:
-        NotImplementedError: second derivatives.
+        half: autocast's dtype, to which weights in float32 are cast, or None.
     """
-    weights = [weight for step in steps for weight in step.weights]
-    if torch.is_grad_enabled():
-        return _Line.apply(steps, half, stream, y, *weights)
-    found, _, _ = _forward(steps, half, stream, y, weights, False)
-    return found
 
+    def __init__(self, steps: Sequence[Step], half: torch.dtype | None) -> None:
+        self._steps, self._half = steps, half
+        self._weights = [weight for step in steps for weight in step.weights]
+        self._kinds = [() if weight is None else weight.kind for weight in self._weights]
+        self._dtypes = [None if weight is None else weight.dtype for weight in self._weights]
+        self._saved: list[int] = []  # how many tensors each step saves
+        self._recordings = Recordings()
 
-def _forward(
-    steps: Sequence[Step], half: torch.dtype | None, stream: Tensor, y: Tensor | None, weights: Weights, save: bool
-) -> tuple[tuple[Tensor, Tensor], list[Any], list[Saved]]:
-    """The stream and the branch, the weights as they were used, and what each step saved."""
-    shape = stream.shape
-    weights = list(weights) if half is None else _as_products_read(steps, weights, half)
-    flow = Flow(shape[0], _rows(stream), None if y is None else _rows(y))
-    saved, end = [], 0
-    for step in steps:
-        begin, end = end, end + len(step.weights)
-        saved.append(step.forward(flow, weights[begin:end], save))
-    return (flow.stream.view(shape), flow.y.view(shape)), weights, saved
+    def weights(self) -> list[Any]:
+        """The parameters, or what stands for them now."""
+        return [None if weight is None else weight.now() for weight in self._weights]
+
+    def have_same_weights(self) -> bool:
+        """Whether all of them are of the kinds that they were of."""
+        return [kind_of(weight) for weight in self.weights()] == self._kinds
+
+    def run(self, stream: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The stream and the branch behind all steps.
+
+        Args:
+            stream: (b, ..., dim).
+            y: as the stream, or None.
+
+        Raises:
+            NotImplementedError: second derivatives.
+        """
+        if torch.is_grad_enabled():
+            return _Line.apply(self, stream, y, *self.weights())
+        with device_of(stream):
+            found: Any = self._recordings.call(self._forward, (stream, y, *self.weights()), False)
+        return found
+
+    def forward(self, stream: Tensor, y: Tensor | None, weights: Weights) -> Saved:
+        """The stream and the branch behind all steps, and what `backward` is given."""
+        with device_of(stream):
+            return self._recordings.call(self._forward, (stream, y, *weights), True)
+
+    def backward(
+        self, dstream: Tensor, dy: Tensor, saved: Saved, learns: Sequence[bool], has_branch: bool
+    ) -> Gradients:  # fmt: skip
+        """Gradients of the stream, of the branch if there was one, and of the weights that learn."""
+        tensors, key = (dstream, dy, *saved), (tuple(learns), has_branch)
+        device = dstream.device.type
+        with device_of(dstream):
+            if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device):
+                return self._recordings.call(self._backward, tensors, *key)
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                return self._recordings.call(self._backward, tensors, *key)
+
+    def _forward(self, tensors: Sequence[Any], save: bool) -> Saved:
+        stream, y, *weights = tensors
+        shape = stream.shape
+        if self._half is not None:
+            _cast(weights, self._places(weights, self._half), self._half)
+        flow = Flow(shape[0], _rows(stream), None if y is None else _rows(y))
+        saved, end = [], 0
+        for step in self._steps:
+            begin, end = end, end + len(step.weights)
+            saved.append(step.forward(flow, weights[begin:end], save))
+        found = flow.stream.view(shape), flow.y.view(shape)
+        if not save:
+            return found
+        self._saved = [len(each) for each in saved]
+        return *found, *weights, *[x for each in saved for x in each]
+
+    def _backward(self, tensors: Sequence[Any], learns: Sequence[bool], has_branch: bool) -> Gradients:
+        dstream, dy, *saved = tensors
+        begin, end = len(learns), len(saved)
+        flow = Flow(dstream.shape[0], _rows(dstream), _rows(dy))
+        grads: list[Any] = [None] * begin
+        for step, count in zip(reversed(self._steps), reversed(self._saved), strict=True):
+            own = slice(begin - len(step.weights), begin)
+            grads[own] = step.backward(flow, saved[own], saved[end - count : end], learns[own])
+            begin, end = own.start, end - count
+        places = [i for i, x in enumerate(grads) if x is not None and learns[i] and x.dtype != self._dtypes[i]]
+        _cast(grads, places, torch.float32)
+        return flow.stream.view(dstream.shape), flow.y.view(dstream.shape) if has_branch else None, *grads
+
+    def _places(self, weights: Weights, half: torch.dtype) -> list[int]:
+        """Of the weights that autocast would cast."""
+        places, begin = [], 0
+        for step in self._steps:
+            own = range(begin, begin + step.halves)
+            places += [i for i in own if weights[i] is not None and weights[i].dtype != half]
+            begin += len(step.weights)
+        return places
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def _as_products_read(steps: Sequence[Step], weights: Weights, half: torch.dtype) -> list[Any]:
-    """``weights`` as autocast would have them."""
-    places, begin = [], 0
-    for step in steps:
-        places += [i for i in range(begin, begin + step.halves) if weights[i] is not None and weights[i].dtype != half]
-        begin += len(step.weights)
-    return _cast(list(weights), places, half)
-
-
-def _cast(tensors: list[Any], places: Sequence[int], dtype: torch.dtype) -> list[Any]:
-    """The same list, its tensors at these places cast together."""
+def _cast(tensors: list[Any], places: Sequence[int], dtype: torch.dtype) -> None:
+    """Casts the tensors at these places together."""
     for i, x in zip(places, casts([tensors[i] for i in places], dtype), strict=True):
         tensors[i] = x
-    return tensors
 
 
 class _Line(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, steps: Sequence[Step], half: torch.dtype | None, stream: Tensor, y: Tensor | None,
-        *weights: Tensor | None,
+        ctx: Any, steps: Steps, stream: Tensor, y: Tensor | None, *weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        found, used, saved = _forward(steps, half, stream, y, weights, True)
-        ctx.steps, ctx.counts, ctx.has_branch = steps, [len(each) for each in saved], y is not None
-        ctx.dtypes = [None if weight is None else weight.dtype for weight in weights]
-        ctx.save_for_backward(found[0], *used, *[x for each in saved for x in each])
-        return found
+        found = steps.forward(stream, y, weights)
+        ctx.steps, ctx.has_branch = steps, y is not None
+        ctx.save_for_backward(found[0], *found[2:])
+        return found[0], found[1]
 
     @staticmethod
     def backward(ctx: Any, dstream: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-        stream, *tensors = ctx.saved_tensors
-        learns = ctx.needs_input_grad[4:]
-        begin = len(learns)
-        weights, end = tensors[:begin], len(tensors)
-        flow = Flow(stream.shape[0], _rows(dstream), _rows(dy))
-        grads: list[Any] = [None] * begin
-        with torch.no_grad(), torch.autocast(stream.device.type, enabled=False):
-            for step, count in zip(reversed(ctx.steps), reversed(ctx.counts), strict=True):
-                own = slice(begin - len(step.weights), begin)
-                grads[own] = step.backward(flow, weights[own], tensors[end - count : end], learns[own])
-                begin, end = own.start, end - count
-            places = [i for i, x in enumerate(grads) if x is not None and learns[i] and x.dtype != ctx.dtypes[i]]
-            _cast(grads, places, torch.float32)
-        found = flow.stream.view(stream.shape), flow.y.view(stream.shape) if ctx.has_branch else None, *grads
+        stream, *saved = ctx.saved_tensors
+        learns = ctx.needs_input_grad[3:]
+        found = ctx.steps.backward(dstream, dy, saved, learns, ctx.has_branch)
         if torch.is_grad_enabled():
             whole = [x for x in found if x is not None]
-            once = iter(first_order("selective_scan", whole, (stream, dstream, dy, *weights)))
+            once = iter(first_order("selective_scan", whole, (stream, dstream, dy, *saved[: len(learns)])))
             found = tuple(None if x is None else next(once) for x in found)
-        return None, None, *found
+        return None, *found

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
+from operator import is_
 from typing import Any
 
 import torch
@@ -28,14 +29,16 @@ _CPU_ALONE = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 __all__ = [
     "BatchNorm",  # of any number of dimensions, over all processes or one
     "RunningNorm",  # and instance norms, which may keep statistics as well
+    "State",
     "TorchDispatchMode",
+    "Weight",
     "all_modules",
     "below_autograd",
     "captured",
     "casts",
+    "changes_arguments",
     "copies",
     "current_gpu",
-    "given_weights",
     "has_hooks",
     "has_static_value",
     "identity",
@@ -44,10 +47,12 @@ __all__ = [
     "is_hooked",
     "is_hooked_before",
     "is_hooked_everywhere",
+    "is_random",
     "is_replaced",
     "is_traced",
     "is_transformed",
     "is_watched",
+    "kind_of",
     "own_weight",
     "register_fake",
     "runs_eagerly",
@@ -200,6 +205,16 @@ def identity(x: Tensor) -> tuple[Any, ...]:
     return x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), version
 
 
+def changes_arguments(operator: Any) -> bool:
+    """Whether PyTorch's operator writes into tensors that it is given."""
+    return operator._schema.is_mutable
+
+
+def is_random(operator: Any) -> bool:
+    """Whether PyTorch's operator draws numbers."""
+    return torch.Tag.nondeterministic_seeded in operator.tags
+
+
 def copies(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Copies of all tensors, in few launches."""
     return torch._foreach_add(list(tensors), 0)
@@ -223,6 +238,46 @@ def all_modules(module: nn.Module) -> dict[nn.Module, None]:
                 found[child] = None
                 waiting.append(child)
     return found
+
+
+class State:
+    """What calls of a module depend on besides their arguments and parameters: the modules within it, their classes,
+    all attributes and buffers by identity, which parameters there are, and whether there are hooks.
+
+    What stands for a parameter for a while, see `Weight`, does not count.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(all_modules(module))
+        self._within = modules[1:]  # not the module itself, for which this may be kept
+        self._attributes = [vars(each) for each in modules]
+        self._parameters = [own["_parameters"] for own in self._attributes]
+        self._inner = [own[name] for own in self._attributes for name in ("_modules", "_buffers")]
+        self._hooks = [own[name] for own in self._attributes for name in _HOOKS]
+        self._found = self._look()
+
+    def holds(self) -> bool:
+        """Whether it is still so."""
+        found = self._look()
+        return len(found) == len(self._found) and all(map(is_, found, self._found))
+
+    def _look(self) -> list[Any]:
+        found: list[Any] = [*map(type, self._within)]
+        for own, parameters in zip(self._attributes, self._parameters, strict=True):
+            if own.keys().isdisjoint(parameters):
+                found += own.values()
+            else:
+                found += [x for name, x in own.items() if name not in parameters]
+            if parameters:
+                found += [x is None for x in parameters.values()]
+        for inner in self._inner:
+            if inner:
+                found += inner.values()
+        found += filter(None, self._hooks)
+        return found
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def own_weight(module: nn.Module, name: str) -> nn.Parameter | None:
@@ -256,7 +311,38 @@ def is_as_written(module: nn.Module) -> bool:
     )  # fmt: skip
 
 
-def given_weights(module: nn.Module, names: Sequence[str]) -> list[Any]:
-    """``getattr(module, name)`` for names of parameters, in a third of the time; None for those that are missing."""
-    own, parameters = vars(module), module._parameters
-    return [own[name] if name in own else parameters.get(name) for name in names]
+class Weight:
+    """Where a module has a parameter, or what stands for it now, and of what kind that was when it was found.
+
+    Attributes:
+        kind: see `kind_of`.
+        dtype: as ``kind`` has it.
+        shape: as ``kind`` has it.
+    """
+
+    __slots__ = ("_name", "_own", "_parameters", "dtype", "kind", "shape")
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._own, self._parameters, self._name = vars(module), module._parameters, name
+        self.kind = kind_of(self.now())
+        _, self.dtype, self.shape, *_ = self.kind
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> Weight | None:
+        """None where the module goes without."""
+        found = vars(module).get(name, module._parameters.get(name))
+        return None if found is None else cls(module, name)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is contiguous, and of no class with operators of its own."""
+        return self.kind[0] in (Tensor, nn.Parameter) and self.kind[3]
+
+    def now(self) -> Any:
+        """The tensor, as ``getattr(module, name)`` gives it, in a third of the time."""
+        return self._own.get(self._name, self._parameters.get(self._name))
+
+
+def kind_of(x: Tensor | None) -> tuple[Any, ...]:
+    """The class, dtype and shape of a tensor, whether it is contiguous, and its GPU."""
+    return () if x is None else (type(x), x.dtype, x.shape, x.is_contiguous(), x.get_device())

@@ -5,6 +5,7 @@ Triton's own ``cdiv`` and ``next_power_of_2`` take microseconds a call, because 
 
 import contextlib
 import functools
+import threading
 from typing import Any
 
 import torch
@@ -39,6 +40,15 @@ _kept: dict[tuple[Any, ...], "Launch"] = {}
 _runtime: Any = getattr(getattr(triton, "knobs", None), "runtime", None)  # whose hooks are looked up at every launch
 
 
+class _Launches(threading.local):
+    """Whom this thread tells of every :class:`Launch`, by ``listener.launch(run, tensors)``."""
+
+    listener: Any = None
+
+
+launches = _Launches()
+
+
 class Launch:
     """``kernel[grid](*tensors, *numbers, **constants, num_warps=num_warps)``, given everything but the tensors.
 
@@ -66,6 +76,12 @@ class Launch:
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launches on the current GPU. Tensors have the same dtypes at every call, None stands in the same places."""
+        if launches.listener is not None:
+            launches.listener.launch(self.run, tensors)
+        self.run(*tensors)
+
+    def run(self, *tensors: Tensor | None) -> None:
+        """A call of which nobody is told."""
         if not self._keeps:
             self._through_triton(tensors)
             return
@@ -157,6 +173,11 @@ def check_device(name: str, x: Tensor) -> None:
         raise ValueError(
             f"{name}: got a tensor on {x.device}, expected a GPU for backend 'triton' (or TRITON_INTERPRET=1)"
         )
+
+
+def is_capturing(x: Tensor) -> bool:
+    """Whether what is done with x goes into a CUDA graph, and its results are not there before that runs."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 _NOWHERE = contextlib.nullcontext()

@@ -16,6 +16,12 @@ CHUNK = 64  # steps between the states that forward keeps; see launch.py for wha
 
 
 @functools.cache
+def interprets() -> bool:
+    """Whether kernels run in Triton's interpreter, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
 def unavailable_reason() -> str | None:
     """None where the kernels run, else one line that says why they do not."""
     try:
@@ -24,7 +30,7 @@ def unavailable_reason() -> str | None:
         return "Triton is not installed (pip install triton; Linux only)"
     if tuple(int(x) for x in triton.__version__.split(".")[:2]) < _MIN_TRITON:
         return f"Triton {triton.__version__} is too old, {'.'.join(map(str, _MIN_TRITON))} or newer is needed"
-    if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+    if not interprets() and not torch.cuda.is_available():
         return "PyTorch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, very slowly)"
     return None
 

@@ -9,6 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from backbones.ops.scan.visits import Visits
 from backbones.ops.tracing import identity
+from backbones.ops.triton_host import is_capturing
 
 _known: dict[tuple, tuple[StorageWeakRef, Any]] = {}
 
@@ -25,14 +26,10 @@ def order_facts(orders: Tensor | None, length: int, k: int) -> Visits:
     """
     if orders is None:
         return Visits(repeats=False, complete=True, disjoint=k == 1, covers=True)
-    if _is_capturing(orders):
+    if is_capturing(orders):
         unknown = Visits(repeats=True, complete=False, disjoint=False, covers=False)
         return _found((Visits, length), orders, unknown)
     return _remembered((Visits, length), orders, lambda: Visits.of(orders, length))
-
-
-def _is_capturing(orders: Tensor) -> bool:
-    return orders.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _found(kind: tuple, orders: Tensor, otherwise: Any) -> Any:
@@ -58,7 +55,7 @@ def visits_of(orders: Tensor, length: int, per_order: bool) -> tuple[Tensor, Ten
     With ``per_order``, "token p" is p * k + order: every order has its own list. Remembered as `order_facts` are.
     """
     kind = ("visits", length, per_order)
-    if _is_capturing(orders):  # what a capture computes is not there before its graph runs
+    if is_capturing(orders):
         return _found(kind, orders, None) or _sorted_visits(orders, length, per_order)
     return _remembered(kind, orders, lambda: _sorted_visits(orders, length, per_order))
 
