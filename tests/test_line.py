@@ -12,8 +12,19 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from backbones.base.chain import run_chain
-from backbones.layers import SS2D, ConvFFN, MambaBlock, MambaMixer, MultiScaleSS2D, Scan, VSSBlock, set_backend
+from backbones.layers import (
+    SS2D,
+    ConvFFN,
+    GroupMambaLayer,
+    MambaBlock,
+    MambaMixer,
+    MultiScaleSS2D,
+    Scan,
+    VSSBlock,
+    set_backend,
+)
 from backbones.layers.line import Line, steps_of
+from backbones.models.groupmamba import GroupMambaBlock
 from backbones.patterns import FORWARD
 from tests.kernels import DEVICE, RUNS, error, needs_kernels, quiet
 from tests.scripts import run_in_the_interpreter
@@ -27,19 +38,33 @@ pytestmark = quiet
 DIM = 8
 SECOND = partial(VSSBlock, DIM, partial(SS2D, d_state=1, gated=False, conv_bias=False), Mlp)
 MULTI_SCALE = partial(VSSBlock, DIM, MultiScaleSS2D, partial(ConvFFN, residual=True))
+
+
+def group_block(**options: float) -> nn.Module:
+    """With an eps without which the mixer's norm would cancel any scale, whose gradient would be rounding alone."""
+    block = GroupMambaBlock(16, GroupMambaLayer, **options)
+    block.mixer.norm.eps = 1.0
+    return block
+
+
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "vmamba": (SECOND, (2, 3, 5)),
-    "vmamba, one column": (SECOND, (1, 4, 1)),
-    "vmamba, first generation": (partial(VSSBlock, DIM, partial(SS2D, d_state=3)), (2, 3, 2)),
-    "msvmamba": (MULTI_SCALE, (2, 3, 5)),
-    "msvmamba, one column": (MULTI_SCALE, (1, 4, 1)),
+    "vmamba": (SECOND, (2, 3, 5, DIM)),
+    "vmamba, one column": (SECOND, (1, 4, 1, DIM)),
+    "vmamba, first generation": (partial(VSSBlock, DIM, partial(SS2D, d_state=3)), (2, 3, 2, DIM)),
+    "msvmamba": (MULTI_SCALE, (2, 3, 5, DIM)),
+    "msvmamba, one column": (MULTI_SCALE, (1, 4, 1, DIM)),
     "msvmamba, no gate": (
         partial(VSSBlock, DIM, partial(MultiScaleSS2D, gated=False, upsampling="nearest")),
-        (2, 4, 2),
+        (2, 4, 2, DIM),
     ),
-    "vim": (partial(MambaBlock, DIM, partial(MambaMixer, d_state=3)), (2, 7)),
-    "lbvim": (partial(MambaBlock, DIM, partial(MambaMixer, scan=Scan(FORWARD, local_window=3), d_state=3)), (2, 7)),
-    "mamba": (partial(MambaBlock, DIM, partial(MambaMixer, scan=Scan(FORWARD), d_state=3)), (2, 7)),
+    "vim": (partial(MambaBlock, DIM, partial(MambaMixer, d_state=3)), (2, 7, DIM)),
+    "lbvim": (
+        partial(MambaBlock, DIM, partial(MambaMixer, scan=Scan(FORWARD, local_window=3), d_state=3)),
+        (2, 7, DIM),
+    ),
+    "mamba": (partial(MambaBlock, DIM, partial(MambaMixer, scan=Scan(FORWARD), d_state=3)), (2, 7, DIM)),
+    "groupmamba": (group_block, (2, 3, 2, 16)),
+    "groupmamba, one row": (group_block, (2, 1, 3, 16)),
 }
 
 
@@ -68,7 +93,7 @@ def built(name: str) -> tuple[nn.Module, Tensor, Tensor]:
         for parameter in block.parameters():  # or norms would be idle, and channels alike
             parameter.add_(torch.rand_like(parameter) / 4)
     set_backend(block, "triton")
-    x, pending = (torch.randn(*shape, DIM, device=DEVICE) for _ in range(2))
+    x, pending = (torch.randn(shape, device=DEVICE) for _ in range(2))
     return block, x, pending
 
 
@@ -117,7 +142,7 @@ def test_output_and_gradients(name: str, is_first: bool) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["vmamba", "vmamba, first generation", "msvmamba", "vim"])
+@pytest.mark.parametrize("name", ["vmamba", "vmamba, first generation", "msvmamba", "vim", "groupmamba"])
 def test_autocast(name: str) -> None:
     block, x, pending = built(name)
     grads = torch.randn_like(x), torch.randn_like(x).bfloat16()
@@ -140,13 +165,13 @@ def test_autocast(name: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["vmamba", "msvmamba", "vim"])
+@pytest.mark.parametrize("name", ["vmamba", "msvmamba", "vim", "groupmamba"])
 def test_drop_path_is_drawn_as_without_a_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, shape = BLOCKS[name]
     block = make(drop_path=0.4).to(DEVICE)
     set_backend(block, "triton")
-    sides = [2] * (len(shape) - 1)
-    x, pending, *grads = (torch.randn(6, *sides, DIM, device=DEVICE) for _ in range(4))
+    sides = [2] * (len(shape) - 2)
+    x, pending, *grads = (torch.randn(6, *sides, shape[-1], device=DEVICE) for _ in range(4))
     assert steps_of(block, x, pending) is not None
     for _ in range(2):
         torch.manual_seed(3)
@@ -252,7 +277,7 @@ def test_a_chain_runs_lines_and_what_has_none() -> None:
     blocks = [make().to(DEVICE), Other(DIM).to(DEVICE), make().to(DEVICE)]
     for block in blocks:
         set_backend(block, "triton")
-    x = torch.randn(*shape, DIM, device=DEVICE)
+    x = torch.randn(shape, device=DEVICE)
     asked = []
     blocks[0].line = lambda *args: asked.append(args) or VSSBlock.line(blocks[0], *args)
     y = sum(run_chain(blocks, x))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.layers.line import Line, are_whole
 from backbones.layers.norm import LayerNorm
 from backbones.layers.scan import Scan
 from backbones.layers.selective_ssm import SelectiveSSM
@@ -13,7 +14,8 @@ from backbones.layers.shapes import bottleneck_width, check_map
 from backbones.layers.ss2d import DepthwiseConv2d, scan_grid
 from backbones.layers.tracing import Opaque
 from backbones.ops import silu_gate
-from backbones.ops.group_mixer.operator import Plan, Weights, group_mixer, has_group_mixer
+from backbones.ops.dispatch import kernels
+from backbones.ops.group_mixer.operator import HALVES, Plan, Weights, group_mixer, has_group_mixer
 from backbones.ops.tracing import is_as_written, is_hooked_everywhere
 from backbones.patterns import CROSS
 from backbones.patterns.taps import window_taps
@@ -104,18 +106,54 @@ class GroupMambaLayer(Opaque, nn.Module):
         y = self.out_proj(silu_gate(self.out_norm(tokens).view_as(y), z, backend=self.ssm.backend)).flatten(-2)
         return self.proj(self.norm(y * self.skip_scale * x * weight))
 
+    def add_to(self, line: Line, x: Tensor) -> None:
+        """The layer, of a map like ``x`` and its residual sum, which it norms itself, as steps of a block's line."""
+        check_map(x, self.dim)
+        line.norm(self.norm)
+        line.add(self._step(line, x))
+        line.linear(self.proj)
+
+    def _step(self, line: Line, x: Tensor) -> Any:
+        weight, both = ("weight",), ("weight", "bias")
+        found = [
+            line.weights(self.fc1, nn.Linear, *both),
+            line.weights(self.fc2, nn.Linear, *both),
+            line.weights(self.in_proj, GroupedLinear, *weight),
+            line.weights(self.out_proj, GroupedLinear, *weight),
+            line.scan_weights(self.ssm),
+            line.weights(self.conv2d, DepthwiseConv2d, *both),
+            line.weights(self.out_norm, nn.GroupNorm, *both),
+            line.weights(self, GroupMambaLayer, "skip_scale"),
+            line.weights(self.norm, LayerNorm, *both),
+        ]
+        places = [place for places in found for place in places or [None]]
+        plan = self._plan(x)
+        if None in places or plan.visits is None or not plan.visits.complete or not self._takes(x):
+            return None
+        if not line.fits(*places[:HALVES]) or not are_whole(*places[HALVES:]):
+            return None
+        return kernels("group_mixer.step").GroupMixer(places, plan)
+
     def mixer_operands(self, x: Tensor) -> tuple[Plan, Weights]:
         """What `group_mixer` takes for a map x (b, h, w, dim)."""
         ssm, conv, out_norm, norm = self.ssm, self.conv2d, self.out_norm, self.norm
-        height, width = x.shape[1:3]
-        orders, visits, _ = self.scan.pattern.tables(height, width, x.device)
-        taps, inverse_taps = window_taps(height, width, conv.kernel_size[0], device=x.device)
         weights: tuple[Any, ...] = (  # of which some are None where a module has no bias
             self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.in_proj.weight, self.out_proj.weight,
             ssm.x_proj_weight, ssm.dt_proj_weight, ssm.dt_proj_bias, ssm.A_log, ssm.D, conv.weight, conv.bias,
             out_norm.weight, out_norm.bias, self.skip_scale, norm.weight, norm.bias,
         )  # fmt: skip
-        return Plan(orders, visits, taps, inverse_taps, out_norm.eps, norm.eps), Weights(*weights)
+        return self._plan(x), Weights(*weights)
+
+    def _plan(self, x: Tensor) -> Plan:
+        height, width = x.shape[1:3]
+        orders, visits, _ = self.scan.pattern.tables(height, width, x.device)
+        taps = window_taps(height, width, self.conv2d.kernel_size[0], device=x.device)
+        return Plan(orders, visits, *taps, self.out_norm.eps, self.norm.eps)
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether the kernels know how a map x is scanned."""
+        height, width = x.shape[1:3]
+        return self.scan.window(height * width) <= 1 and not self.scan.pattern.padded(height, width)
 
     def _served(self, x: Tensor) -> tuple[Plan, Weights] | None:
         """`mixer_operands` where `group_mixer` serves x, and these modules as they are; else None."""
@@ -124,9 +162,7 @@ class GroupMambaLayer(Opaque, nn.Module):
             return None
         if is_hooked_everywhere() or not all([is_as_written(part) for part in parts]):
             return None
-        backends = {self.norm.backend, self.conv2d.backend, self.ssm.backend}
-        height, width = x.shape[1:3]
-        if len(backends) > 1 or self.scan.window(height * width) > 1 or self.scan.pattern.padded(height, width):
+        if len({self.norm.backend, self.conv2d.backend, self.ssm.backend}) > 1 or not self._takes(x):
             return None
         operands = self.mixer_operands(x)
         return operands if has_group_mixer(x, *operands, self.ssm.backend) else None

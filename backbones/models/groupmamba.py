@@ -32,6 +32,7 @@ from backbones.layers import (
     channels_last,
 )
 from backbones.layers.distilled_head import DistilledHead
+from backbones.layers.line import Line
 from backbones.layers.norm import residual_norm
 from backbones.ops.tracing import is_as_written, is_hooked_everywhere, runs_eagerly
 from backbones.patterns import CROSS
@@ -82,6 +83,18 @@ class GroupMambaBlock(nn.Module):
             y = self.mixer(x)
         x, y = residual_norm(x, self.drop_path(y), self.norm2)
         return x, self.drop_path(self.mlp(y))
+
+    def line(self, x: Tensor, pending: Tensor | None) -> Line | None:
+        """What `chained` does as steps behind one another; None where it cannot be."""
+        line = Line.of(x, pending, getattr(self.norm2, "backend", None))
+        if line is None:
+            return None
+        line.layer(self.mixer, x)
+        line.drop_path(self.drop_path)
+        line.norm(self.norm2)
+        line.layer(self.mlp, x)
+        line.drop_path(self.drop_path)
+        return line
 
 
 def _is_as_written(mixer: nn.Module, x: Tensor) -> TypeGuard[GroupMambaLayer]:
