@@ -23,14 +23,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from backbones.base import Constructor, HierarchicalBackbone, build_model
-from backbones.layers import (
-    ConvDownsample,
-    ConvFFN,
-    GroupMambaLayer,
-    LayerNorm,
-    Scan,
-    channels_last,
-)
+from backbones.layers import ConvDownsample, ConvFFN, GroupMambaLayer, LayerNorm, Scan, channels_last
 from backbones.layers.distilled_head import DistilledHead
 from backbones.layers.line import Line
 from backbones.layers.norm import residual_norm
