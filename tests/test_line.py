@@ -210,6 +210,10 @@ def dropout(block: nn.Module) -> None:
     block.mlp.drop1.p = 0.5
 
 
+def script(block: nn.Module) -> None:
+    block.mlp.act = torch.jit.script(block.mlp.act)
+
+
 def other_backend(block: nn.Module) -> None:
     block.mixer.out_norm.backend = "naive"
 
@@ -220,7 +224,7 @@ def half(block: nn.Module) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize(
-    "change", [hook, replace_layer, replace_forward, other_activation, dropout, other_backend, half]
+    "change", [hook, replace_layer, replace_forward, other_activation, dropout, script, other_backend, half]
 )
 def test_what_is_not_as_written_is_called(change: Callable[[nn.Module], None]) -> None:
     block, x, pending = built("vmamba")

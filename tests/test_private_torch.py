@@ -333,6 +333,7 @@ def states() -> None:
         lambda: module.append(nn.ReLU()),
         lambda: setattr(module[1], "__class__", nn.Identity),
         lambda: module[0].compile(),
+        lambda: module.append(torch.jit.script(nn.Linear(2, 2))),
     ):
         change()
         assert not state.holds(), "nn.Module: expected what it depends on among its attributes"

@@ -196,16 +196,18 @@ def steps_of(block: Any, x: Tensor, pending: Tensor | None, *args: Any) -> Any:
     """
     if not _runs_alone(x, pending):
         return None
-    lines = _lines.get(block)
-    if lines is None or not lines.state.holds():
-        lines = _lines[block] = _Lines(block)
     key = (x.shape, x.dtype, x.device, None if pending is None else pending.dtype, autocast_dtype(x), args)
-    steps = lines.found.get(key)
+    lines = _lines.get(block)
+    if lines is not None and not lines.state.holds():
+        lines = None
+    steps = None if lines is None else lines.found.get(key)
     if steps is not None and steps.have_same_weights():
         return steps
     line = block.line(x, pending, *args)
     if line is None or line.fails:
         return None
+    if lines is None:
+        lines = _lines[block] = _Lines(block)
     if len(lines.found) >= _MOST:
         lines.found.clear()
     lines.found[key] = steps = line.steps()

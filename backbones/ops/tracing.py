@@ -264,7 +264,8 @@ class State:
     def _look(self) -> list[Any]:
         found: list[Any] = [*map(type, self._within)]
         for own, parameters in zip(self._attributes, self._parameters, strict=True):
-            if own.keys().isdisjoint(parameters):
+            # Those of a scripted module are no dictionary.
+            if own.keys().isdisjoint(parameters.keys()):
                 found += own.values()
             else:
                 found += [x for name, x in own.items() if name not in parameters]
