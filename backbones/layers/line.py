@@ -46,7 +46,7 @@ class Line:
     """
 
     def __init__(self, x: Tensor, pending: Tensor | None, backend: str | None) -> None:
-        self.x, self.pending, self.backend = x, pending, backend
+        self.x, self.backend = x, backend
         self.fails = False
         self._kernels = kernels("steps")
         self._steps: list[Any] = []

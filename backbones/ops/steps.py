@@ -332,7 +332,6 @@ class Steps:
         self._steps, self._half = steps, half
         self._weights = [weight for step in steps for weight in step.weights]
         self._kinds = [() if weight is None else weight.kind for weight in self._weights]
-        self._dtypes = [None if weight is None else weight.dtype for weight in self._weights]
         self._saved: list[int] = []  # how many tensors each step saves
         self._recordings = Recordings()
 
@@ -402,7 +401,8 @@ class Steps:
             own = slice(begin - len(step.weights), begin)
             grads[own] = step.backward(flow, saved[own], saved[end - count : end], learns[own])
             begin, end = own.start, end - count
-        places = [i for i, x in enumerate(grads) if x is not None and learns[i] and x.dtype != self._dtypes[i]]
+        given = zip(grads, self._weights, learns, strict=True)
+        places = [i for i, (x, weight, learn) in enumerate(given) if weight and learn and x.dtype != weight.dtype]
         _cast(grads, places, torch.float32)
         return flow.stream.view(dstream.shape), flow.y.view(dstream.shape) if has_branch else None, *grads
 

@@ -187,11 +187,14 @@ def is_exporting() -> bool:
     return getattr(torch.compiler, "is_exporting", lambda: True)()
 
 
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    """Those of its own, by kind."""
+    return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether ``module`` has hooks of its own that would see a call of it."""
-    return bool(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    )
+    return any(_hooks(module))
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -253,7 +256,7 @@ class State:
         self._attributes = [vars(each) for each in modules]
         self._parameters = [own["_parameters"] for own in self._attributes]
         self._inner = [own[name] for own in self._attributes for name in ("_modules", "_buffers")]
-        self._hooks = [own[name] for own in self._attributes for name in _HOOKS]
+        self._hooks = [hooks for each in modules for hooks in _hooks(each)]
         self._found = self._look()
 
     def holds(self) -> bool:
@@ -276,9 +279,6 @@ class State:
                 found += inner.values()
         found += filter(None, self._hooks)
         return found
-
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def own_weight(module: nn.Module, name: str) -> nn.Parameter | None:
@@ -305,11 +305,7 @@ def is_hooked_everywhere() -> bool:
 
 def is_as_written(module: nn.Module) -> bool:
     """Whether a call of ``module`` runs what its class says and nothing besides, unless `is_hooked_everywhere`."""
-    own = vars(module)  # asked of every module of a block, so without further calls
-    return not (
-        own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]
-        or "forward" in own or module._compiled_call_impl is not None
-    )  # fmt: skip
+    return not has_hooks(module) and not is_replaced(module)
 
 
 class Weight:
@@ -317,22 +313,29 @@ class Weight:
 
     Attributes:
         kind: see `kind_of`.
-        dtype: as ``kind`` has it.
-        shape: as ``kind`` has it.
     """
 
-    __slots__ = ("_name", "_own", "_parameters", "dtype", "kind", "shape")
+    __slots__ = ("_name", "_own", "_parameters", "kind")
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self._own, self._parameters, self._name = vars(module), module._parameters, name
         self.kind = kind_of(self.now())
-        _, self.dtype, self.shape, *_ = self.kind
 
     @classmethod
     def of(cls, module: nn.Module, name: str) -> Weight | None:
         """None where the module goes without."""
-        found = vars(module).get(name, module._parameters.get(name))
-        return None if found is None else cls(module, name)
+        found = cls(module, name)
+        return found if found.kind else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As ``kind`` has it."""
+        return self.kind[1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """As ``kind`` has it."""
+        return self.kind[2]
 
     @property
     def is_plain(self) -> bool:
