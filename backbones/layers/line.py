@@ -17,6 +17,7 @@ from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.layers.shapes import check_width
 from backbones.ops import Visits
 from backbones.ops.dispatch import choose, kernels
+from backbones.ops.remember import remember
 from backbones.ops.scan.triton import interprets
 from backbones.ops.tracing import (
     State,
@@ -208,10 +209,7 @@ def steps_of(block: Any, x: Tensor, pending: Tensor | None, *args: Any) -> Any:
         return None
     if lines is None:
         lines = _lines[block] = _Lines(block)
-    if len(lines.found) >= _MOST:
-        lines.found.clear()
-    lines.found[key] = steps = line.steps()
-    return steps
+    return remember(lines.found, key, line.steps(), _MOST)
 
 
 def _runs_alone(x: Tensor, pending: Tensor | None) -> bool:

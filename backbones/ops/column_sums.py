@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_host import Launch, cdiv, empty, remember
+from backbones.ops.remember import remember
+from backbones.ops.triton_host import Launch, cdiv, empty
 
 _COLUMNS = 16  # to a program
 _ROWS = 256  # at once

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from backbones.ops.remember import remember
 from backbones.ops.tracing import TorchDispatchMode, changes_arguments, is_random
 from backbones.ops.triton_host import is_capturing, launches
 
@@ -77,9 +78,7 @@ class Recordings:
             self._kinds[kind] = recorder.program(results)
             return results
         if found is not None and found < _SEEN:
-            if len(self._kinds) >= _MOST:
-                self._kinds.clear()
-            self._kinds[kind] = found + 1
+            remember(self._kinds, kind, found + 1, _MOST)
         return function(tensors, *key)
 
 

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from backbones.ops.remember import MOST, remember
 from backbones.ops.scan.triton.common import step_size
 from backbones.ops.tracing import current_gpu
 
@@ -35,7 +36,6 @@ def multiprocessors(device: torch.device) -> int:
 _VERSION = tuple(int(x) for x in triton.__version__.split(".")[:2])
 _CALLS_COMPILED = _VERSION >= (3, 6)  # with all arguments of the signature, constants included
 _HAS_KNOWN_LAUNCHER = _VERSION == (3, 6) and torch.version.hip is None
-_MOST_KEPT = 8192
 _kept: dict[tuple[Any, ...], "Launch"] = {}
 _runtime: Any = getattr(getattr(triton, "knobs", None), "runtime", None)  # whose hooks are looked up at every launch
 
@@ -140,16 +140,6 @@ def launch(
     found(*tensors)
 
 
-def remember(kept: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> Any:
-    """Puts ``value`` into a dictionary of what is made once for each shape, which images of ever new sizes would fill;
-    returns it.
-    """
-    if len(kept) >= _MOST_KEPT:
-        kept.clear()
-    kept[key] = value
-    return value
-
-
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Every buffer that the scan's and the convolution's kernels fill comes from here: tests poison and count them.
 
@@ -158,7 +148,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.empty_strided(shape, _contiguous(shape), dtype=dtype, device=device)
 
 
-@functools.lru_cache(_MOST_KEPT)
+@functools.lru_cache(MOST)
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a contiguous tensor."""
     strides = [1]

@@ -19,9 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from backbones.ops.column_sums import column_sums
+from backbones.ops.remember import remember
 from backbones.ops.rows import contiguous_rows
 from backbones.ops.scan.triton.common import LOG2_E
-from backbones.ops.triton_host import Launch, cdiv, check_device, device_of, empty, next_power_of_2, remember
+from backbones.ops.triton_host import Launch, cdiv, check_device, device_of, empty, next_power_of_2
 
 GATHERED = 2048  # numbers a program holds, by 4 warps
 SUMMED = 1024  # the same for each of the taps whose gradients a program sums

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from backbones.ops.column_sums import column_sums
 from backbones.ops.fused.gate.triton import silu
-from backbones.ops.triton_host import Launch, cdiv, empty, multiprocessors, next_power_of_2, remember
+from backbones.ops.remember import remember
+from backbones.ops.triton_host import Launch, cdiv, empty, multiprocessors, next_power_of_2
 
 _PROGRAMS = 8  # to a multiprocessor, of those that walk over rows and leave a partial sum each
 _CHANNELS = 16  # of which a program sums the weights' gradients over images

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from backbones.ops.remember import remember
 from backbones.ops.rows import matrix
 from backbones.ops.scan.triton.common import LOG2_E, sum_orders_kernel
-from backbones.ops.triton_host import Launch, cdiv, check_device, device_of, empty, launch, next_power_of_2, remember
+from backbones.ops.triton_host import Launch, cdiv, check_device, device_of, empty, launch, next_power_of_2
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from backbones.ops.column_sums import column_sums
+from backbones.ops.remember import remember
 from backbones.ops.triton_host import (
     Launch,
     cdiv,
@@ -23,7 +24,6 @@ from backbones.ops.triton_host import (
     empty,
     multiprocessors,
     next_power_of_2,
-    remember,
 )
 
 

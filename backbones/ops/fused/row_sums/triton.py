@@ -7,8 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from backbones.ops.depthwise.triton import tile
+from backbones.ops.remember import remember
 from backbones.ops.rows import contiguous_rows
-from backbones.ops.triton_host import Launch, cdiv, check_device, device_of, empty, remember
+from backbones.ops.triton_host import Launch, cdiv, check_device, device_of, empty
 
 _NUMBERS = 2048  # that a program holds
 _UNROLLED = 4  # loads that it may have in flight

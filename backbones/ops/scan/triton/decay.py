@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_host import Launch, cdiv, device_of, empty, remember
+from backbones.ops.remember import remember
+from backbones.ops.triton_host import Launch, cdiv, device_of, empty
 
 
 @triton.jit

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from backbones.ops.column_sums import column_sums
+from backbones.ops.remember import remember
 from backbones.ops.rows import contiguous_rows
 from backbones.ops.scan.triton import CHUNK
 from backbones.ops.scan.triton.common import (
@@ -54,7 +55,6 @@ from backbones.ops.triton_host import (
     launch,
     multiprocessors,
     next_power_of_2,
-    remember,
 )
 
 _SCRATCH_BYTES = 64 * 2**20  # of backward, whatever the problem

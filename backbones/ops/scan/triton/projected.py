@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from backbones.ops.remember import remember
 from backbones.ops.rows import contiguous_rows
 from backbones.ops.scan.triton.decay import negative_exp_of
 from backbones.ops.scan.triton.launch import _Scan
 from backbones.ops.scan.visits import Visits
-from backbones.ops.triton_host import Launch, cdiv, check_device, device_of, empty, remember
+from backbones.ops.triton_host import Launch, cdiv, check_device, device_of, empty
 
 _CONVERTED = 1024  # numbers that are only copied or converted to a program
 _SUMMED = 128  # columns of the partial sums to a program
