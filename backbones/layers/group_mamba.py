@@ -45,7 +45,18 @@ class GroupedLinear(nn.Module):
         return torch.einsum("...ki,koi->...ko", x, self.weight)
 
 
-_PARTS = (nn.Linear, nn.Linear, GroupedLinear, DepthwiseConv2d, SelectiveSSM, nn.GroupNorm, GroupedLinear, LayerNorm)
+_BOTH = ("weight", "bias")
+# Parts of the mixer and the names of their parameters, in the order of `Weights`, where ``skip`` precedes the norm's.
+_PARTS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "fc1": (nn.Linear, _BOTH),
+    "fc2": (nn.Linear, _BOTH),
+    "in_proj": (GroupedLinear, ("weight",)),
+    "out_proj": (GroupedLinear, ("weight",)),
+    "ssm": (SelectiveSSM, SelectiveSSM.scanned),
+    "conv2d": (DepthwiseConv2d, _BOTH),
+    "out_norm": (nn.GroupNorm, _BOTH),
+    "norm": (LayerNorm, _BOTH),
+}
 
 
 class GroupMambaLayer(Opaque, nn.Module):
@@ -114,18 +125,8 @@ class GroupMambaLayer(Opaque, nn.Module):
         line.linear(self.proj)
 
     def _step(self, line: Line, x: Tensor) -> Any:
-        weight, both = ("weight",), ("weight", "bias")
-        found = [
-            line.weights(self.fc1, nn.Linear, *both),
-            line.weights(self.fc2, nn.Linear, *both),
-            line.weights(self.in_proj, GroupedLinear, *weight),
-            line.weights(self.out_proj, GroupedLinear, *weight),
-            line.scan_weights(self.ssm),
-            line.weights(self.conv2d, DepthwiseConv2d, *both),
-            line.weights(self.out_norm, nn.GroupNorm, *both),
-            line.weights(self, GroupMambaLayer, "skip_scale"),
-            line.weights(self.norm, LayerNorm, *both),
-        ]
+        found = [line.weights(getattr(self, part), kind, *names) for part, (kind, names) in _PARTS.items()]
+        found.insert(-1, line.weights(self, GroupMambaLayer, "skip_scale"))
         places = [place for places in found for place in places or [None]]
         plan = self._plan(x)
         if None in places or plan.visits is None or not plan.visits.complete or not self._takes(x):
@@ -136,12 +137,10 @@ class GroupMambaLayer(Opaque, nn.Module):
 
     def mixer_operands(self, x: Tensor) -> tuple[Plan, Weights]:
         """What `group_mixer` takes for a map x (b, h, w, dim)."""
-        ssm, conv, out_norm, norm = self.ssm, self.conv2d, self.out_norm, self.norm
-        weights: tuple[Any, ...] = (  # of which some are None where a module has no bias
-            self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.in_proj.weight, self.out_proj.weight,
-            ssm.x_proj_weight, ssm.dt_proj_weight, ssm.dt_proj_bias, ssm.A_log, ssm.D, conv.weight, conv.bias,
-            out_norm.weight, out_norm.bias, self.skip_scale, norm.weight, norm.bias,
-        )  # fmt: skip
+        weights: list[Any] = [  # of which some are None where a module has no bias
+            getattr(getattr(self, part), name) for part, (_, names) in _PARTS.items() for name in names
+        ]
+        weights.insert(-2, self.skip_scale)
         return self._plan(x), Weights(*weights)
 
     def _plan(self, x: Tensor) -> Plan:
@@ -157,10 +156,10 @@ class GroupMambaLayer(Opaque, nn.Module):
 
     def _served(self, x: Tensor) -> tuple[Plan, Weights] | None:
         """`mixer_operands` where `group_mixer` serves x, and these modules as they are; else None."""
-        parts = self.fc1, self.fc2, self.in_proj, self.conv2d, self.ssm, self.out_norm, self.out_proj, self.norm
-        if not x.is_cuda or any([type(part) is not kind for part, kind in zip(parts, _PARTS, strict=True)]):
+        if not x.is_cuda or is_hooked_everywhere():
             return None
-        if is_hooked_everywhere() or not all([is_as_written(part) for part in parts]):
+        parts = [(getattr(self, part), kind) for part, (kind, _) in _PARTS.items()]
+        if not all([type(part) is kind and is_as_written(part) for part, kind in parts]):
             return None
         if len({self.norm.backend, self.conv2d.backend, self.ssm.backend}) > 1 or not self._takes(x):
             return None

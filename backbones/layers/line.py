@@ -79,7 +79,7 @@ class Line:
 
     def scan_weights(self, ssm: nn.Module | None) -> list[Any] | None:
         """Of a selective scan with its projections; the first two are those of products. See `weights`."""
-        return self.weights(ssm, SelectiveSSM, "x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
+        return self.weights(ssm, SelectiveSSM, *SelectiveSSM.scanned)
 
     def layer(self, layer: Any, x: Tensor, *args: Any) -> None:
         """A layer on ``x``: timm's ``Mlp``, or one whose class has a method ``add_to(line, x, *args)`` of its own."""

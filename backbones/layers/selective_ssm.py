@@ -38,6 +38,8 @@ class SelectiveSSM(OnBackend, nn.Module):
 
     no_decay: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_proj_bias")
     autocast_weights: ClassVar[tuple[str, ...]] = ("x_proj_weight", "dt_proj_weight")
+    # As `projected_scan` takes them.
+    scanned: ClassVar[tuple[str, ...]] = (*autocast_weights, "dt_proj_bias", "A_log", "D")
 
     def __init__(
         self,
