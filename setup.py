@@ -23,7 +23,7 @@ from setuptools.errors import BaseError, CCompilerError
 ROOT = Path(__file__).parent
 URL = None  # of the repository; with it the index gets project URLs, and the README absolute links
 CSRC = "backbones/ops/csrc"
-DISPATCH = [f"{CSRC}/{name}.cpp" for name in ("dispatch", "depthwise", "pointwise")]
+DISPATCH = [f"{CSRC}/{name}.cpp" for name in ("dispatch", "depthwise", "pointwise", "program")]
 # Compiled for every instruction set:
 KERNELS = [f"{CSRC}/{name}_kernels.cpp" for name in ("scan", "depthwise", "pointwise")]
 KERNEL = "backbones.ops._scan_cpu"

@@ -155,6 +155,8 @@ def check_backends() -> Iterator[Finding]:
     if reasons["triton"] is None:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU, interpreted and very slow"
         yield Finding("ok", f"triton: {metadata.version('triton')} on {device}")
+        if torch.cuda.is_available():
+            yield _check_host(native.host(torch.device("cuda", torch.cuda.current_device())))
     elif torch.cuda.is_available():
         yield Finding("problem", f"triton: {reasons['triton']}", f"{PIP} --upgrade triton")
     elif torch.version.cuda is None and Path("/proc/driver/nvidia/version").exists():
@@ -163,6 +165,13 @@ def check_backends() -> Iterator[Finding]:
     else:
         yield Finding("absent", f"triton: {reasons['triton']}")
     yield Finding("ok", "naive: plain PyTorch, everywhere, slow")
+
+
+def _check_host(host: native.Host | str) -> Finding:
+    """Who runs what blocks do on a GPU once it is recorded."""
+    if isinstance(host, str):
+        return Finding("absent", f"triton: Python runs recorded blocks, which takes it longer: {host}")
+    return Finding("ok", "triton: the compiled library runs recorded blocks")
 
 
 def _cores() -> int:

@@ -303,6 +303,7 @@ def tensors() -> None:
     assert before != tracing.identity(x), "_version: expected to count modifications"
     with torch.inference_mode():
         tracing.identity(torch.arange(4))
+    assert tracing.storage_of(x) == tracing.storage_of(x[1:]) != tracing.storage_of(x.clone()), "_cdata"
     a, b = tracing.copies([x, x + 1])
     assert a.tolist() == x.tolist() and a.data_ptr() != x.data_ptr() and b.tolist() == (x + 1).tolist(), "_foreach_add"
     a, b = tracing.casts([x, x[::2]], torch.float64)
@@ -317,6 +318,12 @@ def operators() -> None:
         assert tracing.changes_arguments(operator), f"_schema: expected {operator} to be mutable"
     for operator in (aten.add.Tensor, aten.view.default, aten.rand_like.default):
         assert not tracing.changes_arguments(operator), f"_schema: expected {operator} not to be mutable"
+    *given, out = tracing.arguments_of(aten.mean.out)
+    kinds = [x.type.kind() for x in given]
+    assert kinds == ["TensorType", "OptionalType", "BoolType", "OptionalType"], f"_schema: got {kinds}"
+    assert given[1].type.getElementType().kind() == "ListType" and given[2].default_value is False
+    assert (out.name, out.is_write, given[0].is_write) == ("out", True, False), "_schema: expected what is written"
+    assert tracing.returns_of(aten.mean.out) == 1 and tracing.returns_of(aten._foreach_copy_.default) == 0
     assert tracing.is_random(aten.rand_like.default) and not tracing.is_random(aten.empty_like.default)
 
 

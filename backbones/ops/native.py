@@ -1,7 +1,8 @@
-"""The compiled library of the `cpu` backend: where it lies, how it is loaded, and the records that its functions read.
+"""The compiled library: where it lies, how it is loaded, and the records that its functions read.
 
-The library (`csrc/`) has a plain C interface and knows nothing of Python or PyTorch, so one binary serves every version
-of both. This is the only module that uses ctypes. `BACKBONES_CPU_ISA` (avx512, avx2 or baseline) forces a lower
+It computes for the `cpu` backend, and runs recorded programs for a GPU's host. It (`csrc/`) has a plain C interface and
+is built without Python or PyTorch, so one binary serves every version of both; what it calls of PyTorch it is told at
+run time. This is the only module that uses ctypes. `BACKBONES_CPU_ISA` (avx512, avx2 or baseline) forces a lower
 instruction set than the best that this CPU has.
 """
 
@@ -99,6 +100,16 @@ class NormCall(Record):
     ]
 
 
+class Host(ctypes.Structure):
+    """`Host` in csrc/program.cpp: functions of PyTorch and of a GPU's driver by their addresses, and the device."""
+
+    __slots__ = ()
+    _fields_ = [
+        *_pointers("tensor", "free", "call", "list", "append", "text", "launch", "context"),
+        *_integers("version", "device", "index"),
+    ]
+
+
 RECORDS: tuple[type[Record], ...] = (ScanCall, ConvCall, GateCall, NormCall)
 # Argument and result types of the functions that read no record.
 _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
@@ -106,6 +117,8 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "backbones_scan_isa": ([], c_char_p),
     "backbones_scan_read": ([c_void_p, c_int64, c_int64], None),
     "backbones_scan_exp2": ([c_void_p, c_void_p, c_int64, c_int64, c_int64], None),
+    "backbones_program_host_size": ([], c_int64),
+    "backbones_program_run": ([ctypes.POINTER(Host), c_char_p, c_char_p, c_void_p], c_int64),
 }
 
 
@@ -137,7 +150,9 @@ def library() -> ctypes.CDLL | str:
         except AttributeError:
             return another
         function.argtypes, function.restype = arguments, result
-    if any(getattr(lib, f"{record.prefix}_call_size")() != ctypes.sizeof(record) for record in RECORDS):
+    sizes = {f"{record.prefix}_call_size": ctypes.sizeof(record) for record in RECORDS}
+    sizes["backbones_program_host_size"] = ctypes.sizeof(Host)
+    if any(getattr(lib, name)() != size for name, size in sizes.items()):
         return another
     select(lib, os.environ.get("BACKBONES_CPU_ISA", ""))
     return lib
@@ -214,3 +229,67 @@ def read(x: Tensor) -> None:
     """Reads contiguous float32, every thread an equal part: what the rate of memory is measured with."""
     threads = torch.get_num_threads()
     loaded().backbones_scan_read(x.data_ptr(), x.numel() // threads, threads)
+
+
+# PyTorch's C functions that `Host` names, in its order; they are there from 2.10 on, whose conventions are followed.
+_OF_TORCH = (
+    "aoti_torch_create_tensor_from_blob", "aoti_torch_delete_tensor_object", "torch_call_dispatcher",
+    "torch_new_list_reserve_size", "torch_list_push_back", "torch_new_string_handle",
+)  # fmt: skip
+_VERSION = 2 << 56 | 10 << 48
+
+
+@functools.cache
+def host(device: torch.device) -> Host | str:
+    """What recorded programs call, and where their tensors are; or why they cannot be run on this device."""
+    lib, torch_library = library(), _of_torch("cpu")
+    if isinstance(lib, str):
+        return lib
+    if torch_library is None:
+        return "PyTorch's library is not called libtorch_cpu.so, as on Linux"
+    found = [_address(torch_library, name) for name in _OF_TORCH]
+    if not all(found):
+        return f"PyTorch {torch.__version__} lacks C functions that 2.10 has"
+    if device.type == "cpu":
+        found += [None, None]
+    else:
+        driver = None if torch.version.hip else _opened("libcuda.so.1")
+        if device.type != "cuda" or driver is None:
+            return "there is no driver of NVIDIA's for a GPU"
+        found += [_address(driver, name) for name in ("cuLaunchKernel", "cuCtxGetCurrent")]
+    kind = getattr(torch_library, f"aoti_torch_device_type_{device.type}")()
+    return Host(*found, _VERSION, kind, device.index or 0)
+
+
+def torch_function(name: str, device: torch.device) -> int | None:
+    """The address of a C function of PyTorch's for tensors on a device, such as "mm_out"; None where there is none."""
+    return _address(_of_torch(device.type), f"aoti_torch_{device.type}_{name}")
+
+
+def dtype_number(dtype: torch.dtype) -> int:
+    """A dtype as PyTorch's C functions know it."""
+    function = getattr(_of_torch("cpu"), f"aoti_torch_dtype_{str(dtype).removeprefix('torch.')}")
+    return function()
+
+
+def run_program(host: Host, words: bytes, addresses: bytes, stream: int) -> int:
+    """Runs a program on a stream, see `backbones_program_run` in csrc/program.cpp."""
+    return loaded().backbones_program_run(host, words, addresses, stream)
+
+
+def _address(lib: ctypes.CDLL | None, name: str) -> int | None:
+    function = getattr(lib, name, None)
+    return None if function is None else ctypes.cast(function, c_void_p).value
+
+
+@functools.cache
+def _of_torch(device: str) -> ctypes.CDLL | None:
+    """PyTorch's library for a kind of device; only where libraries are called as on Linux."""
+    return _opened(str(Path(torch.__file__).parent / "lib" / f"libtorch_{device}.so"))
+
+
+def _opened(name: str) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        return None

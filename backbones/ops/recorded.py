@@ -8,6 +8,7 @@ what remains: allocations, PyTorch's operations and launches, written down as th
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any
@@ -17,13 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from backbones.ops import native
+from backbones.ops.program import Place, Writer
 from backbones.ops.remember import remember
-from backbones.ops.tracing import TorchDispatchMode, changes_arguments, is_random
-from backbones.ops.triton_host import is_capturing, launches
+from backbones.ops.source import Call, Composition, Line, alive, source
+from backbones.ops.tracing import TorchDispatchMode, changes_arguments, is_random, storage_of
+from backbones.ops.triton_host import Launch, is_capturing, launches
 
 Tensors = Sequence[Tensor | None]
 Program = Callable[..., tuple[Tensor | None, ...]]
 _MOST = 16  # kinds of calls, after which all begin anew: images may be of ever new sizes
+_CONSTANT = re.compile(r"\bc\d+\b")  # in the source
+_FEW = 2  # calls that the library runs, for which it is not worth while
 _SEEN = 2  # calls of a kind before its recording, which the next thirty make up for
 
 _aten = torch.ops.aten
@@ -45,6 +51,10 @@ def _function(operator: Any) -> Callable[..., Any]:
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     _aten.gelu.default: F.gelu, **{operator: _function(operator) for operator in _OPERATORS}
 }  # fmt: skip
+_EMPTY = (
+    _aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+)  # fmt: skip
 _PRODUCTS = (_aten.mm.default, _aten.addmm.default)  # with a transposed weight they are a linear layer
 
 
@@ -88,15 +98,22 @@ class Recorder(TorchDispatchMode):
     def __init__(self, inputs: Tensors) -> None:
         super().__init__()
         self._names: Any = WeakTensorKeyDictionary()
-        self._addresses: dict[str, tuple[int, torch.dtype]] = {}
+        self._places: dict[str, Place] = {}
+        self._addresses: dict[str, int] = {}
+        self._storages: dict[str, int] = {}
         self._beginnings: dict[str, str] = {}  # of views, the tensor that begins at the same address
         self._parts: dict[Any, str] = {}  # tensors by where they begin, their shapes and strides
         self._transposed: dict[str, str] = {}
         self._values: dict[str, Any] = {}  # what the source names besides tensors made within
         self._constants: dict[Any, str] = {}  # their names
-        self._calls: list[_Call] = []
+        self._kept: list[Tensor] = []  # constants that instructions know by their addresses
+        self._calls: list[Call] = []
         self._reads_numbers = False
         self._inputs = [self._name(x) for x in inputs]
+        first: Any = inputs[0]
+        self._device: torch.device = first.device
+        self._writer = None if isinstance(native.host(self._device), str) else Writer(self._device, self._place)
+        self._is_odd = any([x is not None and x.data_ptr() & 15 for x in inputs])
 
     def __enter__(self) -> Recorder:
         self._outer, launches.listener = launches.listener, self
@@ -108,13 +125,14 @@ class Recorder(TorchDispatchMode):
         super().__exit__(*raised)
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = operator(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        results = operator(*args, **kwargs)
         made = results if isinstance(results, list | tuple) else (results,)
         if not all([isinstance(x, Tensor) for x in made]) and results is not None:
             self._reads_numbers = True
             return results
         changes = changes_arguments(operator)
-        call = _Call(self._constant(_FUNCTIONS.get(operator, operator)), changes or is_random(operator))
+        call = Call(self._constant(_FUNCTIONS.get(operator, operator)), changes or is_random(operator), changes)
         given = [self._source(x, call) for x in args]
         if kwargs:
             named = {name: x for name, x in kwargs.items() if name != "pin_memory" or x}
@@ -122,23 +140,31 @@ class Recorder(TorchDispatchMode):
         elif operator in _PRODUCTS and given[-1] in self._transposed and (len(args) == 2 or args[0].dim() == 1):
             *bias, x, weight = given
             given = [x, self._transposed[weight], *bias]
-            call = _Call(self._constant(F.linear), False, [name for name in given if name in self._addresses])
+            call = Call(self._constant(F.linear), False, reads=[name for name in given if name in self._places])
         call.arguments = ", ".join(given)
         self._calls.append(call)
-        if changes:  # the results are among the arguments
-            return results
-        call.unpacks = isinstance(results, list | tuple)
-        call.makes = [self._result(x, call) for x in made]
+        if not changes:  # else the results are among the arguments
+            call.unpacks = isinstance(results, list | tuple)
+            call.makes = [self._result(x, call) for x in made]
+            if all([self._places[name].buffer != name for name in call.makes]):
+                call.idles = "view"
+            elif operator in _EMPTY:
+                call.idles = "memory"
+        if call.idles is None and self._writer is not None:
+            call.instruction = self._writer.operator(operator, args, kwargs, made)
         if operator is _aten.t.default:
             self._transposed[self._names[results]] = given[0]
         return results
 
-    def launch(self, run: Callable[..., None], tensors: Tensors) -> None:
-        """``run(*tensors)`` reads and writes at their addresses."""
-        call = _Call(self._constant(run), True)
+    def launch(self, launch: Launch, tensors: Tensors) -> None:
+        """``launch(*tensors)`` read and wrote at their addresses."""
+        call = Call(self._constant(launch.run), True, True)
         given = [self._source(x, call) for x in tensors]
         call.reads = [self._beginnings.get(name, name) for name in call.reads]
         call.arguments = ", ".join([self._beginnings.get(name, name) for name in given])
+        enqueued = None if self._writer is None else launch.enqueued(*tensors)
+        if self._writer is not None and enqueued is not None:
+            call.instruction = self._writer.launch(enqueued)
         self._calls.append(call)
 
     def program(self, results: Tensors) -> Program | None:
@@ -147,20 +173,27 @@ class Recorder(TorchDispatchMode):
         """
         if self._reads_numbers:
             return None
-        end = _Call("return", True)
-        lines = [f"return {', '.join([self._source(x, end) for x in results])},"]
-        kept = {*end.reads, *self._inputs}
-        for call in reversed(self._calls):
-            if call.stays or kept.intersection(call.makes):
-                freed = [name for name in dict.fromkeys([*call.reads, *call.makes]) if name not in kept]
-                lines.append(call.line() + (f"; del {', '.join(freed)}" if freed else ""))
-                kept.update(call.reads)
-        parameters = ", ".join([*self._inputs, "*", *self._values] if self._values else self._inputs)
-        source = f"def program({parameters}):\n    " + "\n    ".join(reversed(lines)) + "\n"
+        last = Call("return", True)
+        returned = f"return {', '.join([self._source(x, last) for x in results])},"
+        end = Line(returned, last.reads)
+        calls = alive(self._calls, last.reads)
+        program = self._function([Line(call.line(), [*call.reads, *call.makes]) for call in calls], end)
+        if self._is_odd or sum([call.instruction is not None for call in calls]) < _FEW:
+            return program
+        composition = Composition(
+            calls, last.reads, self._inputs, self._places, self._device, self._kept, self._constant
+        )  # fmt: skip
+        lines = composition.lines(f"{self._constant(program)}({', '.join(self._inputs)})")
+        return self._function(lines, end)
+
+    def _function(self, lines: Sequence[Line], end: Line) -> Program:
+        used = {name for line in (*lines, end) for name in _CONSTANT.findall(line.text)}
+        values = {name: x for name, x in self._values.items() if name in used}
+        text = source(self._inputs, [*values], lines, end)
         made: dict[str, Any] = {}
-        exec(_compiled(source), made)
+        exec(_compiled(text), made)
         program = made.pop("program")  # or each would keep the other alive
-        program.__kwdefaults__, program.source = self._values, source
+        program.__kwdefaults__, program.source = values, text
         return program
 
     def _name(self, x: Tensor | None) -> str:
@@ -168,19 +201,23 @@ class Recorder(TorchDispatchMode):
         self._beginnings[name] = name
         if x is not None:
             self._names[x] = self._parts[name, x.shape, x.stride()] = name
-            self._addresses[name] = x.data_ptr(), x.dtype
+            self._addresses[name], self._storages[name] = x.data_ptr(), storage_of(x)
+            self._places[name] = Place.of(x, name)
         return name
 
-    def _result(self, x: Tensor, call: _Call) -> str:
+    def _result(self, x: Tensor, call: Call) -> str:
         """The name of what ``call`` made of tensors that it read. A view that there was before keeps its name."""
         name = self._name(x)
         for read in call.reads:
-            if self._addresses[read] == self._addresses[name] != (0, x.dtype):
+            if self._storages[read] == self._storages[name]:
+                first, distance = self._places[read], self._addresses[name] - self._addresses[read]
+                self._places[name] = Place.of(x, first.buffer, first.offset + distance if x.numel() else 0)
+            if self._addresses[read] == self._addresses[name] != 0 and self._places[read].dtype == x.dtype:
                 begin = self._beginnings[name] = self._beginnings[read]
                 self._names[x] = self._parts.setdefault((begin, x.shape, x.stride()), name)
         return name
 
-    def _source(self, x: Any, call: _Call) -> str:
+    def _source(self, x: Any, call: Call) -> str:
         """How the source names x, which ``call`` reads."""
         if isinstance(x, list | tuple):
             return f"[{', '.join([self._source(each, call) for each in x])}]"
@@ -191,6 +228,14 @@ class Recorder(TorchDispatchMode):
             call.reads.append(name)
             return name
         return repr(x) if x is None or isinstance(x, int) else self._constant(x)
+
+    def _place(self, x: Tensor) -> Place:
+        """Where an instruction finds x."""
+        name = self._names.get(x)
+        if name is not None:
+            return self._places[name]
+        self._kept.append(x)
+        return Place.of(x, "", x.data_ptr())
 
     def _constant(self, x: Any) -> str:
         key = id(x) if isinstance(x, Tensor | float) else x
@@ -204,20 +249,3 @@ class Recorder(TorchDispatchMode):
 def _compiled(source: str) -> CodeType:
     """Blocks of one kind have one source."""
     return compile(source, "<recorded>", "exec")
-
-
-class _Call:
-    """One line of a program."""
-
-    def __init__(self, function: str, stays: bool, reads: Sequence[str] = ()) -> None:
-        self.function, self.stays = function, stays  # even if nobody reads what it makes
-        self.arguments = ""
-        self.reads = list(reads)
-        self.makes: list[str] = []
-        self.unpacks = False
-
-    def line(self) -> str:
-        call = f"{self.function}({self.arguments})"
-        if not self.makes:
-            return call
-        return f"{', '.join(self.makes)}{',' if self.unpacks else ''} = {call}"

@@ -33,6 +33,7 @@ __all__ = [
     "TorchDispatchMode",
     "Weight",
     "all_modules",
+    "arguments_of",
     "below_autograd",
     "captured",
     "casts",
@@ -55,8 +56,10 @@ __all__ = [
     "kind_of",
     "own_weight",
     "register_fake",
+    "returns_of",
     "runs_eagerly",
     "statically_true",
+    "storage_of",
     "tree_map",
     "untraced",
 ]
@@ -206,6 +209,21 @@ def identity(x: Tensor) -> tuple[Any, ...]:
     """A key that two tensors share exactly if they are the same, unmodified part of one storage."""
     version = 0 if x.is_inference() else x._version
     return x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), version
+
+
+def storage_of(x: Tensor) -> int:
+    """A number that tensors in one storage share while it lives."""
+    return x.untyped_storage()._cdata
+
+
+def arguments_of(operator: Any) -> Sequence[Any]:
+    """Those of PyTorch's operator, with their names, types and defaults."""
+    return operator._schema.arguments
+
+
+def returns_of(operator: Any) -> int:
+    """How many results PyTorch's operator has."""
+    return len(operator._schema.returns)
 
 
 def changes_arguments(operator: Any) -> bool:

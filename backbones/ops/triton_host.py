@@ -5,8 +5,9 @@ Triton's own ``cdiv`` and ``next_power_of_2`` take microseconds a call, because 
 
 import contextlib
 import functools
+import struct
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -41,7 +42,7 @@ _runtime: Any = getattr(getattr(triton, "knobs", None), "runtime", None)  # whos
 
 
 class _Launches(threading.local):
-    """Whom this thread tells of every :class:`Launch`, by ``listener.launch(run, tensors)``."""
+    """Whom this thread tells of every :class:`Launch` when it is done, by ``listener.launch(launch, tensors)``."""
 
     listener: Any = None
 
@@ -64,7 +65,7 @@ class Launch:
         constants: arguments that the kernel is compiled for, by name.
     """
 
-    __slots__ = ("_calls", "_constants", "_grid", "_keeps", "_kernel", "_num_warps", "_numbers")
+    __slots__ = ("_calls", "_compiled", "_constants", "_grid", "_keeps", "_kernel", "_num_warps", "_numbers")
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int | float, ...], num_warps: int, **constants: Any
@@ -72,13 +73,14 @@ class Launch:
         self._kernel, self._grid, self._numbers, self._num_warps = kernel, grid, numbers, num_warps
         self._constants = constants
         self._keeps = _CALLS_COMPILED and isinstance(kernel, triton.runtime.JITFunction)
-        self._calls: dict[Any, Any] = {}  # by the GPU's number, and which addresses are multiples of 16 unless all are
+        self._calls: dict[Any, Any] = {}  # see `_key`
+        self._compiled: dict[Any, Any] = {}
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launches on the current GPU. Tensors have the same dtypes at every call, None stands in the same places."""
-        if launches.listener is not None:
-            launches.listener.launch(self.run, tensors)
         self.run(*tensors)
+        if launches.listener is not None:
+            launches.listener.launch(self, tensors)
 
     def run(self, *tensors: Tensor | None) -> None:
         """A call of which nobody is told."""
@@ -86,27 +88,45 @@ class Launch:
             self._through_triton(tensors)
             return
         device = current_gpu()
-        key: Any = device
         pointers = [0 if x is None else x.data_ptr() for x in tensors]
-        bits = 0
-        for pointer in pointers:
-            bits |= pointer
-        if bits & 15:
-            key = (device, *[pointer & 15 == 0 for pointer in pointers])
+        key = _key(device, pointers)
         call = self._calls.get(key)
-        if call is None or _is_hooked():
-            self._calls[key] = self._call_of(self._through_triton(tensors))
+        if call is None or is_hooked():
+            self._compiled[key] = compiled = self._through_triton(tensors)
+            self._calls[key] = self._call_of(compiled)
         else:
             call(device, pointers)
+
+    def enqueued(self, *tensors: Tensor | None) -> "Enqueued | None":
+        """What the driver is told by a launch like this one, which has been before. None where that is unknown."""
+        pointers = [0 if x is None else x.data_ptr() for x in tensors]
+        compiled = self._compiled.get(_key(current_gpu(), pointers)) if self._compiled else None
+        if compiled is None or not _HAS_KNOWN_LAUNCHER:
+            return None
+        launcher, metadata = compiled.run, compiled.metadata
+        special = launcher.launch_cooperative_grid or launcher.launch_pdl or launcher.num_ctas != 1
+        if special or launcher.global_scratch_size or launcher.profile_scratch_size:
+            return None
+        values = (*tensors, *self._values())
+        parameters: list[Any] = []
+        for kind, value in zip(compiled.src.signature.values(), values, strict=True):
+            if kind != "constexpr":
+                parameters.append(value if isinstance(value, Tensor) else _bits(kind, value))
+        threads = 32 * metadata.num_warps
+        return Enqueued(compiled.function, (*self._grid, 1, 1)[:3], threads, metadata.shared, (*parameters, 0, 0))
 
     def _through_triton(self, tensors: tuple[Tensor | None, ...]) -> Any:
         """The usual launch, which compiles the kernel; what it returns."""
         return self._kernel[self._grid](*tensors, *self._numbers, **self._constants, num_warps=self._num_warps)
 
+    def _values(self) -> tuple[Any, ...]:
+        """All arguments but the tensors, in the kernel's order."""
+        names = self._kernel.arg_names[-len(self._constants) :] if self._constants else ()
+        return (*self._numbers, *[self._constants[name] for name in names])
+
     def _call_of(self, compiled: Any) -> Any:
         """How to launch a compiled kernel again, called with the GPU's number and the addresses of the tensors."""
-        names = self._kernel.arg_names[-len(self._constants) :] if self._constants else ()
-        values = (*self._numbers, *(self._constants[name] for name in names))
+        values = self._values()
         grid = (*self._grid, 1, 1)[:3]
         stream = triton.runtime.driver.active.get_current_stream
         launcher: Any = compiled.run
@@ -121,7 +141,38 @@ class Launch:
         return lambda device, pointers: enqueue(*grid, stream(device), *static, *pointers, *values)
 
 
-def _is_hooked() -> bool:
+class Enqueued(NamedTuple):
+    """A launch as CUDA's driver is told of it.
+
+    Attributes:
+        kernel: the address of the driver's handle.
+        grid: numbers of programs.
+        threads: of a program.
+        shared: bytes of shared memory.
+        parameters: tensors, and the bits of numbers.
+    """
+
+    kernel: int
+    grid: tuple[int, ...]
+    threads: int
+    shared: int
+    parameters: tuple[Any, ...]
+
+
+def _key(device: int, pointers: list[int]) -> Any:
+    """The GPU's number, and which addresses are multiples of 16 unless all are."""
+    bits = 0
+    for pointer in pointers:
+        bits |= pointer
+    return (device, *[pointer & 15 == 0 for pointer in pointers]) if bits & 15 else device
+
+
+def _bits(kind: str, value: int | float) -> int:
+    """A number as a kernel reads it, at the beginning of a word."""
+    return int.from_bytes(struct.pack({"fp32": "<f", "fp64": "<d"}.get(kind, "<q"), value), "little")
+
+
+def is_hooked() -> bool:
     """Whether someone, such as Triton's profiler, wants to hear of launches."""
     enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
@@ -168,6 +219,11 @@ def check_device(name: str, x: Tensor) -> None:
 def is_capturing(x: Tensor) -> bool:
     """Whether what is done with x goes into a CUDA graph, and its results are not there before that runs."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def current_stream(device: torch.device) -> int:
+    """The driver's handle of a GPU's current stream; 0 elsewhere."""
+    return triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
 
 
 _NOWHERE = contextlib.nullcontext()
