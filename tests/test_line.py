@@ -21,6 +21,7 @@ from backbones.layers import (
     MultiScaleSS2D,
     Scan,
     VSSBlock,
+    half_weights,
     set_backend,
 )
 from backbones.layers.line import Line, steps_of
@@ -162,6 +163,26 @@ def test_autocast(name: str) -> None:
     # Those of the step sizes alone are small differences of large numbers.
     all_found, all_wanted = (torch.cat([t.flatten() for t in tensors]) for tensors in (found, wanted[4:]))
     assert error(all_found, all_wanted) <= AUTOCAST["bfloat16"]
+
+
+@needs_kernels
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vmamba", "vim", "groupmamba"])
+def test_a_model_leaves_casts_to_blocks_that_run_as_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(half_weights, "_DEVICE", DEVICE)
+    block, x, pending = built(name)
+    linear = next(module for module in block.modules() if isinstance(module, nn.Linear))
+    model = nn.ModuleList([block, nn.Linear(2, 2, device=DEVICE)])
+    seen = []
+
+    def forward() -> tuple[Tensor, ...]:
+        seen.append((linear.weight.dtype, model[1].weight.dtype))
+        return through(block, x, pending.bfloat16())
+
+    with torch.autocast(DEVICE, torch.bfloat16):
+        first, *results = [half_weights.with_half_weights(forward, model) for _ in range(6)]
+    assert seen == [(torch.bfloat16, torch.bfloat16), *[(torch.float32, torch.bfloat16)] * 5]
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, first, strict=True))
 
 
 @needs_kernels

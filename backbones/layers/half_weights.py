@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from backbones.layers.line import has_run
 from backbones.ops.tracing import all_modules, casts, is_hooked_before, is_watched, own_weight
 
 Result = TypeVar("Result")
@@ -26,15 +27,16 @@ def with_half_weights(function: Callable[..., Result], block: nn.Module, *args: 
 
     What autocast would do by itself, fewer launches: same results, and gradients reach the float32 parameters. Only
     under autocast on a GPU, and only float32 parameters of linear layers, convolutions, and modules that name theirs as
-    ``autocast_weights``. Weights that hooks or parametrisations may exchange are left to autocast. While the function
-    runs, other threads that call the same modules see these weights, too.
+    ``autocast_weights``. Blocks within that run as steps are left out, for those cast their own. Weights that hooks or
+    parametrisations may exchange are left to autocast. While the function runs, other threads that call the same
+    modules see these weights, too.
     """
     if not torch.is_autocast_enabled(_DEVICE) or torch.compiler.is_compiling():
         return function(*args)
     outer = getattr(_running, "modules", {})
     if block in outer:
         return function(*args)
-    modules = all_modules(block)
+    modules = all_modules(block, has_run)
     found = _weights(modules)
     if not found:
         return function(*args)

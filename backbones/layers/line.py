@@ -189,6 +189,11 @@ _MOST = 16  # kinds of inputs
 _lines: WeakKeyDictionary[nn.Module, _Lines] = WeakKeyDictionary()
 
 
+def has_run(block: nn.Module) -> bool:
+    """Whether a block has been run as steps, which cast its weights themselves."""
+    return block in _lines
+
+
 def steps_of(block: Any, x: Tensor, pending: Tensor | None, *args: Any) -> Any:
     """What ``block.chained(x, pending, *args)`` does, as :class:`backbones.ops.steps.Steps` to be run on x and pending.
 

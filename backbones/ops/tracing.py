@@ -249,13 +249,16 @@ def casts(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return results
 
 
-def all_modules(module: nn.Module) -> dict[nn.Module, None]:
-    """``module.modules()``, as keys in some order: a tenth of the time, most of which goes into their names."""
+def all_modules(module: nn.Module, without: Callable[[nn.Module], bool] | None = None) -> dict[nn.Module, None]:
+    """``module.modules()``, as keys in some order: a tenth of the time, most of which goes into their names.
+
+    Modules within are left out, with all that they hold, where ``without`` says so.
+    """
     found: dict[nn.Module, None] = {module: None}
     waiting = [module]
     while waiting:
         for child in waiting.pop()._modules.values():
-            if child is not None and child not in found:
+            if child is not None and child not in found and not (without and without(child)):
                 found[child] = None
                 waiting.append(child)
     return found
