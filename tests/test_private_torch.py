@@ -341,11 +341,28 @@ def states() -> None:
         lambda: setattr(module[1], "__class__", nn.Identity),
         lambda: module[0].compile(),
         lambda: module.append(torch.jit.script(nn.Linear(2, 2))),
+        lambda: setattr(module[1], "p", torch.ones(2)),
+        lambda: setattr(module[1], "p", torch.ones(2)),
+        lambda: setattr(module[1], "p", torch.ones(1)),
+        lambda: setattr(module[1], "p", torch.ones(1)),
+        lambda: setattr(module[1], "p", None),
+        lambda: setattr(module[1], "p", torch.ones(2).numpy()),
+        lambda: delattr(module[1], "p"),
+        lambda: module[0].register_buffer("scale", None),
+        lambda: module[0].register_buffer("scale", torch.ones(1)),
+        lambda: module[0].register_buffer("scale", torch.ones(1)),
+        lambda: module[0].register_buffer("scale", None),
+        lambda: setattr(module[0], "_parameters", dict(module[0]._parameters)),
     ):
         change()
         assert not state.holds(), "nn.Module: expected what it depends on among its attributes"
         state = tracing.State(module)
         assert state.holds()
+    for name, value in {"_forward_hooks": print, "_modules": nn.ReLU(), "_buffers": torch.ones(1)}.items():
+        setattr(module[0], name, dict(vars(module[0])[name]))  # an equal one, which then changes
+        getattr(module[0], name)["other"] = value
+        assert not state.holds(), f"{name}: expected the dictionary that a module has now"
+        state = tracing.State(module)
 
 
 ASSUMED = {

@@ -266,7 +266,7 @@ def all_modules(module: nn.Module, without: Callable[[nn.Module], bool] | None =
 
 class State:
     """What calls of a module depend on besides their arguments and parameters: the modules within it, their classes,
-    all attributes and buffers by identity, which parameters there are, and whether there are hooks.
+    all attributes and buffers, which parameters there are, and whether there are hooks.
 
     What stands for a parameter for a while, see `Weight`, does not count.
     """
@@ -274,30 +274,40 @@ class State:
     def __init__(self, module: nn.Module) -> None:
         modules = list(all_modules(module))
         self._within = modules[1:]  # not the module itself, for which this may be kept
-        self._attributes = [vars(each) for each in modules]
-        self._parameters = [own["_parameters"] for own in self._attributes]
-        self._inner = [own[name] for own in self._attributes for name in ("_modules", "_buffers")]
+        owns = [vars(each) for each in modules]
+        parameters = [own["_parameters"] for own in owns]  # those of a scripted module are no dictionary
+        counts = [len(own.keys() - inner.keys()) for own, inner in zip(owns, parameters, strict=True)]
+        self._attributes = list(zip(owns, counts, parameters, strict=True))
+        self._inner = [own[name] for own in owns for name in ("_modules", "_buffers")]
         self._hooks = [hooks for each in modules for hooks in _hooks(each)]
         self._found = self._look()
+        self._has_tensors = any([isinstance(x, Tensor) for x in self._found])
 
     def holds(self) -> bool:
         """Whether it is still so."""
         found = self._look()
-        return len(found) == len(self._found) and all(map(is_, found, self._found))
+        if self._has_tensors:
+            return len(found) == len(self._found) and all(map(is_, found, self._found))
+        # Lists take what is the same object as equal, in a tenth of the time. Another one that is equal does the same
+        # until it changes, and is looked at by each call.
+        try:
+            return found == self._found
+        except (RuntimeError, TypeError, ValueError):  # tensors and arrays of several numbers
+            return False
 
     def _look(self) -> list[Any]:
         found: list[Any] = [*map(type, self._within)]
-        for own, parameters in zip(self._attributes, self._parameters, strict=True):
-            # Those of a scripted module are no dictionary.
-            if own.keys().isdisjoint(parameters.keys()):
+        for own, count, parameters in self._attributes:
+            if own["_parameters"] is not parameters:  # but maybe equal to it
+                return []
+            if len(own) == count:
                 found += own.values()
-            else:
+            else:  # something stands for parameters
                 found += [x for name, x in own.items() if name not in parameters]
             if parameters:
-                found += [x is None for x in parameters.values()]
-        for inner in self._inner:
-            if inner:
-                found += inner.values()
+                found += map(type, parameters.values())
+        for inner in filter(None, self._inner):
+            found += inner.values()
         found += filter(None, self._hooks)
         return found
 
