@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import pytest
@@ -22,9 +23,10 @@ from backbones.layers import (
     Scan,
     VSSBlock,
     half_weights,
+    line,
     set_backend,
 )
-from backbones.layers.line import Line, steps_of
+from backbones.layers.line import Line
 from backbones.models.groupmamba import GroupMambaBlock
 from backbones.patterns import FORWARD
 from tests.kernels import DEVICE, RUNS, error, needs_kernels, quiet
@@ -96,6 +98,10 @@ def built(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     set_backend(block, "triton")
     x, pending = (torch.randn(shape, device=DEVICE) for _ in range(2))
     return block, x, pending
+
+
+def steps_of(block: nn.Module, x: Tensor, pending: Tensor | None) -> Any:
+    return line.steps_of(block, line.kind_of_call(x, pending), x, pending)
 
 
 def through(block: nn.Module, x: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -296,10 +302,10 @@ def test_a_chain_runs_lines_and_what_has_none() -> None:
     class Other(VSSBlock):
         def chained(self, x: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
             x, y = super().chained(x, pending)
-            return x, 2 * y
+            return x[:, 1:], 2 * y[:, 1:]
 
     make, shape = BLOCKS["vmamba, first generation"]
-    blocks = [make().to(DEVICE), Other(DIM).to(DEVICE), make().to(DEVICE)]
+    blocks = [make().to(DEVICE), make().to(DEVICE), Other(DIM).to(DEVICE), make().to(DEVICE), make().to(DEVICE)]
     for block in blocks:
         set_backend(block, "triton")
     x = torch.randn(shape, device=DEVICE)
@@ -307,6 +313,7 @@ def test_a_chain_runs_lines_and_what_has_none() -> None:
     blocks[0].line = lambda *args: asked.append(args) or VSSBlock.line(blocks[0], *args)
     y = sum(run_chain(blocks, x))
     assert len(asked) == 1
+    assert [line.has_run(block) for block in blocks] == [True, True, False, True, True]
     wanted = x
     for block in blocks:
         wanted = sum(block.chained(wanted, None))

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from backbones.layers.half_weights import with_half_weights
-from backbones.layers.line import steps_of
+from backbones.layers.line import kind_of_call, steps_of
 from backbones.ops.tracing import is_hooked, is_replaced, runs_eagerly
 
 _PARTS = {"forward", "branch", "join"}  # of which ``chained`` is another form
@@ -32,12 +32,17 @@ def run_chain(blocks: Iterable[Any], x: Tensor, *args: Any) -> tuple[Tensor, Ten
     a method ``line`` beside it, ``block.line(x, pending, *args)`` is first asked for the same as one line of steps.
     """
     pending: Tensor | None = None
+    kind = None
     for block in blocks:
-        kind: Any = type(block)
-        steps = steps_of(block, x, pending, *args) if _has_line(kind) else None
+        cls: Any = type(block)
+        steps = None
+        if _has_line(cls):
+            kind = kind or kind_of_call(x, pending, *args)
+            steps = steps_of(block, kind, x, pending, *args)
         if steps is None:
             x, pending = with_half_weights(block.chained, block, x, pending, *args)
-        else:
+            kind = None
+        else:  # what comes out of them is of the same kind
             x, pending = steps.run(x, pending)
     return x, pending
 

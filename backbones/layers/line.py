@@ -194,15 +194,29 @@ def has_run(block: nn.Module) -> bool:
     return block in _lines
 
 
-def steps_of(block: Any, x: Tensor, pending: Tensor | None, *args: Any) -> Any:
+def kind_of_call(x: Tensor, pending: Tensor | None, *args: Any) -> tuple[Any, ...] | None:
+    """What the steps of a block depend on besides the block, and pending's dtype: the same for what comes out of them.
+
+    None where no kernel runs on x, tensors are not plain, or somebody looks on.
+    """
+    if type(x) is not Tensor or not (x.is_cuda or interprets()) or not runs_eagerly(x):
+        return None
+    if is_watched() or is_hooked_everywhere() or is_transformed(x, pending):
+        return None
+    if pending is not None and (type(pending) is not Tensor or pending.shape != x.shape):
+        return None
+    return x.shape, x.dtype, x.device, autocast_dtype(x), args
+
+
+def steps_of(block: Any, kind: tuple[Any, ...] | None, x: Tensor, pending: Tensor | None, *args: Any) -> Any:
     """What ``block.chained(x, pending, *args)`` does, as :class:`backbones.ops.steps.Steps` to be run on x and pending.
 
-    ``block.line(x, pending, *args)`` collects them, once for each kind of input. None where it cannot, where no kernel
-    runs on x, or somebody looks on.
+    ``block.line(x, pending, *args)`` collects them, once for each ``kind`` of input, see `kind_of_call`. None where it
+    cannot, or there is no kind.
     """
-    if not _runs_alone(x, pending):
+    if kind is None:
         return None
-    key = (x.shape, x.dtype, x.device, None if pending is None else pending.dtype, autocast_dtype(x), args)
+    key = kind, None if pending is None else pending.dtype
     lines = _lines.get(block)
     if lines is not None and not lines.state.holds():
         lines = None
@@ -215,15 +229,6 @@ def steps_of(block: Any, x: Tensor, pending: Tensor | None, *args: Any) -> Any:
     if lines is None:
         lines = _lines[block] = _Lines(block)
     return remember(lines.found, key, line.steps(), _MOST)
-
-
-def _runs_alone(x: Tensor, pending: Tensor | None) -> bool:
-    """Whether kernels may run on plain tensors, and nobody looks on."""
-    if type(x) is not Tensor or not (x.is_cuda or interprets()) or not runs_eagerly(x):
-        return False
-    if is_watched() or is_hooked_everywhere() or is_transformed(x, pending):
-        return False
-    return pending is None or (type(pending) is Tensor and pending.shape == x.shape)
 
 
 def are_whole(*weights: Weight | None) -> bool:
