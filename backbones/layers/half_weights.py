@@ -40,7 +40,8 @@ def with_half_weights(function: Callable[..., Result], block: nn.Module, *args: 
     found = _weights(modules)
     if not found:
         return function(*args)
-    halves = _Cast.apply(torch.get_autocast_dtype(_DEVICE), *[weight for _, _, weight in found])
+    dtype, weights = torch.get_autocast_dtype(_DEVICE), [weight for _, _, weight in found]
+    halves = _Cast.apply(dtype, *weights) if torch.is_grad_enabled() else casts(weights, dtype)
     try:
         for (values, name, _), half in zip(found, halves, strict=True):
             values[name] = half  # found before the parameter of that name
