@@ -189,6 +189,11 @@ def test_a_model_leaves_casts_to_blocks_that_run_as_steps(name: str, monkeypatch
         first, *results = [half_weights.with_half_weights(forward, model) for _ in range(6)]
     assert seen == [(torch.bfloat16, torch.bfloat16), *[(torch.float32, torch.bfloat16)] * 5]
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, first, strict=True))
+    linear.register_forward_hook(lambda *args: None)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for _ in range(2):
+            half_weights.with_half_weights(forward, model)
+    assert seen[-1] == (torch.bfloat16, torch.bfloat16)
 
 
 @needs_kernels

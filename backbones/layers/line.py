@@ -219,6 +219,7 @@ def steps_of(block: Any, kind: tuple[Any, ...] | None, x: Tensor, pending: Tenso
     key = kind, None if pending is None else pending.dtype
     lines = _lines.get(block)
     if lines is not None and not lines.state.holds():
+        _lines.pop(block, None)
         lines = None
     steps = None if lines is None else lines.found.get(key)
     if steps is not None and steps.have_same_weights():
