@@ -28,13 +28,15 @@ from backbones.layers import (
 )
 from backbones.layers.line import Line
 from backbones.models.groupmamba import GroupMambaBlock
+from backbones.ops import native
 from backbones.patterns import FORWARD
-from tests.kernels import DEVICE, RUNS, error, needs_kernels, quiet
+from tests.kernels import DEVICE, RUNS, error, launch_by_the_library, needs_kernels, quiet
 from tests.scripts import run_in_the_interpreter
 from tests.tolerances import AUTOCAST, OPERATOR
 
 pytest.importorskip("triton")
 from backbones.ops import recorded
+from backbones.ops.source import Packed
 
 pytestmark = quiet
 
@@ -80,7 +82,7 @@ def _autograd_has_a_context() -> None:
 
 @pytest.fixture(autouse=True)
 def _every_first_call_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded, "_SEEN", 0)
+    monkeypatch.setattr(recorded, "SEEN", 0)
 
 
 @pytest.mark.skipif(RUNS, reason="the kernels run in this process")
@@ -129,7 +131,9 @@ def expected(block: nn.Module, x: Tensor, pending: Tensor | None, grads: tuple[T
 @needs_kernels
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("is_first", [False, True], ids=["", "nothing pending"])
-def test_output_and_gradients(name: str, is_first: bool) -> None:
+def test_output_and_gradients(name: str, is_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_first:
+        launch_by_the_library(monkeypatch)
     block, x, given = built(name)
     pending = None if is_first else given
     assert steps_of(block, x, pending) is not None
@@ -138,14 +142,18 @@ def test_output_and_gradients(name: str, is_first: bool) -> None:
     for a, b in zip(found, expected(block, x, pending, grads), strict=True):
         assert a.dtype == torch.float32
         assert error(a, b) <= 3 * OPERATOR["float32"]  # of some ten operations behind one another
-    again = gradients(block, x, pending, grads)
-    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
     for _ in range(2):
+        again = gradients(block, x, pending, grads)
+        assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
         with torch.no_grad():
             again = through(block, x, pending)
         assert all(torch.equal(a, b) for a, b in zip(again, found, strict=False))
-    kinds = steps_of(block, x, pending)._recordings._kinds.values()
-    assert len(kinds) == 3 and all(map(callable, kinds))
+    kinds = steps_of(block, x, pending)._recordings._kinds
+    packed = [kind for kind in kinds if any(isinstance(each, Packed) for each in kind[1])]
+    programs = [program for program in kinds.values() if callable(program)]
+    assert len(programs) == 3 and len(kinds) == 3 + len(packed) and len(packed) <= 1
+    if DEVICE == "cuda" or not is_first:
+        assert len(packed) == 1 or isinstance(native.host(x.device), str)
 
 
 @needs_kernels

@@ -18,6 +18,7 @@ from backbones.ops import program as programs
 from backbones.ops import recorded
 from backbones.ops.program import Instruction, Place, Program, Writer, shared_memory
 from backbones.ops.recorded import Recordings
+from backbones.ops.source import Packed
 from backbones.ops.triton_host import Enqueued
 
 HOST = native.host(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE))
@@ -145,7 +146,7 @@ def test_what_fails_is_named() -> None:
         assert instruction is not None
         program = Program([instruction], [], {}, x.device, [])
         with pytest.raises(RuntimeError, match=f"{'mm_out' if 'mm' in str(operator) else 'mul'}.* failed on {DEVICE}"):
-            program(0)
+            program()
 
 
 def test_launches_are_told_addresses_and_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,10 +174,10 @@ def test_launches_are_told_addresses_and_numbers(monkeypatch: pytest.MonkeyPatch
     instruction = writer.launch(Enqueued(1234, (5, 6, 7), 128, 4096, (x, *bits)))
     assert instruction is not None
     program = Program([instruction], ["x"], {}, x.device, [])
-    program(x.data_ptr(), 0)
+    program(x.data_ptr())
     assert seen == [((1234, 5, 6, 7, 128, 1, 1, 4096, 99), x.data_ptr() + 12, -3, 0.5)]
     with pytest.raises(RuntimeError, match="a launch failed"):
-        program(x.data_ptr(), 0)
+        program(x.data_ptr())
 
 
 def test_memory_in_use_at_once_lies_apart() -> None:
@@ -205,3 +206,42 @@ def test_doctor_says_who_runs_them() -> None:
     assert "it is missing" in doctor._check_host("it is missing").text
     assert isinstance(HOST, native.Host)
     assert doctor._check_host(HOST).status == "ok"
+
+
+def test_packed_results_are_those_of_the_calls() -> None:
+    def function(tensors: list[Any]) -> tuple[Any, ...]:
+        x, weight, bias, _ = tensors
+        h = torch.addmm(bias, x, weight.t())
+        low = torch.empty_like(h, dtype=torch.bfloat16)
+        low.copy_(h)
+        y = torch.mm(h, weight)
+        return y, None, h, x, None, low.view(2, 12)[:, 3:7], y.view(-1), F.gelu(h).unsqueeze(0), torch.empty(0, 2).to(x)
+
+    recordings = Recordings()
+    with torch.no_grad():
+        for call in range(CALLS):
+            *found, last = recordings.call(function, inputs(call), packs=2)
+            wanted = function(inputs(call))
+            if call < 3:
+                found.append(last)
+            else:
+                assert isinstance(last, Packed)
+                *results, packed = found
+                places = [i for i, place in enumerate(last.places) if place is not None]
+                assert places == [2, 5, 7, 8]  # not y, which is returned as it is as well
+                assert all(results[i] is None for i in places)
+                found = last.unpack(results, packed)
+            for a, b in zip(found, wanted, strict=True):
+                assert a is b is None or (torch.equal(a, b) and a.stride() == b.stride() and a.dtype == b.dtype)
+
+
+def test_nothing_but_empty_tensors_can_be_packed() -> None:
+    recordings = Recordings()
+    with torch.no_grad():
+        for call in range(CALLS):
+            x, weight, _, _ = inputs(call)
+            found = recordings.call(
+                lambda t: (torch.mm(torch.mm(t[0], t[1].t()), t[1]), t[0].new_empty(0, 2)), [x, weight], packs=1
+            )
+    *results, packed, last = found
+    assert [None if x is None else x.shape for x in last.unpack(results, packed)] == [(6, 3), (0, 2)]

@@ -191,40 +191,39 @@ class _UnknownError(Exception):
 
 
 class Program:
-    """Instructions, called with the addresses of ``buffers``.
+    """Instructions, called with addresses.
 
     Args:
         instructions: in their order.
-        buffers: those that they touch.
-        offsets: where each of them begins in the last but one address, of those that have none of their own.
+        buffers: of which the addresses are given, in their order.
+        offsets: of those that are parts of one of these, which, and how many bytes behind its beginning.
         device: on which all of it lies.
         kept: what is to live as long.
     """
 
     def __init__(
-        self, instructions: Sequence[Instruction], buffers: Sequence[str], offsets: dict[str, int],
+        self, instructions: Sequence[Instruction], buffers: Sequence[str], offsets: dict[str, tuple[str, int]],
         device: torch.device, kept: Sequence[Tensor],
     ) -> None:  # fmt: skip
         host = native.host(device)
         assert not isinstance(host, str)
         self._host, self._device, self._kept = host, device, kept
-        numbers = {"": 0, **{name: 1 + i for i, name in enumerate(buffers)}}
+        numbers = {name: i for i, name in enumerate(("", *buffers))}
         words: list[int] = []
         self._names: dict[int, str] = {}  # by where instructions begin
         for instruction in instructions:
             self._names[len(words)] = instruction.name
             for word in instruction.words:
-                if not isinstance(word, Place):
-                    words.append(word)
-                elif word.buffer in numbers:
-                    words += (numbers[word.buffer], word.offset)
+                if isinstance(word, Place):
+                    buffer, begin = offsets.get(word.buffer, (word.buffer, 0))
+                    words += (numbers[buffer], begin + word.offset)
                 else:
-                    words += (len(numbers), offsets[word.buffer] + word.offset)
+                    words.append(word)
         self._words = b"".join([(word & (1 << 64) - 1).to_bytes(8, "little") for word in (*words, _END)])
-        self._pack = struct.Struct(f"{len(numbers) + 1}Q").pack
+        self._pack = struct.Struct(f"{len(numbers)}Q").pack
 
     def __call__(self, *addresses: int) -> None:
-        """Runs it on the current stream, given the addresses of the buffers, and of the memory that all others share.
+        """Runs it on the current stream, given the addresses of the buffers.
 
         Raises:
             RuntimeError: one of the instructions failed.
@@ -237,6 +236,18 @@ class Program:
             status = native.run_program(self._host, self._words, given, stream)
         if status != _DONE:
             raise RuntimeError(f"{self._names.get(status, 'a program')} failed on {self._device}")
+
+
+def one_by_one(sizes: Sequence[int]) -> list[int]:
+    """Where pieces of these sizes begin in one piece of memory, and how large that is."""
+    begins = [0]
+    for size in sizes:
+        begins.append(begins[-1] + _aligned(size))
+    return begins
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def shared_memory(instructions: Sequence[Instruction], sizes: dict[str, int]) -> tuple[dict[str, int], int]:
@@ -260,7 +271,7 @@ def shared_memory(instructions: Sequence[Instruction], sizes: dict[str, int]) ->
         for low, high in taken:
             if begin + sizes[name] <= low:
                 break
-            begin = max(begin, -(-high // _ALIGNMENT) * _ALIGNMENT)
+            begin = max(begin, _aligned(high))
         begins[name] = begin
         total = max(total, begin + sizes[name])
     return begins, total

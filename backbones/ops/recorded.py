@@ -30,7 +30,7 @@ Program = Callable[..., tuple[Tensor | None, ...]]
 _MOST = 16  # kinds of calls, after which all begin anew: images may be of ever new sizes
 _CONSTANT = re.compile(r"\bc\d+\b")  # in the source
 _FEW = 2  # calls that the library runs, for which it is not worth while
-_SEEN = 2  # calls of a kind before its recording, which the next thirty make up for
+SEEN = 2  # calls of a kind before its recording, which the next thirty make up for
 
 _aten = torch.ops.aten
 _OPERATORS = (
@@ -65,9 +65,10 @@ class Recordings:
         self._kinds: dict[Any, Program | int | None] = {}  # the recording, how many calls there were, or None: never
 
     def call(
-        self, function: Callable[..., tuple[Tensor | None, ...]], tensors: Tensors, *key: Any
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """``function(tensors, *key)``, by its recording from the fourth call of a kind on.
+        self, function: Callable[..., tuple[Tensor | None, ...]], tensors: Tensors, *key: Any,
+        packs: int | None = None, seen: int | None = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """``function(tensors, *key)``, by its recording once there is one.
 
         Args:
             function: returns a tuple of tensors; None may stand there and among the arguments. What it does depends on
@@ -75,19 +76,23 @@ class Recordings:
             tensors: of the same dtypes, shapes and device at every call with the same key; strides are looked at here.
                 The first is one.
             key: hashable.
+            packs: results from this one on may be packed: then None stands in their places, and behind all results come
+                a tensor that holds them, and a :class:`Packed` that knows where.
+            seen: how many calls of a kind there are before the one that is recorded, else `SEEN`.
         """
+        seen = SEEN if seen is None else seen
         strides = tuple([None if x is None else x.stride() for x in tensors])
         kind = (function.__name__, key, strides, torch.are_deterministic_algorithms_enabled())
         found = self._kinds.get(kind, 0)
         if callable(found):
             return found(*tensors)
         first: Any = tensors[0]
-        if found == _SEEN and not is_capturing(first):  # whose tables of orders would be made anew at every call
+        if found == seen and not is_capturing(first):  # whose tables of orders would be made anew at every call
             with Recorder(tensors) as recorder:
                 results = function(tensors, *key)
-            self._kinds[kind] = recorder.program(results)
+            self._kinds[kind] = recorder.program(results, packs)
             return results
-        if found is not None and found < _SEEN:
+        if found is not None and found < seen:
             remember(self._kinds, kind, found + 1, _MOST)
         return function(tensors, *key)
 
@@ -108,7 +113,7 @@ class Recorder(TorchDispatchMode):
         self._constants: dict[Any, str] = {}  # their names
         self._kept: list[Tensor] = []  # constants that instructions know by their addresses
         self._calls: list[Call] = []
-        self._reads_numbers = False
+        self._differs = False
         self._inputs = [self._name(x) for x in inputs]
         first: Any = inputs[0]
         self._device: torch.device = first.device
@@ -129,8 +134,10 @@ class Recorder(TorchDispatchMode):
         results = operator(*args, **kwargs)
         made = results if isinstance(results, list | tuple) else (results,)
         if not all([isinstance(x, Tensor) for x in made]) and results is not None:
-            self._reads_numbers = True
+            self._differs = True  # it reads numbers, and another call may read others
             return results
+        if operator is _aten.as_strided.default and len(args) > 3:
+            self._differs = True  # it counts from where the storage begins, which another call's tensors may not do
         changes = changes_arguments(operator)
         call = Call(self._constant(_FUNCTIONS.get(operator, operator)), changes or is_random(operator), changes)
         given = [self._source(x, call) for x in args]
@@ -167,24 +174,23 @@ class Recorder(TorchDispatchMode):
             call.instruction = self._writer.launch(enqueued)
         self._calls.append(call)
 
-    def program(self, results: Tensors) -> Program | None:
-        """The recording as a function of the inputs, whose attribute ``source`` shows it. None where numbers were read:
-        another call may read others.
+    def program(self, results: Tensors, packs: int | None) -> Program | None:
+        """The recording as a function of the inputs, whose attribute ``source`` shows it. None where another
+        call may do something else. For ``packs`` see `Recordings.call`.
         """
-        if self._reads_numbers:
+        if self._differs:
             return None
         last = Call("return", True)
-        returned = f"return {', '.join([self._source(x, last) for x in results])},"
-        end = Line(returned, last.reads)
+        returned = [self._source(x, last) for x in results]
+        end = Line(f"return {', '.join(returned)},", last.reads)
         calls = alive(self._calls, last.reads)
         program = self._function([Line(call.line(), [*call.reads, *call.makes]) for call in calls], end)
         if self._is_odd or sum([call.instruction is not None for call in calls]) < _FEW:
             return program
         composition = Composition(
-            calls, last.reads, self._inputs, self._places, self._device, self._kept, self._constant
+            calls, returned, self._inputs, packs, self._places, self._device, self._kept, self._constant
         )  # fmt: skip
-        lines = composition.lines(f"{self._constant(program)}({', '.join(self._inputs)})")
-        return self._function(lines, end)
+        return self._function(*composition.lines(f"{self._constant(program)}({', '.join(self._inputs)})"))
 
     def _function(self, lines: Sequence[Line], end: Line) -> Program:
         used = {name for line in (*lines, end) for name in _CONSTANT.findall(line.text)}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backbones.ops.program import Instruction, Place, Program, shared_memory
+from backbones.ops.program import Instruction, Place, Program, one_by_one, shared_memory
 from backbones.ops.triton_host import is_hooked
 
 
@@ -77,6 +77,30 @@ def alive(calls: Sequence[Call], results: Sequence[str]) -> list[Call]:
     return found[::-1]
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Packed:
+    """Where results lie that nothing is to read but another recording: all in one tensor.
+
+    Each of them would take the host as long as a small launch: to allocate, to save for a backward pass, to look at.
+
+    Attributes:
+        places: in that tensor; None for results of their own.
+    """
+
+    places: tuple[Place | None, ...]
+
+    def unpack(self, results: Sequence[Tensor | None], packed: Tensor) -> list[Tensor | None]:
+        """All results."""
+        return [
+            x if place is None else _part(packed, place) for x, place in zip(results, self.places, strict=True)
+        ]  # fmt: skip
+
+
+def _part(packed: Tensor, place: Place) -> Tensor:
+    part = packed[place.offset : place.offset + place.size].view(place.dtype)
+    return part.as_strided(place.shape, place.stride)
+
+
 class Composition:
     """Lines in which Python makes only what it reads or returns itself, and the library runs what it can.
 
@@ -85,8 +109,9 @@ class Composition:
 
     Args:
         calls: those that are alive.
-        results: names.
+        results: how the source names them; "None" stands for none.
         inputs: names.
+        packs: the first of the results that may be packed, see `Packed`.
         places: of all tensors, by name.
         device: on which they are.
         kept: tensors that instructions know by their addresses.
@@ -94,22 +119,27 @@ class Composition:
     """
 
     def __init__(
-        self, calls: Sequence[Call], results: Sequence[str], inputs: Sequence[str], places: dict[str, Place],
-        device: torch.device, kept: Sequence[Tensor], constant: Callable[[Any], str],
+        self, calls: Sequence[Call], results: Sequence[str], inputs: Sequence[str], packs: int | None,
+        places: dict[str, Place], device: torch.device, kept: Sequence[Tensor], constant: Callable[[Any], str],
     ) -> None:  # fmt: skip
-        self._calls, self._inputs, self._places = calls, inputs, places
+        self._calls, self._results, self._inputs, self._places = calls, results, inputs, places
         self._device, self._kept, self._constant = device, kept, constant
-        self._readers = self._all_readers(results)
+        self._packed, self._readers = self._all_packed(len(results) if packs is None else packs)
         self._renamed = self._all_renamed()
         instructions = [call.instruction for call in calls if call.instruction is not None]
-        own = {name: place.size for name, place in places.items() if place.buffer == name and not self._has(name)}
-        self._offsets, self._total = shared_memory(instructions, own)
+        sizes = {name: place.size for name, place in places.items() if place.buffer == name and not self._has(name)}
+        packed = dict.fromkeys([places[name].buffer for name in results if name in self._packed])
+        *begins, size = one_by_one([sizes.pop(name) for name in packed])
+        self._packed_size = max(size, 1) if packed else 0  # all of them may be empty
+        offsets, self._size = shared_memory(instructions, sizes)
+        self._offsets = {name: ("memory", begin) for name, begin in offsets.items()}
+        self._offsets.update({name: ("packed", begin) for name, begin in zip(packed, begins, strict=True)})
         self._lines: list[Line] = []
         self._pending: list[Instruction] = []
         self._pointers: dict[str, str] = {}  # of inputs
 
-    def lines(self, otherwise: str) -> list[Line]:
-        """All but the end. Where addresses or hooks are others than the recording knows, ``otherwise`` is called."""
+    def lines(self, otherwise: str) -> tuple[list[Line], Line]:
+        """And the last of them. For addresses or hooks other than the recording knows, ``otherwise`` is called."""
         for call in self._calls:
             if call.instruction is not None:
                 self._make(call)
@@ -123,11 +153,26 @@ class Composition:
             elif any(map(self._has, call.makes)) and not self._renamed.keys() & set(call.reads):
                 self._add(call.line(), *call.reads, *call.makes)
         self._run()
-        return [*self._begin(otherwise), *self._lines]
+        return [*self._begin(otherwise), *self._lines], self._end()
 
     def _has(self, name: str) -> bool:
         """Whether Python has this tensor."""
         return name in self._readers or name in self._inputs
+
+    def _all_packed(self, first: int) -> tuple[set[str], dict[str, list[Call | None]]]:
+        """Which results are packed: those from ``first`` on whose memory Python has no tensor in. And who reads those
+        that it has, see `_all_readers`.
+        """
+        calls = [call for call in self._calls if call.instruction is not None or call.idles == "memory"]
+        ours = {name for call in calls for name in call.makes}
+        packed = {name for name in self._results[first:] if name != "None" and self._places[name].buffer in ours}
+        while True:
+            readers = self._all_readers([x for x in self._results if x != "None" and x not in packed])
+            taken = {self._places[name].buffer for name in readers}
+            others = {name for name in packed if self._places[name].buffer in taken}
+            if not others:
+                return packed, readers
+            packed -= others
 
     def _all_readers(self, results: Sequence[str]) -> dict[str, list[Call | None]]:
         """Who reads each tensor that Python has; None is the end."""
@@ -181,25 +226,39 @@ class Composition:
         if not self._pending:
             return
         touched = sorted(frozenset().union(*[x.touches() for x in self._pending]) - {""})
-        buffers = [name for name in touched if name not in self._offsets]
-        program = Program(self._pending, buffers, self._offsets, self._device, self._kept)
-        names, addresses = [], []
-        for name in buffers:
-            if name in self._inputs:
-                addresses.append(self._pointers.setdefault(name, f"p{len(self._pointers)}"))
-            else:
-                names.append(self._renamed.get(name, name))
-                addresses.append(f"{names[-1]}.data_ptr()")
-        if self._total:
-            names.append("memory")
-        addresses.append("memory.data_ptr()" if self._total else "0")
-        self._add(f"{self._constant(program)}({', '.join(addresses)})", *names)
+        names: dict[str, str] = {}  # of the tensors whose addresses are given, by buffers
+        for name in touched:
+            held, _ = self._offsets.get(name, (self._renamed.get(name, name), 0))
+            names.setdefault(held if name in self._offsets else name, held)
+        program = Program(self._pending, [*names], self._offsets, self._device, self._kept)
+        addresses = [
+            self._pointers.setdefault(x, f"p{len(self._pointers)}") if x in self._inputs else f"{x}.data_ptr()"
+            for x in names.values()
+        ]
+        text = f"{self._constant(program)}({', '.join(addresses)})"
+        self._add(text, *[name for name in names.values() if name not in self._inputs])
         self._pending = []
 
     def _begin(self, otherwise: str) -> list[Line]:
         lines = [Line(f"{pointer} = {name}.data_ptr()", (name,)) for name, pointer in self._pointers.items()]
         odd = f"({' | '.join(self._pointers.values())}) & 15 or " if self._pointers else ""
         lines.append(Line(f"if {odd}{self._constant(is_hooked)}(): return {otherwise}", ()))
-        if self._total:
-            lines.append(self._empty("memory", (self._total,), (1,), torch.uint8))
+        for name, size in (("memory", self._size), ("packed", self._packed_size)):
+            if size:
+                lines.append(self._empty(name, (size,), (1,), torch.uint8))
         return lines
+
+    def _end(self) -> Line:
+        returned = ["None" if name in self._packed else name for name in self._results]
+        names = [name for name in returned if name != "None"]
+        if self._packed_size:
+            packed = Packed(tuple([self._place_in_packed(name) for name in self._results]))
+            returned += ("packed", self._constant(packed))
+            names.append("packed")
+        return Line(f"return {', '.join(returned)},", names)
+
+    def _place_in_packed(self, name: str) -> Place | None:
+        if name not in self._packed:
+            return None
+        place = self._places[name]
+        return replace(place, offset=self._offsets[place.buffer][1] + place.offset)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbones.ops import recorded
 from backbones.ops.depthwise import triton as depthwise
 from backbones.ops.derivatives import first_order
 from backbones.ops.fused.gate import triton as gate
@@ -22,6 +23,7 @@ from backbones.ops.fused.layer_norm import triton as layer_norm
 from backbones.ops.recorded import Recordings
 from backbones.ops.scan.triton import projected
 from backbones.ops.scan.visits import Visits
+from backbones.ops.source import Packed
 from backbones.ops.tracing import Weight, casts, kind_of
 from backbones.ops.triton_host import device_of
 
@@ -359,22 +361,25 @@ class Steps:
             found: Any = self._recordings.call(self._forward, (stream, y, *self.weights()), False)
         return found
 
-    def forward(self, stream: Tensor, y: Tensor | None, weights: Weights) -> Saved:
+    def forward(self, stream: Tensor, y: Tensor | None, weights: Weights) -> tuple[Saved, Packed | None]:
         """The stream and the branch behind all steps, and what `backward` is given."""
         with device_of(stream):
-            return self._recordings.call(self._forward, (stream, y, *weights), True)
+            found = self._recordings.call(self._forward, (stream, y, *weights), True, packs=2)
+        return (found[:-1], found[-1]) if isinstance(found[-1], Packed) else (found, None)
 
     def backward(
-        self, dstream: Tensor, dy: Tensor, saved: Saved, learns: Sequence[bool], has_branch: bool
+        self, dstream: Tensor, dy: Tensor, saved: Saved, packed: Packed | None, learns: Sequence[bool],
+        has_branch: bool,
     ) -> Gradients:  # fmt: skip
         """Gradients of the stream, of the branch if there was one, and of the weights that learn."""
-        tensors, key = (dstream, dy, *saved), (tuple(learns), has_branch)
+        tensors, key = (dstream, dy, *saved), (tuple(learns), has_branch, packed)
+        seen = recorded.SEEN + 1 if packed is None else 0  # once `forward` is recorded, tensors may come packed
         device = dstream.device.type
         with device_of(dstream):
             if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device):
-                return self._recordings.call(self._backward, tensors, *key)
+                return self._recordings.call(self._backward, tensors, *key, seen=seen)
             with torch.no_grad(), torch.autocast(device, enabled=False):
-                return self._recordings.call(self._backward, tensors, *key)
+                return self._recordings.call(self._backward, tensors, *key, seen=seen)
 
     def _forward(self, tensors: Sequence[Any], save: bool) -> Saved:
         stream, y, *weights = tensors
@@ -392,8 +397,12 @@ class Steps:
         self._saved = [len(each) for each in saved]
         return *found, *weights, *[x for each in saved for x in each]
 
-    def _backward(self, tensors: Sequence[Any], learns: Sequence[bool], has_branch: bool) -> Gradients:
+    def _backward(
+        self, tensors: Sequence[Any], learns: Sequence[bool], has_branch: bool, packed: Packed | None
+    ) -> Gradients:  # fmt: skip
         dstream, dy, *saved = tensors
+        if packed is not None:
+            saved = packed.unpack((None, None, *saved[:-1]), saved[-1])[2:]
         begin, end = len(learns), len(saved)
         flow = Flow(dstream.shape[0], _rows(dstream), _rows(dy))
         grads: list[Any] = [None] * begin
@@ -431,7 +440,7 @@ class _Line(torch.autograd.Function):
     def forward(
         ctx: Any, steps: Steps, stream: Tensor, y: Tensor | None, *weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        found = steps.forward(stream, y, weights)
+        found, ctx.packed = steps.forward(stream, y, weights)
         ctx.steps, ctx.has_branch = steps, y is not None
         ctx.save_for_backward(found[0], *found[2:])
         return found[0], found[1]
@@ -440,7 +449,7 @@ class _Line(torch.autograd.Function):
     def backward(ctx: Any, dstream: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
         stream, *saved = ctx.saved_tensors
         learns = ctx.needs_input_grad[3:]
-        found = ctx.steps.backward(dstream, dy, saved, learns, ctx.has_branch)
+        found = ctx.steps.backward(dstream, dy, saved, ctx.packed, learns, ctx.has_branch)
         if torch.is_grad_enabled():
             whole = [x for x in found if x is not None]
             once = iter(first_order("selective_scan", whole, (stream, dstream, dy, *saved[: len(learns)])))

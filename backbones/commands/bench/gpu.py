@@ -22,6 +22,7 @@ from backbones.models import family_names
 
 MODES = ("eager", "graphs")
 KINDS = {"infer": "inference", "train": "training"}  # what a contestant does, and what its columns are called
+WARM = 6  # calls before what is measured, until all that will be recorded has been
 HOST_BATCH = 2  # so little work that nothing waits for the GPU
 LOGITS = 1e-2  # relative RMS of a graph against eager mode, both under bfloat16 autocast
 HOST_COLUMNS = ("model", "mode", "launches_inference", "launches_training", "host_inference_ms", "host_training_ms")
@@ -202,7 +203,7 @@ def _turns(
     for key, contestant in contestants.items():
         with attempt(key, f"first calls of {len(contestant.images)} images in {KINDS[kind]}"):
             call = contestant.ready(kind)
-            for _ in range(3):
+            for _ in range(WARM):
                 call()
             calls[key] = call
     attempt.say(f"{rounds} rounds of {KINDS[kind]}")

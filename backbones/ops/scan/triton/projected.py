@@ -199,11 +199,9 @@ def _weights(x: Tensor, x_weight: Tensor, b: int, length: int, r: int) -> tuple[
     """B and C (b, l, k, n), views of the projected u."""
     k, i = x_weight.shape[:2]
     n = (i - r) // 2
-    if x.dim() == 3:
-        strides = (length * i, i, b * length * i, 1)
-    else:
-        strides = (length * k * i, k * i, i, 1)
-    return x.as_strided((b, length, k, n), strides, r), x.as_strided((b, length, k, n), strides, r + n)
+    x = x.view(k, b, length, i).permute(1, 2, 0, 3) if x.dim() == 3 else x.view(b, length, k, i)
+    _, B, C = x.split_with_sizes((r, n, n), 3)
+    return B, C
 
 
 def _first(x: Tensor, r: int) -> Tensor:
