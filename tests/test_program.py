@@ -215,7 +215,7 @@ def test_packed_results_are_those_of_the_calls() -> None:
         low = torch.empty_like(h, dtype=torch.bfloat16)
         low.copy_(h)
         y = torch.mm(h, weight)
-        return y, None, h, x, None, low.view(2, 12)[:, 3:7], y.view(-1), F.gelu(h).unsqueeze(0), torch.empty(0, 2).to(x)
+        return y, None, h, x, None, low.view(2, 12)[:, 3:7], y.view(-1), F.gelu(h).unsqueeze(0), x.new_empty(0, 2)
 
     recordings = Recordings()
     with torch.no_grad():
