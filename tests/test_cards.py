@@ -217,7 +217,6 @@ def test_tables_of_speed(tmp_path: Path) -> None:
         "models_cpu_1248",
         "models_cpu_bf16",
         "gpu_models",
-        "gpu_host",
         "gpu_dense",
         "gpu_dense_others",
     ],

@@ -67,7 +67,7 @@ def _speed() -> dict[str, str]:
     scans = [read(path) for path in sorted(RESULTS.glob("selective_scan_h200*.csv"))]
     convolution, long = _result("depthwise_conv_h200"), _result("long_sequence_h200")
     models, compiled, originals = (_result(f"{name}_h200") for name in ("models", "models_compiled", "originals"))
-    launches, host = _result("gpu_models"), _result("gpu_host")
+    launches = _result("gpu_models")
     dense = [_result("gpu_dense"), _result("gpu_dense_others")]
     tables = {
         "cpu": (benchmarks.cpu_table(cpu), [cpu]),
@@ -79,7 +79,7 @@ def _speed() -> dict[str, str]:
         "gpu-models": (benchmarks.gpu_model_table(models, originals), [models, originals]),
         "gpu-compiled": (benchmarks.gpu_compiled_table(compiled, originals), [compiled]),
         "gpu-launches": (benchmarks.gpu_launches_table(launches), [launches]),
-        "gpu-host": (benchmarks.gpu_host_table(host), [host]),
+        "gpu-ratios": (benchmarks.gpu_ratio_table(launches), [launches]),
         "gpu-dense": (benchmarks.gpu_dense_table(dense), dense),
         "gpu-long": (benchmarks.long_sequence_table(long), [long]),
     }

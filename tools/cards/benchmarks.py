@@ -149,28 +149,25 @@ def gpu_launches_table(results: Results) -> str:
     return table(["model", "mode", *columns.values()], rows)
 
 
-def gpu_host_table(results: Results) -> str:
-    """Launches and the host's time in eager mode, over those of a Swin Transformer, and with CUDA graphs."""
-    columns = ["launches_inference", "launches_training", "host_inference_ms", "host_training_ms"]
-    results.need("model", "mode", *columns)
-    times = {(row["model"], row["mode"]): [float(row[name]) for name in columns[2:]] for row in results.rows}
-    swin = times["swin_tiny_patch4_window7_224", "eager"]
+def gpu_ratio_table(results: Results) -> str:
+    """Eager mode over a Swin Transformer, and a training step with CUDA graphs over the time of its kernels."""
+    columns = {
+        "host_inference_ms": "host in inference",
+        "host_training_ms": "in training",
+        "inference_img_s": "inference [images/s]",
+        "training_img_s": "training [images/s]",
+    }
+    results.need("model", "mode", "gpu_training_ms", *columns)
+    found = {(row["model"], row["mode"]): row for row in results.rows}
+    swin = found["swin_tiny_patch4_window7_224", "eager"]
     rows = []
-    for row in results.rows:
-        if row["mode"] != "eager":
-            continue
-        own = times[row["model"], "eager"]
-        graphs = times.get((row["model"], "graphs"))
-        rows.append(
-            [
-                f"`{row['model']}`",
-                *(row[name] for name in columns),
-                " / ".join(f"{time / of_swin:.2f}" for time, of_swin in zip(own, swin, strict=True)),
-                "" if graphs is None else " / ".join(f"{time:.3g}" for time in graphs),
-            ]
-        )
-    titles = ["launches in inference", "in training", "host in inference [ms]", "in training [ms]"]
-    return table(["model", *titles, "over Swin-T", "with CUDA graphs [ms]"], rows)
+    for (model, mode), row in found.items():
+        graphs = found.get((model, "graphs"))
+        if mode == "eager" and graphs is not None:
+            step = 1e3 * int(results.arguments["batch"]) / float(graphs["training_img_s"])
+            ratios = [f"{float(row[name]) / float(swin[name]):.2f}" for name in columns]
+            rows.append([f"`{model}`", *ratios, f"{step / float(graphs['gpu_training_ms']):.2f}"])
+    return table(["model", *columns.values(), "a step with CUDA graphs over its kernels"], rows)
 
 
 def gpu_dense_table(files: Iterable[Results]) -> str:
