@@ -110,6 +110,22 @@ def test_other_strides_are_another_kind() -> None:
     assert len([x for x in recordings._kinds.values() if callable(x)]) == 3
 
 
+def test_what_was_one_tensor_may_be_two() -> None:
+    recordings = Recordings()
+
+    def function(tensors: list[Any]) -> tuple[Any, ...]:
+        a, b, c = tensors
+        return a + 2 * b, torch.mm(torch.mm(a, b.t()), c)
+
+    with torch.no_grad():
+        for call in range(CALLS):
+            a, b, c = (torch.randn(3, 3, device=DEVICE) for _ in range(3))
+            given = [a, a, a] if call < 3 else [a, b, c]
+            for found, wanted in zip(recordings.call(function, given), function(given), strict=True):
+                assert torch.equal(found, wanted)
+    assert program(recordings)
+
+
 def test_dead_views_and_what_they_freed_are_gone() -> None:
     recordings = Recordings()
 

@@ -88,6 +88,7 @@ class Recordings:
             return found(*tensors)
         first: Any = tensors[0]
         if found == seen and not is_capturing(first):  # whose tables of orders would be made anew at every call
+            tensors = _distinct(tensors)
             with Recorder(tensors) as recorder:
                 results = function(tensors, *key)
             self._kinds[kind] = recorder.program(results, packs)
@@ -95,6 +96,16 @@ class Recordings:
         if found is not None and found < seen:
             remember(self._kinds, kind, found + 1, _MOST)
         return function(tensors, *key)
+
+
+def _distinct(tensors: Tensors) -> list[Tensor | None]:
+    """The same, of which none is there twice: at another call it may be two tensors."""
+    seen: set[int] = set()
+    found: list[Tensor | None] = []
+    for x in tensors:
+        found.append(x.detach() if x is not None and id(x) in seen else x)
+        seen.add(id(x))
+    return found
 
 
 class Recorder(TorchDispatchMode):

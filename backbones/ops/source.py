@@ -91,9 +91,9 @@ class Packed:
 
     def unpack(self, results: Sequence[Tensor | None], packed: Tensor) -> list[Tensor | None]:
         """All results."""
-        return [
-            x if place is None else _part(packed, place) for x, place in zip(results, self.places, strict=True)
-        ]  # fmt: skip
+        packed = packed.contiguous()  # hooks on saved tensors may have copied it
+        pairs = zip(results, self.places, strict=True)
+        return [x if place is None else _part(packed, place) for x, place in pairs]
 
 
 def _part(packed: Tensor, place: Place) -> Tensor:
