@@ -11,6 +11,7 @@ import pytest
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from backbones.base.chain import run_chain
 from backbones.layers import (
@@ -355,6 +356,26 @@ def test_functional_calls_and_saved_tensors() -> None:
     assert not torch.equal(other, y)
     other.sum().backward()
     assert all(p.grad is not None for p in block.parameters())
+
+
+@needs_kernels
+@pytest.mark.parametrize("hooks", ["checkpoint", "save_on_cpu"])
+def test_hooks_on_saved_tensors_see_as_many_at_every_call(hooks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch_by_the_library(monkeypatch)
+    block, x, pending = built("vmamba")
+    grads = torch.randn_like(x), torch.randn_like(x)
+    wanted = gradients(copy.deepcopy(block), x, pending, grads)
+    for _ in range(3):
+        if (
+            hooks == "checkpoint"
+        ):  # which ends with an error where it saves another number of tensors when it runs again
+            inputs = [x.detach().requires_grad_(), pending.detach().requires_grad_()]
+            found = checkpoint(partial(through, block), *inputs, use_reentrant=False)
+            found = [*found, *torch.autograd.grad(found, [*inputs, *block.parameters()], grads)]
+        else:
+            with torch.autograd.graph.save_on_cpu():
+                found = gradients(block, x, pending, grads)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def set_eps(block: nn.Module) -> None:

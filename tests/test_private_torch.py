@@ -312,6 +312,14 @@ def tensors() -> None:
     assert tree["a"][1][0].tolist() == (x + 1).tolist(), "tree_map: expected to go through dicts, lists and tuples"
 
 
+def saved_tensor_hooks() -> None:
+    assert not tracing.has_saved_tensor_hooks()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        assert tracing.has_saved_tensor_hooks(), "_top_saved_tensors_default_hooks: expected those that are entered"
+        with torch.no_grad():
+            assert tracing.has_saved_tensor_hooks()
+
+
 def operators() -> None:
     aten = torch.ops.aten
     for operator in (aten.add_.Tensor, aten.mm.out, aten._foreach_copy_.default, aten.bernoulli_.float):
@@ -367,6 +375,7 @@ def states() -> None:
 
 ASSUMED = {
     ("_schema",): operators,
+    ("_top_saved_tensors_default_hooks", "_autograd"): saved_tensor_hooks,
     (): states,
     ("_current_level",): forward_mode,
     ("peek_interpreter_stack", "is_gradtrackingtensor", "is_functorch_wrapped_tensor", "_DisableFuncTorch"): functorch,

@@ -82,7 +82,7 @@ class Recordings:
         """
         seen = SEEN if seen is None else seen
         strides = tuple([None if x is None else x.stride() for x in tensors])
-        kind = (function.__name__, key, strides, torch.are_deterministic_algorithms_enabled())
+        kind = (function.__name__, key, strides, packs, torch.are_deterministic_algorithms_enabled())
         found = self._kinds.get(kind, 0)
         if callable(found):
             return found(*tensors)

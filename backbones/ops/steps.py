@@ -24,7 +24,7 @@ from backbones.ops.recorded import Recordings
 from backbones.ops.scan.triton import projected
 from backbones.ops.scan.visits import Visits
 from backbones.ops.source import Packed
-from backbones.ops.tracing import Weight, casts, kind_of
+from backbones.ops.tracing import Weight, casts, has_saved_tensor_hooks, kind_of
 from backbones.ops.triton_host import device_of
 
 Weights = Sequence[Any]  # tensors, and None for those that a layer goes without
@@ -363,8 +363,9 @@ class Steps:
 
     def forward(self, stream: Tensor, y: Tensor | None, weights: Weights) -> tuple[Saved, Packed | None]:
         """The stream and the branch behind all steps, and what `backward` is given."""
+        packs = None if has_saved_tensor_hooks() else 2
         with device_of(stream):
-            found = self._recordings.call(self._forward, (stream, y, *weights), True, packs=2)
+            found = self._recordings.call(self._forward, (stream, y, *weights), True, packs=packs)
         return (found[:-1], found[-1]) if isinstance(found[-1], Packed) else (found, None)
 
     def backward(

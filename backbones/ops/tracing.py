@@ -41,6 +41,7 @@ __all__ = [
     "copies",
     "current_gpu",
     "has_hooks",
+    "has_saved_tensor_hooks",
     "has_static_value",
     "identity",
     "is_as_written",
@@ -118,6 +119,11 @@ def runs_eagerly(x: Tensor) -> bool:
 def is_watched() -> bool:
     """Whether something looks at the operators that run now, such as a counter of operations, or transforms them."""
     return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether hooks see what autograd saves now: some move it elsewhere, and those of checkpoints count it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def is_traced() -> bool:
