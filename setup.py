@@ -1,4 +1,4 @@
-"""Package metadata, and the build of the optional C++ kernel of the `cpu` backend.
+"""Package metadata, and the build of the optional C++ kernel of the `cpu` backend, which also serves a GPU's host.
 
 The kernel is a plain shared library without Python or PyTorch headers, loaded by ctypes: one build serves every version
 of both, so the wheel is tagged py3-none-<platform>. Its inner loops are compiled once per instruction set and chosen at
