@@ -105,7 +105,7 @@ class Host(ctypes.Structure):
 
     __slots__ = ()
     _fields_ = [
-        *_pointers("tensor", "free", "call", "list", "append", "text", "launch", "context"),
+        *_pointers("tensor", "free", "call", "list", "append", "launch", "context"),
         *_integers("version", "device", "index"),
     ]
 
@@ -234,7 +234,7 @@ def read(x: Tensor) -> None:
 # PyTorch's C functions that `Host` names, in its order; they are there from 2.10 on, whose conventions are followed.
 _OF_TORCH = (
     "aoti_torch_create_tensor_from_blob", "aoti_torch_delete_tensor_object", "torch_call_dispatcher",
-    "torch_new_list_reserve_size", "torch_list_push_back", "torch_new_string_handle",
+    "torch_new_list_reserve_size", "torch_list_push_back",
 )  # fmt: skip
 _VERSION = 2 << 56 | 10 << 48
 
@@ -264,6 +264,19 @@ def host(device: torch.device) -> Host | str:
 def torch_function(name: str, device: torch.device) -> int | None:
     """The address of a C function of PyTorch's for tensors on a device, such as "mm_out"; None where there is none."""
     return _address(_of_torch(device.type), f"aoti_torch_{device.type}_{name}")
+
+
+_TENSOR, _TEXT = "RKNS_6TensorE", "St17basic_string_viewIcSt11char_traitsIcEE"
+# C++ functions, whose names tell their arguments: C functions that take a text leave a copy of it behind at every call.
+_GELUS = {
+    "gelu_out": f"_ZN2at4_ops8gelu_out4callE{_TENSOR}{_TEXT}RS2_",
+    "gelu_backward_grad_input": f"_ZN2at4_ops24gelu_backward_grad_input4callE{_TENSOR}S4_{_TEXT}RS2_",
+}
+
+
+def gelu_function(name: str) -> int | None:
+    """The address of PyTorch's function for the GELU or its gradient, None where it has none of these arguments."""
+    return _address(_of_torch("cpu"), _GELUS[name])
 
 
 def dtype_number(dtype: torch.dtype) -> int:

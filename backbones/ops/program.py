@@ -17,8 +17,8 @@ from backbones.ops import native
 from backbones.ops.tracing import arguments_of, changes_arguments, is_random, returns_of
 from backbones.ops.triton_host import Enqueued, current_stream
 
-_END, _LAUNCH, _PRODUCT, _SCALED_PRODUCT, _OPERATOR = range(5)  # `Instruction` in csrc/program.cpp
-_VALUE, _TENSOR, _OPTIONAL, _LIST, _TEXT = range(5)  # `Argument`
+_END, _LAUNCH, _PRODUCT, _SCALED_PRODUCT, _OPERATOR, _GELU = range(6)  # `Instruction` in csrc/program.cpp
+_VALUE, _TENSOR, _OPTIONAL, _LIST = range(4)  # `Argument`
 _DONE, _NO_CONTEXT = -1, -2  # `Result`
 _MOST = 64  # arguments of one instruction
 _ALIGNMENT = 512  # bytes, as PyTorch's allocator has it
@@ -30,10 +30,9 @@ _PRODUCTS = {
     **dict.fromkeys((_aten.addmm.default, _aten.addmm.out, _aten.addmm_.default), "addmm_out"),
     **dict.fromkeys((_aten.baddbmm.default, _aten.baddbmm.out, _aten.baddbmm_.default), "baddbmm_out"),
 }
+_GELUS = {_aten.gelu.default: "gelu_out", _aten.gelu_backward.default: "gelu_backward_grad_input"}
 _WRITING: dict[Any, Any] = {  # operators that write where they are told
     _aten.cat.default: _aten.cat.out,
-    _aten.gelu.default: _aten.gelu.out,
-    _aten.gelu_backward.default: _aten.gelu_backward.grad_input,
     _aten.mean.dim: _aten.mean.out,
     _aten.mul.Tensor: _aten.mul.out,
     _aten.sum.dim_IntList: _aten.sum.IntList_out,
@@ -121,6 +120,8 @@ class Writer:
         """One of PyTorch's operators, and what it made. None for those that the library does not know."""
         if operator in _PRODUCTS:
             return self._product(operator, args, kwargs, made)
+        if operator in _GELUS:
+            return self._gelu(operator, args, kwargs, made)
         if operator is _aten.zeros.default:
             operator, args, kwargs = _aten.zero_.default, made, {}
         elif operator in _WRITING:
@@ -147,6 +148,17 @@ class Writer:
             words += [_bits(kwargs.get(factor, 1)) for factor in ("beta", "alpha")]
         return Instruction(name, words, frozenset([self._place(out).buffer]))
 
+    def _gelu(
+        self, operator: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Sequence[Tensor]
+    ) -> Instruction | None:
+        function = native.gelu_function(_GELUS[operator])
+        if function is None or kwargs.get("approximate", "none") != "none":
+            return None
+        words: list[Word] = [_GELU, function, len(args)]
+        for x in (*args, *made):
+            words += self._tensor(x)
+        return Instruction(operator.name(), words, frozenset([self._place(made[0]).buffer]))
+
     def _operator(self, operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Instruction:
         arguments = arguments_of(operator)
         values = [*args, *[kwargs.get(x.name, x.default_value) for x in arguments[len(args) :]]]
@@ -171,11 +183,9 @@ class Writer:
                 return [_LIST, len(items), *[word for item in items for word in self._argument(inner, item)]]
             case "TensorType" if isinstance(value, Tensor) and value.device == self._device:
                 return [_TENSOR, *self._tensor(value)]
-            case "StringType":
-                return [_TEXT, *_text(value)]
             case "IntType" if isinstance(value, torch.dtype):
                 return [_VALUE, native.dtype_number(value)]
-            case "IntType" | "SymIntType" | "BoolType":
+            case "IntType" | "SymIntType" | "BoolType" if isinstance(value, int):
                 return [_VALUE, int(value)]
             case "FloatType":
                 return [_VALUE, _bits(value)]
@@ -187,7 +197,9 @@ class Writer:
 
 
 class _UnknownError(Exception):
-    """The library cannot be told of such an argument."""
+    """The library cannot be told of such an argument: a scalar, for which PyTorch's C functions have no form, or a
+    text, of which they leave a copy behind at every call.
+    """
 
 
 class Program:

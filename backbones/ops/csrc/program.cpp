@@ -9,7 +9,7 @@ namespace scan {
 namespace {
 
 using Word = uint64_t;  // also an argument of PyTorch's dispatcher
-using Handle = void*;   // of a tensor, list or text of PyTorch's
+using Handle = void*;   // of a tensor or list of PyTorch's
 
 struct Host {  // the fields of `Host` in backbones/ops/native.py
   int32_t (*tensor)(void* data, int64_t rank, const Word* sizes, const Word* strides, int64_t offset, int32_t dtype,
@@ -18,7 +18,6 @@ struct Host {  // the fields of `Host` in backbones/ops/native.py
   int32_t (*call)(const char* name, const char* overload, Word* arguments, Word version);
   int32_t (*list)(size_t size, Handle* made);
   int32_t (*append)(Handle list, Word value);
-  int32_t (*text)(const char* from, size_t size, Handle* made);
   int32_t (*launch)(Handle kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned threads, unsigned threads_y,
                     unsigned threads_z, unsigned shared, Handle stream, void** parameters, void** extra);
   int32_t (*context)(Handle* current);
@@ -26,8 +25,8 @@ struct Host {  // the fields of `Host` in backbones/ops/native.py
   int64_t device, index;
 };
 
-enum Instruction : Word { kEnd = 0, kLaunch = 1, kProduct = 2, kScaledProduct = 3, kOperator = 4 };
-enum Argument : Word { kValue = 0, kTensor = 1, kOptional = 2, kList = 3, kText = 4 };
+enum Instruction : Word { kEnd = 0, kLaunch = 1, kProduct = 2, kScaledProduct = 3, kOperator = 4, kGelu = 5 };
+enum Argument : Word { kValue = 0, kTensor = 1, kOptional = 2, kList = 3 };
 enum Result : int64_t { kDone = -1, kNoContext = -2 };  // or where the instruction stands that failed
 
 constexpr int kMost = 64;  // parameters of a launch, arguments of an operator; the writer sees to it
@@ -54,11 +53,11 @@ struct Run {
     return !host.tensor(data, rank, sizes, sizes + rank, 0, dtype, (int32_t)host.device, (int32_t)host.index, made);
   }
 
-  bool text(const char** from, size_t* size) {  // its length, and its characters with a zero behind them
-    *size = next();
-    *from = (const char*)at;
-    at += *size / sizeof(Word) + 1;
-    return true;
+  const char* text() {  // its length, and its characters with a zero behind them
+    const Word size = next();
+    const char* from = (const char*)at;
+    at += size / sizeof(Word) + 1;
+    return from;
   }
 
   bool argument(Word* value) {
@@ -78,12 +77,6 @@ struct Run {
         if (host.list(count, &made)) return false;
         for (Word item; count; count--)
           if (!argument(&item) || host.append(made, item)) return false;
-        break;
-      }
-      case kText: {
-        const char* from;
-        size_t size;
-        if (!text(&from, &size) || host.text(from, size, &made)) return false;
         break;
       }
       default:
@@ -131,11 +124,29 @@ struct Run {
                                                                                    factors[1]);
   }
 
-  bool operation() {  // names of the operator and its overload, the numbers of its arguments and results, and arguments
-    const char *name, *overload;
+  struct Text {  // as C++ passes a std::string_view
     size_t size;
-    text(&name, &size);
-    text(&overload, &size);
+    const char* from;
+  };
+
+  bool gelu() {  // PyTorch's function, one or two tensors, and where the result goes
+    const Word function = next();
+    const int count = (int)next();
+    Tensors given(host);
+    for (; given.count <= count; given.count++)
+      if (!tensor(&given.all[given.count])) return false;
+    Handle* const x = given.all;
+    const Text exact{4, "none"};
+    if (count == 1)
+      ((Handle(*)(Handle, Text, Handle))function)(x[0], exact, x[1]);
+    else
+      ((Handle(*)(Handle, Handle, Text, Handle))function)(x[0], x[1], exact, x[2]);
+    return true;
+  }
+
+  bool operation() {  // names of the operator and its overload, the numbers of its arguments and results, and arguments
+    const char* name = text();
+    const char* overload = text();
     const Word count = next(), results = next();
     Word stack[kMost];
     for (Word i = 0; i < count; i++)
@@ -151,6 +162,8 @@ struct Run {
         return launch();
       case kOperator:
         return operation();
+      case kGelu:
+        return gelu();
       default:
         return product(kind == kScaledProduct);
     }
@@ -170,7 +183,11 @@ SCAN_EXPORT int64_t backbones_program_run(const scan::Host* host, const scan::Wo
     const scan::Word* begin = run.at;
     const scan::Word kind = run.next();
     if (kind == scan::kEnd) return scan::kDone;
-    if (!run.instruction(kind)) return begin - program;
+    try {
+      if (!run.instruction(kind)) return begin - program;
+    } catch (...) {  // no exception may reach Python
+      return begin - program;
+    }
   }
 }
 
