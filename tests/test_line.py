@@ -359,6 +359,24 @@ def test_functional_calls_and_saved_tensors() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("library", [False, True])
+@pytest.mark.parametrize("seen", [0, 99])
+def test_gradients_of_leaves_add_up(library: bool, seen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if library:
+        launch_by_the_library(monkeypatch)
+    monkeypatch.setattr(recorded, "SEEN", seen)
+    block, x, pending = built("vim")
+    leaves = [t.requires_grad_() for t in (x, pending)]
+    for times in range(1, 4):
+        stream, y = through(block, *leaves)
+        (stream * y).sum().backward()
+        if times == 1:
+            once = [t.grad.clone() for t in leaves]
+        for leaf, grad in zip(leaves, once, strict=True):
+            torch.testing.assert_close(leaf.grad, times * grad)
+
+
+@needs_kernels
 @pytest.mark.parametrize("hooks", ["checkpoint", "save_on_cpu"])
 def test_hooks_on_saved_tensors_see_as_many_at_every_call(hooks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launch_by_the_library(monkeypatch)

@@ -43,7 +43,7 @@ def gradients(tensors: list[Any]) -> tuple[Any, ...]:
     into, square = torch.empty_like(sums), x.new_empty(1, 3, 3)
     torch.bmm(weight.t().unsqueeze(0), weight.unsqueeze(0), out=square)
     into.copy_(sums.addmm_(x[:3], torch.mm(x.t(), h)))
-    back = torch.ops.aten.gelu_backward(h, h, approximate="tanh")
+    back = torch.ops.aten.gelu_backward(h, torch.ops.aten.gelu_backward(h, h), approximate="tanh")
     low = torch.ops.aten.threshold_backward(back, h, 0.25)
     return low.mean((0,), True), back.sum(), total, into, square, x.mean((0, 1), dtype=torch.float64)
 
@@ -149,6 +149,41 @@ def test_what_fails_is_named() -> None:
             program()
 
 
+def test_an_exception_is_an_error() -> None:
+    x, wrong = torch.ones(2, 3, device=DEVICE), torch.ones(2, 3, dtype=torch.int32, device=DEVICE)
+    instruction = Writer(x.device, lambda x: Place.of(x, "", x.data_ptr())).operator(
+        torch.ops.aten.gelu.default, (x,), {}, (wrong,)
+    )
+    assert instruction is not None
+    with pytest.raises(RuntimeError, match="gelu failed"):
+        Program([instruction], [], {}, x.device, [])()
+
+
+def test_calls_leave_nothing_behind() -> None:
+    class Heap(ctypes.Structure):
+        _fields_ = [(name, ctypes.c_size_t) for name in "abcdefghij"]
+
+    heap = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if heap is None:
+        pytest.skip("the C library cannot tell how much is in use")
+    heap.restype = Heap
+    recordings = Recordings()
+
+    def function(tensors: list[Any]) -> tuple[Any, ...]:
+        x, weight, bias, _ = tensors
+        h = torch.addmm(bias, x, weight.t())
+        y = torch.cat((torch.ops.aten.gelu_backward(h, F.gelu(h)), h), 1)
+        return torch.mm(y.t(), x), y.sum(0)
+
+    tensors, used, calls = inputs(0), [], 2000
+    with torch.no_grad():
+        for _ in range(3):
+            for _ in range(calls):
+                recordings.call(function, tensors)
+            used.append(heap().h)  # uordblks
+    assert min(used[1] - used[0], used[2] - used[1]) < 8 * calls
+
+
 def test_launches_are_told_addresses_and_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE != "cpu":
         pytest.skip("a GPU's driver has a launch of its own")
@@ -215,7 +250,7 @@ def test_packed_results_are_those_of_the_calls() -> None:
         low = torch.empty_like(h, dtype=torch.bfloat16)
         low.copy_(h)
         y = torch.mm(h, weight)
-        return y, None, h, x, None, low.view(2, 12)[:, 3:7], y.view(-1), F.gelu(h).unsqueeze(0), x.new_empty(0, 2)
+        return y, None, h, x, None, low.view(2, 12)[:, 3:7], y.view(-1), (h * h).unsqueeze(0), x.new_empty(0, 2)
 
     recordings = Recordings()
     with torch.no_grad():
@@ -245,3 +280,50 @@ def test_nothing_but_empty_tensors_can_be_packed() -> None:
             )
     *results, packed, last = found
     assert [None if x is None else x.shape for x in last.unpack(results, packed)] == [(6, 3), (0, 2)]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_linear_layers_are_products_in_every_mode(mode: Any) -> None:
+    recordings = Recordings()
+
+    def function(tensors: list[Any]) -> tuple[Any, ...]:
+        x, weight, bias, _ = tensors
+        return (F.linear(F.linear(x, weight, bias), weight.t()),)
+
+    with mode():
+        for call in range(CALLS):
+            (found,) = recordings.call(function, inputs(call))
+            assert torch.equal(found, function(inputs(call))[0])
+    source = recording(recordings).source
+    assert source.count(" = c") == 1 + 1, source  # the result, and memory for the rest
+
+
+def test_results_may_be_constants_and_memory_empty() -> None:
+    constant = torch.randn(3, device=DEVICE)
+
+    def function(tensors: list[Any]) -> tuple[Any, ...]:
+        x, weight, _, _ = tensors
+        none = torch.mm(x.new_zeros(0, 3), weight.t())
+        return torch.mm(none.t(), x.new_zeros(0, 3)), constant, None
+
+    for packs in (None, 1):
+        recordings = Recordings()
+        with torch.no_grad():
+            for call in range(CALLS):
+                found = recordings.call(function, inputs(call), packs=packs)
+                assert torch.equal(found[0], found[0].new_zeros(4, 3)) and found[1] is constant and found[2] is None
+
+
+def test_what_the_library_cannot_be_told_is_left_to_python() -> None:
+    def function(tensors: list[Any]) -> tuple[Any, ...]:
+        x, weight, _, _ = tensors
+        y = x.new_empty(6, 4)
+        y.resize_(6, 4, memory_format=torch.contiguous_format)
+        torch.mm(x, weight.t(), out=y)
+        return torch.mm(y, weight), y
+
+    recordings = Recordings()
+    with torch.no_grad():
+        for call in range(CALLS):
+            found = recordings.call(function, inputs(call))
+            assert all(torch.equal(a, b) for a, b in zip(found, function(inputs(call)), strict=True))

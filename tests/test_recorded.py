@@ -189,9 +189,26 @@ def test_an_error_leaves_nothing_behind() -> None:
     assert len(calls) == 4
 
 
-def test_recordings_do_not_pile_up() -> None:
+@pytest.mark.parametrize("seen", [0, None])
+def test_recordings_do_not_pile_up(seen: int | None) -> None:
     recordings = Recordings()
     with torch.no_grad():
         for size in range(1, 60):
-            recordings.call(lambda tensors, key: (tensors[0] + key,), [torch.ones(size)], size)
+            recordings.call(lambda tensors, key: (tensors[0] + key,), [torch.ones(size)], size, seen=seen)
     assert len(recordings._kinds) <= 16
+
+
+def test_what_writes_to_what_lives_longer_is_not_recorded() -> None:
+    recordings, kept = Recordings(), torch.zeros(2)
+
+    def function(tensors: list[Any]) -> tuple[Any, ...]:
+        kept.copy_(tensors[0])
+        first = kept + 1
+        kept.mul_(2)
+        return first, kept + 1
+
+    with torch.no_grad():
+        for value in range(CALLS):
+            found = recordings.call(function, [torch.full((2,), float(value))])
+            assert [x[0].item() for x in found] == [value + 1, 2 * value + 1]
+    assert not any(map(callable, recordings._kinds.values()))

@@ -22,7 +22,7 @@ from backbones.ops import native
 from backbones.ops.program import Place, Writer
 from backbones.ops.remember import remember
 from backbones.ops.source import Call, Composition, Line, alive, source
-from backbones.ops.tracing import TorchDispatchMode, changes_arguments, is_random, storage_of
+from backbones.ops.tracing import TorchDispatchMode, arguments_of, changes_arguments, is_random, storage_of
 from backbones.ops.triton_host import Launch, is_capturing, launches
 
 Tensors = Sequence[Tensor | None]
@@ -91,7 +91,7 @@ class Recordings:
             tensors = _distinct(tensors)
             with Recorder(tensors) as recorder:
                 results = function(tensors, *key)
-            self._kinds[kind] = recorder.program(results, packs)
+            remember(self._kinds, kind, recorder.program(results, packs), _MOST)
             return results
         if found is not None and found < seen:
             remember(self._kinds, kind, found + 1, _MOST)
@@ -142,6 +142,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        parts = self._parts_of(operator, args, kwargs)
+        if parts is not NotImplemented:
+            return parts
         results = operator(*args, **kwargs)
         made = results if isinstance(results, list | tuple) else (results,)
         if not all([isinstance(x, Tensor) for x in made]) and results is not None:
@@ -150,6 +153,8 @@ class Recorder(TorchDispatchMode):
         if operator is _aten.as_strided.default and len(args) > 3:
             self._differs = True  # it counts from where the storage begins, which another call's tensors may not do
         changes = changes_arguments(operator)
+        if changes and not all([x in self._names for x in _written(operator, args, kwargs)]):
+            self._differs = True  # it writes to what is neither given nor made here
         call = Call(self._constant(_FUNCTIONS.get(operator, operator)), changes or is_random(operator), changes)
         given = [self._source(x, call) for x in args]
         if kwargs:
@@ -174,8 +179,20 @@ class Recorder(TorchDispatchMode):
             self._transposed[self._names[results]] = given[0]
         return results
 
+    def _parts_of(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        """What a composite operator returns by those that it is made of; else NotImplemented. Only in inference mode do
+        they arrive whole.
+        """
+        if not torch.is_inference_mode_enabled():
+            return NotImplemented
+        TorchDispatchMode.__enter__(self)
+        try:
+            return operator.decompose(*args, **kwargs)
+        finally:
+            TorchDispatchMode.__exit__(self, None, None, None)
+
     def launch(self, launch: Launch, tensors: Tensors) -> None:
-        """``launch(*tensors)`` read and wrote at their addresses."""
+        """``launch(*tensors)`` read and wrote at their addresses; it wrote to none that lives longer."""
         call = Call(self._constant(launch.run), True, True)
         given = [self._source(x, call) for x in tensors]
         call.reads = [self._beginnings.get(name, name) for name in call.reads]
@@ -260,6 +277,16 @@ class Recorder(TorchDispatchMode):
             self._constants[key] = f"c{len(self._constants)}"
             self._values[self._constants[key]] = x
         return self._constants[key]
+
+
+def _written(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments to which PyTorch's operator writes."""
+    found: list[Tensor] = []
+    for i, argument in enumerate(arguments_of(operator)):
+        if argument.is_write:
+            value = args[i] if i < len(args) else kwargs[argument.name]
+            found += value if isinstance(value, list | tuple) else (value,)
+    return found
 
 
 @functools.lru_cache(256)

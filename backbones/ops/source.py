@@ -109,7 +109,7 @@ class Composition:
 
     Args:
         calls: those that are alive.
-        results: how the source names them; "None" stands for none.
+        results: how the source names them, some of which are constants or None.
         inputs: names.
         packs: the first of the results that may be packed, see `Packed`.
         places: of all tensors, by name.
@@ -131,7 +131,8 @@ class Composition:
         packed = dict.fromkeys([places[name].buffer for name in results if name in self._packed])
         *begins, size = one_by_one([sizes.pop(name) for name in packed])
         self._packed_size = max(size, 1) if packed else 0  # all of them may be empty
-        offsets, self._size = shared_memory(instructions, sizes)
+        offsets, size = shared_memory(instructions, sizes)
+        self._size = max(size, 1) if offsets else 0
         self._offsets = {name: ("memory", begin) for name, begin in offsets.items()}
         self._offsets.update({name: ("packed", begin) for name, begin in zip(packed, begins, strict=True)})
         self._lines: list[Line] = []
@@ -165,9 +166,9 @@ class Composition:
         """
         calls = [call for call in self._calls if call.instruction is not None or call.idles == "memory"]
         ours = {name for call in calls for name in call.makes}
-        packed = {name for name in self._results[first:] if name != "None" and self._places[name].buffer in ours}
+        packed = {x for x in self._results[first:] if x in self._places and self._places[x].buffer in ours}
         while True:
-            readers = self._all_readers([x for x in self._results if x != "None" and x not in packed])
+            readers = self._all_readers([x for x in self._results if x in self._places and x not in packed])
             taken = {self._places[name].buffer for name in readers}
             others = {name for name in packed if self._places[name].buffer in taken}
             if not others:
@@ -250,7 +251,7 @@ class Composition:
 
     def _end(self) -> Line:
         returned = ["None" if name in self._packed else name for name in self._results]
-        names = [name for name in returned if name != "None"]
+        names = [name for name in returned if name in self._places]
         if self._packed_size:
             packed = Packed(tuple([self._place_in_packed(name) for name in self._results]))
             returned += ("packed", self._constant(packed))

@@ -414,7 +414,10 @@ class Steps:
         given = zip(grads, self._weights, learns, strict=True)
         places = [i for i, (x, weight, learn) in enumerate(given) if weight and learn and x.dtype != weight.dtype]
         _cast(grads, places, torch.float32)
-        return flow.stream.view(dstream.shape), flow.y.view(dstream.shape) if has_branch else None, *grads
+        dx, dbranch = flow.stream.view(dstream.shape), None
+        if has_branch:  # one tensor twice is copied for leaves, which would add to both of two views of it
+            dbranch = dx if flow.y is flow.stream else flow.y.view(dstream.shape)
+        return dx, dbranch, *grads
 
     def _places(self, weights: Weights, half: torch.dtype) -> list[int]:
         """Of the weights that autocast would cast."""

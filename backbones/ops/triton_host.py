@@ -105,7 +105,7 @@ class Launch:
             return None
         launcher, metadata = compiled.run, compiled.metadata
         special = launcher.launch_cooperative_grid or launcher.launch_pdl or launcher.num_ctas != 1
-        if special or launcher.global_scratch_size or launcher.profile_scratch_size:
+        if special or launcher.global_scratch_size or launcher.profile_scratch_size or 0 in self._grid:
             return None
         values = (*tensors, *self._values())
         parameters: list[Any] = []
