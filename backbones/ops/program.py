@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from backbones.ops import native
-from backbones.ops.tracing import arguments_of, changes_arguments, is_random, returns_of
-from backbones.ops.triton_host import Enqueued, current_stream
+from backbones.ops.tracing import arguments_of, changes_arguments, is_random, returns_of, written_by
+from backbones.ops.triton_host import Enqueued, bits, cdiv, current_stream
 
 _END, _LAUNCH, _PRODUCT, _SCALED_PRODUCT, _OPERATOR, _GELU = range(6)  # `Instruction` in csrc/program.cpp
 _VALUE, _TENSOR, _OPTIONAL, _LIST = range(4)  # `Argument`
@@ -145,7 +145,7 @@ class Writer:
         for x in (out, *args):
             words += self._tensor(x)
         if len(args) == 3:
-            words += [_bits(kwargs.get(factor, 1)) for factor in ("beta", "alpha")]
+            words += [bits("fp64", kwargs.get(factor, 1)) for factor in ("beta", "alpha")]
         return Instruction(name, words, frozenset([self._place(out).buffer]))
 
     def _gelu(
@@ -164,14 +164,12 @@ class Writer:
         values = [*args, *[kwargs.get(x.name, x.default_value) for x in arguments[len(args) :]]]
         name, _, overload = operator.name().partition(".")
         words: list[Word] = [_OPERATOR, *_text(name), *_text(overload), len(values), returns_of(operator)]
-        writes: set[str] = set()
         for argument, value in zip(arguments, values, strict=True):
             words += self._argument(argument.type, value)
-            if argument.is_write:
-                writes |= {self._place(x).buffer for x in (value if isinstance(value, list | tuple) else [value])}
         if len(values) > _MOST:
             raise _UnknownError
-        return Instruction(operator.name(), words, frozenset(writes))
+        writes = frozenset([self._place(x).buffer for x in written_by(operator, args, kwargs)])
+        return Instruction(operator.name(), words, writes)
 
     def _argument(self, kind: Any, value: Any) -> list[Word]:
         match kind.kind():
@@ -188,7 +186,7 @@ class Writer:
             case "IntType" | "SymIntType" | "BoolType" if isinstance(value, int):
                 return [_VALUE, int(value)]
             case "FloatType":
-                return [_VALUE, _bits(value)]
+                return [_VALUE, bits("fp64", value)]
         raise _UnknownError
 
     def _tensor(self, x: Tensor) -> list[Word]:
@@ -259,7 +257,7 @@ def one_by_one(sizes: Sequence[int]) -> list[int]:
 
 
 def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+    return cdiv(size, _ALIGNMENT) * _ALIGNMENT
 
 
 def shared_memory(instructions: Sequence[Instruction], sizes: dict[str, int]) -> tuple[dict[str, int], int]:
@@ -296,10 +294,6 @@ def _is_contiguous(shape: Iterable[int], stride: Iterable[int]) -> bool:
             return False
         expected *= side
     return True
-
-
-def _bits(x: float) -> int:
-    return int.from_bytes(struct.pack("<d", x), "little")
 
 
 def _text(text: str) -> Iterator[int]:

@@ -22,7 +22,7 @@ from backbones.ops import native
 from backbones.ops.program import Place, Writer
 from backbones.ops.remember import remember
 from backbones.ops.source import Call, Composition, Line, alive, source
-from backbones.ops.tracing import TorchDispatchMode, arguments_of, changes_arguments, is_random, storage_of
+from backbones.ops.tracing import TorchDispatchMode, changes_arguments, is_random, storage_of, written_by
 from backbones.ops.triton_host import Launch, is_capturing, launches
 
 Tensors = Sequence[Tensor | None]
@@ -153,7 +153,7 @@ class Recorder(TorchDispatchMode):
         if operator is _aten.as_strided.default and len(args) > 3:
             self._differs = True  # it counts from where the storage begins, which another call's tensors may not do
         changes = changes_arguments(operator)
-        if changes and not all([x in self._names for x in _written(operator, args, kwargs)]):
+        if changes and not all([x in self._names for x in written_by(operator, args, kwargs)]):
             self._differs = True  # it writes to what is neither given nor made here
         call = Call(self._constant(_FUNCTIONS.get(operator, operator)), changes or is_random(operator), changes)
         given = [self._source(x, call) for x in args]
@@ -197,8 +197,7 @@ class Recorder(TorchDispatchMode):
         given = [self._source(x, call) for x in tensors]
         call.reads = [self._beginnings.get(name, name) for name in call.reads]
         call.arguments = ", ".join([self._beginnings.get(name, name) for name in given])
-        enqueued = None if self._writer is None else launch.enqueued(*tensors)
-        if self._writer is not None and enqueued is not None:
+        if self._writer is not None and (enqueued := launch.enqueued(*tensors)) is not None:
             call.instruction = self._writer.launch(enqueued)
         self._calls.append(call)
 
@@ -277,16 +276,6 @@ class Recorder(TorchDispatchMode):
             self._constants[key] = f"c{len(self._constants)}"
             self._values[self._constants[key]] = x
         return self._constants[key]
-
-
-def _written(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The arguments to which PyTorch's operator writes."""
-    found: list[Tensor] = []
-    for i, argument in enumerate(arguments_of(operator)):
-        if argument.is_write:
-            value = args[i] if i < len(args) else kwargs[argument.name]
-            found += value if isinstance(value, list | tuple) else (value,)
-    return found
 
 
 @functools.lru_cache(256)

@@ -63,6 +63,7 @@ __all__ = [
     "storage_of",
     "tree_map",
     "untraced",
+    "written_by",
 ]
 
 
@@ -225,6 +226,16 @@ def storage_of(x: Tensor) -> int:
 def arguments_of(operator: Any) -> Sequence[Any]:
     """Those of PyTorch's operator, with their names, types and defaults."""
     return operator._schema.arguments
+
+
+def written_by(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Those of the arguments to which PyTorch's operator writes."""
+    found: list[Tensor] = []
+    for i, argument in enumerate(arguments_of(operator)):
+        if argument.is_write:
+            value = args[i] if i < len(args) else kwargs[argument.name]
+            found += value if isinstance(value, list | tuple) else (value,)
+    return found
 
 
 def returns_of(operator: Any) -> int:

@@ -111,7 +111,7 @@ class Launch:
         parameters: list[Any] = []
         for kind, value in zip(compiled.src.signature.values(), values, strict=True):
             if kind != "constexpr":
-                parameters.append(value if isinstance(value, Tensor) else _bits(kind, value))
+                parameters.append(value if isinstance(value, Tensor) else bits(kind, value))
         threads = 32 * metadata.num_warps
         return Enqueued(compiled.function, (*self._grid, 1, 1)[:3], threads, metadata.shared, (*parameters, 0, 0))
 
@@ -161,13 +161,13 @@ class Enqueued(NamedTuple):
 
 def _key(device: int, pointers: list[int]) -> Any:
     """The GPU's number, and which addresses are multiples of 16 unless all are."""
-    bits = 0
+    odd = 0
     for pointer in pointers:
-        bits |= pointer
-    return (device, *[pointer & 15 == 0 for pointer in pointers]) if bits & 15 else device
+        odd |= pointer
+    return (device, *[pointer & 15 == 0 for pointer in pointers]) if odd & 15 else device
 
 
-def _bits(kind: str, value: int | float) -> int:
+def bits(kind: str, value: int | float) -> int:
     """A number as a kernel reads it, at the beginning of a word."""
     return int.from_bytes(struct.pack({"fp32": "<f", "fp64": "<d"}.get(kind, "<q"), value), "little")
 
