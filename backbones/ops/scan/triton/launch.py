@@ -176,7 +176,7 @@ class _Scan:
                 self.launches["sum", width, buffer.dtype, dtype] = run
             run(buffer, y)
             return y
-        return buffer if buffer.dtype == dtype else buffer.to(dtype)
+        return _as_dtype(buffer, dtype)
 
     def segments(self, config: Config) -> tuple[int, int]:
         """(steps, number) of the segments of an order.
@@ -278,7 +278,7 @@ class _Scan:
             walk, short = self.window_walk()
             self.run_forward(tensors, walk, y, window=True, reset=short)
         if self.out == "per_step":
-            return y.to(self.dtype), states
+            return _as_dtype(y, self.dtype), states
         return self.collect(y, self.out == "sum", self.dtype, orders), states
 
     def backward(
@@ -381,7 +381,7 @@ def backward(
         du, ddelta, partials, parts = scan.backward(contiguous_rows(grad), tensors, states)
         dA, dD, dbias = _split_sums(column_sums(parts), scan)
         if not scan.facts.repeats:
-            partials = (partials if partials.shape[1] == 1 else partials.sum(1, keepdim=True)).to(B.dtype)
+            partials = _as_dtype(partials if partials.shape[1] == 1 else partials.sum(1, keepdim=True), B.dtype)
         none = dA.new_empty(0)
         return (
             scan.collect(du, scan.shared, u.dtype, orders),
@@ -398,14 +398,30 @@ def _as_kernels_read(
     bias: Tensor | None,
 ) -> Operands:  # fmt: skip
     u, delta, B, C = (contiguous_rows(x) for x in (u, delta, B, C))
-    return u, delta, A.transpose(1, 2).contiguous(), B, C, D, orders, bias
+    D, orders, bias = (None if x is None else x.contiguous() for x in (D, orders, bias))
+    return u, delta, _transposed(A), B, C, D, orders, bias
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """(k, n, c) as (k, c, n), or the other way around, contiguous."""
+    x = x.transpose(1, 2)
+    return x if x.is_contiguous() else _copied(torch.empty_like(x, memory_format=torch.contiguous_format), x)
+
+
+def _as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else _copied(torch.empty_like(x, dtype=dtype), x)
+
+
+def _copied(y: Tensor, x: Tensor) -> Tensor:
+    """x in the memory of y: the library can run this in recorded programs, but not an operator that makes y itself."""
+    return y.copy_(x)
 
 
 def _split_sums(sums: Tensor, scan: _Scan) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of A (k, c, n), D (k, c) and bias (k, c)."""
     k, c, n = scan.k, scan.c, scan.n
     dA, dD, dbias = sums.split_with_sizes([k * c * n, k * c, k * c])
-    return dA.view(k, n, c).transpose(1, 2).contiguous(), dD.view(k, c), dbias.view(k, c)
+    return _transposed(dA.view(k, n, c)), dD.view(k, c), dbias.view(k, c)
 
 
 def _partials(scan: _Scan, blocks: int, atomic: bool, dtype: torch.dtype) -> Tensor:
