@@ -18,7 +18,7 @@ import torch
 import backbones.ops.scan.triton as backend
 from backbones.layers import SS2D, MambaMixer, Scan
 from backbones.ops import Visits, selective_scan
-from backbones.ops.scan import naive
+from backbones.ops.scan import api, naive
 from backbones.ops.scan.triton import tables
 from backbones.patterns import ATROUS, BIDIRECTIONAL, CROSS, ScanPattern
 from tests.kernels import DEVICE, RUNS, quiet
@@ -89,6 +89,7 @@ def poisoned(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[torch.
 @pytest.fixture(params=["carried by the scan", "carried by a kernel"])
 def segmented(launch: ModuleType, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """As on a GPU with so many multiprocessors that every scan is cut into the shortest segments."""
+    monkeypatch.setattr(api, "_eager_scans", {})
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 10**6)
     monkeypatch.setattr(launch, "_CARRIED", 100 if request.param == "carried by the scan" else 0)
 

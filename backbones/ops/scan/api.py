@@ -6,14 +6,19 @@ import torch
 from torch import Tensor
 
 from backbones.ops.derivatives import empty_result
-from backbones.ops.dispatch import choose_for
+from backbones.ops.dispatch import choose_for, kernels
+from backbones.ops.remember import remember
 from backbones.ops.rows import PLAIN
 from backbones.ops.scan import naive
-from backbones.ops.scan.operator import output_shape, scan_op, scan_unwatched
+from backbones.ops.scan.operator import output_shape, scan_op
 from backbones.ops.scan.visits import Visits
-from backbones.ops.tracing import is_watched, runs_eagerly
+from backbones.ops.tracing import is_transformed, is_watched
 
 _OUTPUTS = ("sum", "per_order", "per_step")
+_OPTION_TYPES = (bool, str, int)
+_VISITS = (Visits, type(None))
+_MOST = 256  # kinds of calls: images may be of ever new sizes
+_eager_scans: dict[Any, Any] = {}  # `EagerScan` by kinds whose checks passed
 
 
 def selective_scan(
@@ -74,6 +79,10 @@ def selective_scan(
         NotImplementedError: forward-mode or ``torch.func`` derivatives, or second ones, through another backend than
             "naive".
     """
+    tensors = (u, delta, A, B, C, D, orders, delta_bias, dt_weight)
+    kind = _kind(tensors, delta_softplus, out, local_window, visits, backend)
+    if kind is not None and (known := _eager_scans.get(kind)) is not None:
+        return known(tensors)
     _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, orders=orders, delta_bias=delta_bias, dt_weight=dt_weight)
     _check_shapes(u, delta, A, B, C, D, orders, delta_bias, dt_weight)
     if out not in _OUTPUTS:
@@ -95,16 +104,17 @@ def selective_scan(
     save = torch.jit.is_tracing() or (  # type: ignore[attr-defined]
         torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in floats])
     )
+    lay_out = _as if backend == "triton" else _as_contiguous  # the former does so itself
     arguments = (
         _as(u, token_dtype),
         _as(delta, token_dtype),
-        _as(A, state_dtype) if backend == "triton" else _as(A, state_dtype).contiguous(),  # which lays it out itself
+        lay_out(A, state_dtype),
         _as(B, token_dtype),
         _as(C, token_dtype),
-        None if D is None else _as(D, state_dtype).contiguous(),
-        None if orders is None else _as(orders, torch.int32).contiguous(),
-        None if delta_bias is None else _as(delta_bias, state_dtype).contiguous(),
-        None if dt_weight is None else _as(dt_weight, state_dtype).contiguous(),
+        None if D is None else lay_out(D, state_dtype),
+        None if orders is None else lay_out(orders, torch.int32),
+        None if delta_bias is None else lay_out(delta_bias, state_dtype),
+        None if dt_weight is None else lay_out(dt_weight, state_dtype),
         delta_softplus,
         out,
         local_window,
@@ -113,16 +123,38 @@ def selective_scan(
     )
     if transformed:
         return _as(naive.forward(*arguments)[0], u.dtype)
-    unwatched = backend == "triton" and runs_eagerly(u) and not is_watched()
-    if unwatched and all([x is None or type(x) in PLAIN for x in floats]):
-        y, _ = scan_unwatched(*arguments, backend)
-    else:
-        y, _ = scan_op(*arguments, backend)
+    if kind is not None and backend == "triton":
+        made = kernels("scan.triton.eager").EagerScan(
+            tensors, arguments[: len(tensors)], delta_softplus, out, local_window, visits
+        )
+        return remember(_eager_scans, kind, made, _MOST)(tensors)
+    y, _ = scan_op(*arguments, backend)
     return _as(y, u.dtype)
+
+
+def _kind(
+    tensors: tuple[Any, ...], delta_softplus: Any, out: Any, local_window: Any, visits: Any, backend: Any
+) -> tuple[Any, ...] | None:  # fmt: skip
+    """What the checks look at, for arguments that `EagerScan` may take; else None."""
+    u = tensors[0]
+    if not isinstance(u, Tensor) or not (u.is_cuda if backend is None else backend == "triton") or u.is_meta:
+        return None
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_watched() or is_transformed(*tensors):  # type: ignore[attr-defined]
+        return None
+    if (type(delta_softplus), type(out), type(local_window)) != _OPTION_TYPES or type(visits) not in _VISITS:
+        return None
+    if not all([x is None or type(x) in PLAIN for x in tensors]):
+        return None
+    kinds = [None if x is None else (x.dtype, x.shape, x.device) for x in tensors]
+    return *kinds, delta_softplus, out, local_window, visits, backend
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)  # a call of `to` takes a microsecond even if it does nothing
+
+
+def _as_contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return _as(x, dtype).contiguous()
 
 
 def _token_dtype(backend: str, u: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> torch.dtype:

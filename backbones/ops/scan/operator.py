@@ -17,6 +17,7 @@ visits)``
     is None.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -88,13 +89,17 @@ def _(grad, u, delta, A, B, C, D, orders, delta_bias, dt_weight, states, *option
     )
 
 
-class _Scan(torch.autograd.Function):
+class Scan(torch.autograd.Function):
+    """Every scan with gradients, by what runs its two passes: a call of the operator, or another class with the methods
+    of `_Call`. Returns what its forward pass does.
+    """
+
     # `register_autograd` would do the same, but its time grows with the square of the number of arguments.
 
     @staticmethod
-    def forward(ctx: Any, keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        y, states = _forward(*args) if keys is None else below_autograd(scan_op, _forward, keys, *args)
-        *tensors, ctx.delta_softplus, ctx.out, ctx.local_window, _, ctx.visits, ctx.backend = args
+    def forward(ctx: Any, scan: Any, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, states = scan.forward(tensors, True)
+        ctx.scan = scan
         ctx.save_for_backward(*tensors, states)
         ctx.set_materialize_grads(False)
         return y, states
@@ -103,32 +108,50 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:  # nobody reads y
             return (None,) * len(ctx.needs_input_grad)
-        tensors = ctx.saved_tensors
-        args = (grad, *tensors, ctx.delta_softplus, ctx.out, ctx.local_window, ctx.visits)
-        # The gradient of plain PyTorch is autograd's own, which does not run inside of an operator.
-        if ctx.backend == "naive":
-            grads = naive.backward(*args)
-        else:
-            run = scan_backward_op if torch.is_grad_enabled() or is_watched() else _backward
-            grads = first_order("selective_scan", run(*args, ctx.backend), (grad, *tensors[:-1]))
-        found = dict(zip(_WITH_GRADIENTS, grads, strict=True))
-        given = zip(_TENSOR_NAMES, tensors[:-1], strict=True)
-        by_tensor = [None if x is None else found.get(name) for name, x in given]
-        return None, *by_tensor, *[None] * (len(ctx.needs_input_grad) - 1 - len(by_tensor))
+        *tensors, states = ctx.saved_tensors
+        found = dict(zip(_WITH_GRADIENTS, ctx.scan.backward(grad, tensors, states), strict=True))
+        given = zip(_TENSOR_NAMES, tensors, strict=True)
+        return None, *[None if x is None else found.get(name) for name, x in given]
+
+
+class _Call:
+    """One call of the operator, with the keys that the dispatcher has left for it."""
+
+    def __init__(self, keys: Any, options: Sequence[Any]) -> None:
+        self._keys, self._options = keys, options
+
+    def forward(self, tensors: Sequence[Tensor | None], _save: bool) -> tuple[Tensor, Tensor]:
+        return below_autograd(scan_op, _forward, self._keys, *tensors, *self._options)
+
+    def backward(self, grad: Tensor, tensors: Sequence[Tensor | None], states: Tensor) -> Sequence[Tensor]:
+        delta_softplus, out, local_window, _, visits, backend = self._options
+        return gradients(grad, tensors, states, delta_softplus, out, local_window, visits, backend)
+
+
+def gradients(
+    grad: Tensor, tensors: Sequence[Tensor | None], states: Tensor, delta_softplus: bool, out: str, local_window: int,
+    visits: list[bool] | None, backend: str,
+) -> Sequence[Tensor]:  # fmt: skip
+    """Those of `_WITH_GRADIENTS`; the last three are anything where the tensor is None.
+
+    Raises:
+        NotImplementedError: second derivatives, of another backend than "naive".
+    """
+    args: Any = (grad, *tensors, states, delta_softplus, out, local_window, visits)
+    if backend == "naive":  # autograd's own gradient, which does not run inside of an operator
+        return naive.backward(*args)
+    run = scan_backward_op if torch.is_grad_enabled() or is_watched() else _backward
+    return first_order("selective_scan", run(*args, backend), (grad, *tensors))
 
 
 def _with_autograd(keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in args]):
-        return _Scan.apply(keys, *args)
-    return _forward(*args) if keys is None else below_autograd(scan_op, _forward, keys, *args)
+        count = len(_TENSOR_NAMES)
+        return Scan.apply(_Call(keys, args[count:]), *args[:count])
+    return below_autograd(scan_op, _forward, keys, *args)
 
 
 _library.impl("selective_scan", _with_autograd, "Autograd", with_keyset=True)
-
-
-def scan_unwatched(*args: Any) -> tuple[Tensor, Tensor]:
-    """``scan_op`` where nobody looks on: without the dispatcher, which takes the host as long as two launches."""
-    return _with_autograd(None, *args)
 
 
 def _forward_flops(u, delta, A, B, C, D, orders, delta_bias, dt_weight, *args, **kwargs) -> int:  # type: ignore
