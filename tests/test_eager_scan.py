@@ -98,7 +98,7 @@ MODES = {
     "per step, no bias": replace(ONE, out="per_step", bias=False),
     "per step, window, no softplus": replace(WINDOW, out="per_step", softplus=False),
     "two chunks": Case(b=1, length=66, k=1, c=2, n=1),
-    "two blocks of channels": Case(b=1, length=2, k=2, c=70, n=2, shared_u=True),
+    "two blocks of channels": Case(b=1, length=2, k=2, c=33, n=2, shared_u=True),  # two terms: their order is nothing to sums
 }
 
 
@@ -154,8 +154,7 @@ def test_layouts_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         for lay_out in layouts:
             given = arguments(SMALL, call, TABLES["permutations"])
             laid_out = {name: lay_out(x) if isinstance(x, Tensor) else x for name, x in given.items()}
-            found = results(selective_scan, laid_out)
-            assert all(torch.equal(a, b) for a, b in zip(found, results(selective_scan, given), strict=True))
+            check(laid_out)
     assert len(api._eager_scans) == 1
 
 
