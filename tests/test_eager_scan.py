@@ -98,7 +98,7 @@ MODES = {
     "per step, no bias": replace(ONE, out="per_step", bias=False),
     "per step, window, no softplus": replace(WINDOW, out="per_step", softplus=False),
     "two chunks": Case(b=1, length=66, k=1, c=2, n=1),
-    "two blocks of channels": Case(b=1, length=2, k=2, c=33, n=2, shared_u=True),  # two terms: their order is nothing to sums
+    "two blocks of channels": Case(b=1, length=2, k=2, c=33, n=2, shared_u=True),  # a sum of two has one order
 }
 
 
