@@ -173,29 +173,32 @@ def backward(
         shared = x.dim() == 3
         dx = _gather(g, weight, None, inverse_taps, x.dtype, False, False, residual, summed=shared, y=dx)
         dx = dx[0] if shared else dx
+        dweight, dbias = _weight_gradients(x, g, taps, weight.shape[0])
+        return dx, dweight, dbias.new_empty(0) if bias is None else dbias
 
-        b, _, c = x.shape[-3:]
-        k, (tables, j, rows) = weight.shape[0], taps.shape
-        key = ("weight", x.shape, x.dtype, x.stride(), g.dtype, g.stride(), k, taps.shape)
-        found = _launches.get(key)
-        if found is None:
-            block_m, block_c = tile(rows, c, SUMMED)
-            row_tiles, group = cdiv(rows, block_m), min(j, TAPS)
-            programs = k * cdiv(c, block_c) * cdiv(j, group)
-            parts = min(b * row_tiles, cdiv(_PROGRAMS, programs))
-            made = Launch(
-                weight_kernel, (parts * programs,),
-                (
-                    *_strides(x), *g.stride()[:3], j * rows if tables > 1 else 0, k, b * row_tiles, row_tiles, rows, c,
-                ),
-                4, J=j, TAPS=group, BLOCK_M=block_m, BLOCK_C=block_c, WIDE=_is_wide(x),
-            )  # fmt: skip
-            found = remember(_launches, key, (made, (parts, k * c * (j + 1))))
-        run, shape = found
-        sums = empty(shape, torch.float32, x.device)
-        run(x, g, taps, sums)
-        dweight, dbias = column_sums(sums).split_with_sizes([k * c * j, k * c])
-        return dx, dweight.view(k, c, j), dbias.new_empty(0) if bias is None else dbias.view(k, c)
+
+def _weight_gradients(x: Tensor, g: Tensor, taps: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(k, c, j) of the weight and (k, c) of the bias from the gradient before act, of each order or one of all."""
+    b, _, c = x.shape[-3:]
+    tables, j, rows = taps.shape
+    key = ("weight", x.shape, x.dtype, x.stride(), g.dtype, g.stride(), k, taps.shape)
+    found = _launches.get(key)
+    if found is None:
+        block_m, block_c = tile(rows, c, SUMMED)
+        row_tiles, group = cdiv(rows, block_m), min(j, TAPS)
+        programs = k * cdiv(c, block_c) * cdiv(j, group)
+        parts = min(b * row_tiles, cdiv(_PROGRAMS, programs))
+        made = Launch(
+            weight_kernel, (parts * programs,),
+            (*_strides(x), *_strides(g), j * rows if tables > 1 else 0, k, b * row_tiles, row_tiles, rows, c),
+            4, J=j, TAPS=group, BLOCK_M=block_m, BLOCK_C=block_c, WIDE=_is_wide(x),
+        )  # fmt: skip
+        found = remember(_launches, key, (made, (parts, k * c * (j + 1))))
+    run, shape = found
+    sums = empty(shape, torch.float32, x.device)
+    run(x, g, taps, sums)
+    dweight, dbias = column_sums(sums).split_with_sizes([k * c * j, k * c])
+    return dweight.view(k, c, j), dbias.view(k, c)
 
 
 def _gather(
