@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from backbones.layers.norm import LayerNorm
 from backbones.layers.resolution import channels_first, channels_last
-from backbones.layers.scan import Scan
+from backbones.layers.scan import OnBackend, Scan
 from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.layers.shapes import check_map, inner_width, input_width
 from backbones.layers.ss2d import DepthwiseConv2d, scan_grid
 from backbones.layers.tracing import Opaque
 from backbones.ops import silu_gate
+from backbones.ops.depthwise.replicated import has_replicated_conv, replicated_conv
 from backbones.patterns import FORWARD
+from backbones.patterns.taps import replicated_taps
 
 _FORWARD = Scan(FORWARD)
 
@@ -33,7 +35,7 @@ class StateScan(SelectiveSSM):
         return u.to(torch.promote_types(u.dtype, torch.float32)), delta, dt_weight, B, torch.ones_like(B), None
 
 
-class StateFusion(nn.Module):
+class StateFusion(OnBackend, nn.Module):
     """Weighted sum of depthwise 3 x 3 convolutions of dilation 1, 3 and 5 that repeat the border (SASF).
 
     The sum stays in the states' dtype under autocast: half precision overflows on 27 taps that start at 1.
@@ -53,8 +55,11 @@ class StateFusion(nn.Module):
         with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             if self.fused is not None:
                 return _convolve(x, self.fused, dilation=1)
-            kernels = (self.alpha.view(-1, 1, 1, 1) * self.weight).unsqueeze(2)
-            one, three, five = (_convolve(x, k, d) for k, d in zip(kernels, self.dilations, strict=True))
+            kernels = self.alpha.view(-1, 1, 1, 1) * self.weight
+            if has_replicated_conv(x, kernels, self.backend):
+                tables = replicated_taps(x.shape[1], x.shape[2], 3, self.dilations, device=x.device)
+                return replicated_conv(x.flatten(1, 2), kernels.flatten(2), tables).view(x.shape)
+            one, three, five = (_convolve(x, k, d) for k, d in zip(kernels.unsqueeze(2), self.dilations, strict=True))
             return one + three + five
 
     @torch.no_grad()

@@ -5,6 +5,7 @@
 with tap j, or -1; the backward pass goes by it.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -76,6 +77,54 @@ def _line_taps(length: int, kernel_size: int, stride: int, dilation: int, device
     moved = torch.arange(length, device=device) - offset  # stride times the output that reads the place
     read_by = (moved >= 0) & (moved < outputs * stride) & (moved % stride == 0)
     return torch.where((reads >= 0) & (reads < length), reads, -1), torch.where(read_by, moved // stride, -1)
+
+
+def replicated_taps(
+    height: int, width: int, kernel_size: int, dilations: Sequence[int], device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tables, int32, of square windows of one size and several dilations over a grid whose border repeats.
+
+    The gradient of the grid takes two steps, because a tap reads a cell of the border for several outputs: from the
+    outputs to the grid with a frame around it, which holds the repetitions, and from there to the cells.
+
+    Returns:
+        ``taps`` (k, j, l), the token that tap j of the k-th dilation reads for an output; ``frame_taps`` (k, j, f), the
+        output that reads a cell of the frame, or -1; ``folds`` (1, s, l), the cells of the frame that repeat a token,
+        or -1. Taps, tokens and cells are in raster order. The tables are cached and shared: never modify them in place.
+    """
+    return _replicated_taps(height, width, kernel_size, tuple(dilations), device=device)
+
+
+@known_tables
+def _replicated_taps(
+    height: int, width: int, kernel_size: int, dilations: tuple[int, ...], *, device: torch.device | str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    reach = max(dilations) * (kernel_size // 2)
+    line = partial(_replicated_line, kernel_size=kernel_size, reach=reach, device=device)
+    taps, frame_taps = [], []
+    for dilation in dilations:
+        (rows, framed_rows), (columns, framed_columns) = line(height, dilation), line(width, dilation)
+        taps.append(_on_grid(rows, columns, width))
+        frame_taps.append(_on_grid(framed_rows, framed_columns, width))
+    folds = _on_grid(_folds(height, reach, device), _folds(width, reach, device), width + 2 * reach)
+    return torch.cat(taps), torch.cat(frame_taps), folds
+
+
+def _replicated_line(
+    length: int, dilation: int, kernel_size: int, reach: int, device: torch.device | str | None
+) -> Tables:  # fmt: skip
+    """Of one side: what each tap reads (kernel_size, length), and who reads (kernel_size, length + 2 reach)."""
+    offset = (torch.arange(kernel_size, device=device).unsqueeze(1) - kernel_size // 2) * dilation
+    reads = torch.arange(length, device=device) + offset
+    read_by = torch.arange(-reach, length + reach, device=device) - offset
+    return reads.clamp(0, length - 1), torch.where((read_by >= 0) & (read_by < length), read_by, -1)
+
+
+def _folds(length: int, reach: int, device: torch.device | str | None) -> Tensor:
+    """Of one side, (s, length): the places of the frame that repeat each of its own, or -1."""
+    repeats = torch.arange(-reach, length + reach, device=device).clamp(0, length - 1).bincount()
+    each = torch.arange(int(repeats.max()), device=device).unsqueeze(1)
+    return torch.where(each < repeats, repeats.cumsum(0) - repeats + each, -1)
 
 
 def _on_grid(rows: Tensor, columns: Tensor, width: int) -> Tensor:

@@ -38,14 +38,14 @@ def gather_kernel(
     x_k, x_b, x_l, g_k, g_b, g_l, y_k, y_b, y_l, table_k,
     orders, summed, rows, c,
     J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SILU: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.constexpr,
-    WIDE: tl.constexpr,
+    WEIGHTED: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SILU: tl.constexpr, GELU: tl.constexpr,
+    SLOPE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """y[k, b, i, c] = act(bias[k, c] + sum_j weight[k, c, j] x[k, b, table[k, j, i], c]), where -1 reads 0.
 
     Program (batch, tile of rows, order, channel block). With ``summed`` > 1 there is one order of y: the sum of so many
-    of x. The orders' tables lie ``table_k`` apart. With RESIDUAL x[k, b, i, c] is added before act. SLOPE writes the
-    gradient before act, grad act'(pre), instead of act(pre).
+    of x. The orders' tables lie ``table_k`` apart. Without WEIGHTED all weights are 1. With RESIDUAL x[k, b, i, c] is
+    added before act. SLOPE writes the gradient before act, grad act'(pre), instead of act(pre).
     """
     blocks = tl.cdiv(c, BLOCK_C)
     tiles = tl.cdiv(rows, BLOCK_M)
@@ -66,8 +66,11 @@ def gather_kernel(
             else:
                 at = token[:, None] * x_l + cs[None, :]
             value = tl.load(x_at + at, mask=(token >= 0)[:, None] & c_mask[None, :], other=0.0)
-            w = tl.load(weight + (source * c + cs) * J + j, mask=c_mask, other=0.0)
-            total += w[None, :] * value.to(tl.float32)
+            if WEIGHTED:
+                w = tl.load(weight + (source * c + cs) * J + j, mask=c_mask, other=0.0)
+                total += w[None, :] * value.to(tl.float32)
+            else:
+                total += value.to(tl.float32)
     if HAS_BIAS:
         total += tl.load(bias + order * c + cs, mask=c_mask, other=0.0)[None, :]
     mask = m_mask[:, None] & c_mask[None, :]
@@ -172,9 +175,26 @@ def backward(
             g = _gather(x, weight, bias, taps, torch.float32, silu, gelu, residual, grad)
         shared = x.dim() == 3
         dx = _gather(g, weight, None, inverse_taps, x.dtype, False, False, residual, summed=shared, y=dx)
-        dx = dx[0] if shared else dx
         dweight, dbias = _weight_gradients(x, g, taps, weight.shape[0])
-        return dx, dweight, dbias.new_empty(0) if bias is None else dbias
+        return dx[0] if shared else dx, dweight, dbias.new_empty(0) if bias is None else dbias
+
+
+def replicated(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:
+    """See :mod:`backbones.ops.depthwise.replicated`."""
+    check_device("x", x)
+    with device_of(x):
+        return _gather(contiguous_rows(x), weight, None, taps, x.dtype, False, False, False, summed=True)[0]
+
+
+def replicated_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, taps: Tensor, frame_taps: Tensor, folds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight, contiguous."""
+    with device_of(x):
+        x, grad = contiguous_rows(x), contiguous_rows(grad)
+        frame = _gather(grad, weight, None, frame_taps, torch.float32, False, False, False, summed=True)[0]
+        dx = _gather(frame, None, None, folds, x.dtype, False, False, False)[0]
+        return dx, _weight_gradients(x, grad, taps, weight.shape[0])[0]
 
 
 def _weight_gradients(x: Tensor, g: Tensor, taps: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -203,7 +223,7 @@ def _weight_gradients(x: Tensor, g: Tensor, taps: Tensor, k: int) -> tuple[Tenso
 
 def _gather(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     table: Tensor,
     dtype: torch.dtype,
@@ -214,20 +234,20 @@ def _gather(
     summed: bool = False,
     y: Tensor | None = None,
 ) -> Tensor:
-    """(k, b, rows, c) from x (b, l, c) or (k, b, l, c), or, ``summed`` over the orders of the latter, (1, b, rows, c).
+    """(k, b, rows, c) from x (b, l, c) or (k, b, l, c), or, ``summed`` over the orders, (1, b, rows, c).
 
-    ``y`` takes the result.
+    Without a ``weight`` all are 1, of one order. ``y`` takes the result.
     """
+    k = 0 if weight is None else weight.shape[0]
     of_grad = None if grad is None else (grad.stride(), grad.dtype)
     of_y = None if y is None else y.stride()
     key = (
-        x.shape, x.dtype, x.stride(), bias is None, weight.shape[0], table.shape, dtype, silu, gelu, residual, of_grad,
-        summed, of_y,
+        x.shape, x.dtype, x.stride(), bias is None, k, table.shape, dtype, silu, gelu, residual, of_grad, summed, of_y,
     )  # fmt: skip
     found = _launches.get(key)
     if found is None:
         b, _, c = x.shape[-3:]
-        k, (tables, j, rows) = weight.shape[0], table.shape
+        k, (tables, j, rows) = max(k, 1), table.shape
         each = 1 if summed else k
         of_y = (b * rows * c, rows * c, c) if of_y is None else of_y[:3]
         block_m, block_c = tile(rows, c, GATHERED)
@@ -238,8 +258,8 @@ def _gather(
                 j * rows if tables > 1 else 0, each, k // each, rows, c,
             ),
             4, J=j, BLOCK_M=block_m, BLOCK_C=block_c, UNROLL=min(j, TAPS),
-            HAS_BIAS=bias is not None, RESIDUAL=residual, SILU=silu, GELU=gelu, SLOPE=grad is not None,
-            WIDE=_is_wide(x),
+            WEIGHTED=weight is not None, HAS_BIAS=bias is not None, RESIDUAL=residual, SILU=silu, GELU=gelu,
+            SLOPE=grad is not None, WIDE=_is_wide(x),
         )  # fmt: skip
         found = remember(_launches, key, (made, (each, b, rows, c)))
     run, shape = found
