@@ -14,6 +14,8 @@ from backbones.ops.scan.decay import decay_rates
 from backbones.ops.scan.projected import has_projected_scan, projected_scan
 from backbones.ops.scan.projection import joint_linear, per_order_linear
 
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
+
 # Widest rank at which the `cpu` kernel projects step sizes itself while training. Measured on one core, as the layer's
 # time over that with a matrix product in front: inference takes 0.58 (rank 6, one state) to 0.95 (rank 48, 16 states),
 # as nothing of size (b, l, k, c) is stored, so it always does. Training projects twice, which takes 0.63 of the time
@@ -106,7 +108,7 @@ class SelectiveSSM(OnBackend, nn.Module):
         # A meta tensor is only counted, and a product counts as one where it is visible.
         return fused and u.device.type == "cpu" and choose("selective_scan", self.backend, "cpu", u.dtype) == "cpu"
 
-    def operands(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+    def operands(self, u: Tensor) -> Operands:
         """The scan's operands: u, its projections by `project`, and D."""
         return u, *self.project(u), self.D
 
@@ -121,7 +123,12 @@ class SelectiveSSM(OnBackend, nn.Module):
         """Scans u (b, l, c), or (b, l, k, c) where orders read different inputs; see ``selective_scan``."""
         if self.is_one_operation(u, orders, visits):
             return self.projected(u, orders, out, visits, local_window)
-        u, delta, dt_weight, B, C, D = self.operands(u)
+        return self._scan_of(self.operands(u), orders, out, local_window, visits)
+
+    def _scan_of(
+        self, operands: Operands, orders: Tensor | None, out: str, local_window: int, visits: Visits | None
+    ) -> Tensor:  # fmt: skip
+        u, delta, dt_weight, B, C, D = operands
         return selective_scan(
             u,
             delta,

@@ -1,5 +1,6 @@
 """The 2-D selective scan block of VMamba and its relatives, channels-last."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -82,14 +83,14 @@ class DepthwiseConv2d(OnBackend, nn.Conv2d):
         return subset.taken(self(subset.placed(x)))
 
 
-def scan_grid(ssm: SelectiveSSM, x: Tensor, scan: Scan, out: str = "sum") -> Tensor:
+def scan_grid(ssm: Callable[..., Tensor], x: Tensor, scan: Scan, out: str = "sum") -> Tensor:
     """Scans a map along the orders of ``scan.pattern``, and adds their outputs unless ``out`` is "per_order".
 
     Padded slots of an order read one zero token behind the map: it adds nothing to the state, but the state
     decays there. Where the orders share the cells among them, each projects only those that it visits, but on a GPU.
 
     Args:
-        ssm: what scans.
+        ssm: what scans, called as a :class:`SelectiveSSM`.
         x: the map that every order reads, (b, h, w, c), or one for each of k orders, (b, h, w, k, c).
         scan: the k orders, and the window.
         out: "sum" gives (b, h, w, c), "per_order" (b, h, w, k, c).

@@ -16,7 +16,7 @@ from backbones.layers.selective_ssm import SelectiveSSM
 from backbones.layers.shapes import check_map, inner_width, input_width
 from backbones.layers.ss2d import DepthwiseConv2d, scan_grid
 from backbones.layers.tracing import Opaque
-from backbones.ops import silu_gate
+from backbones.ops import Visits, silu_gate
 from backbones.ops.depthwise.replicated import has_replicated_conv, replicated_conv
 from backbones.patterns import FORWARD
 from backbones.patterns.taps import replicated_taps
@@ -25,14 +25,24 @@ _FORWARD = Scan(FORWARD)
 
 
 class StateScan(SelectiveSSM):
-    """A selective state-space layer that gives its states, one a channel; C and D are left to the caller.
-
-    With n = 1, C = 1 and no D the scan's output is its state: u (b, l, c) to states (b, l, c), in float32 at least.
+    """A selective state-space layer that gives its states, one a channel, and C; its product and D are left to the
+    caller.
     """
 
-    def operands(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-        delta, dt_weight, B, _ = self.project(u)
-        return u.to(torch.promote_types(u.dtype, torch.float32)), delta, dt_weight, B, torch.ones_like(B), None
+    def forward(  # type: ignore[override]
+        self,
+        u: Tensor,
+        orders: Tensor | None = None,
+        out: str = "sum",
+        local_window: int = 0,
+        visits: Visits | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """u (b, l, c) to states (b, l, c), in float32 at least, and C (b, l, 1)."""
+        delta, dt_weight, B, C = self.project(u)
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        # With n = 1, C = 1 and no D the scan's output is its state.
+        operands = u.to(dtype), delta, dt_weight, B, torch.ones_like(B, dtype=dtype), None
+        return self._scan_of(operands, orders, out, local_window, visits), C.flatten(2)
 
 
 class StateFusion(OnBackend, nn.Module):
@@ -130,8 +140,20 @@ class StructureAwareSSM(Opaque, nn.Module):
         check_map(x, input_width(self.in_proj, self.dim))
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = self.conv2d(x)
-        states = self.fusion(scan_grid(self.ssm, x, self.scan))
-        C = F.linear(x, self.ssm.x_proj_weight[0, -1:])
-        y = states * C + x * self.ssm.D
+        states, C = self._scanned(x)
+        y = self.fusion(states) * C + x * self.ssm.D
         y = self.out_norm(y.to(self.out_norm.weight.dtype))  # float32 under autocast, as the states
         return self.out_proj(silu_gate(y, z, backend=self.ssm.backend))
+
+    def _scanned(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """States (b, h, w, c), and C (b, h, w, 1)."""
+        found: list[Tensor] = []
+
+        def scan(*args: Any) -> Tensor:
+            states, C = self.ssm(*args)
+            found.append(C)
+            return states
+
+        states = scan_grid(scan, x, self.scan)
+        height, width = x.shape[1:3]
+        return states, found[0][:, : height * width].unflatten(1, (height, width))
