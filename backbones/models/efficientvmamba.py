@@ -18,21 +18,67 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, SqueezeExcite
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from backbones.base import Constructor, HierarchicalBackbone, build_model
 from backbones.layers import SS2D, LayerNorm, PatchMerging, PatchStem, Scan, channels_first, channels_last
+from backbones.layers.autocast import autocast_dtype
 from backbones.layers.key_rules import BLOCKS, CLASSIFIER, PATCH_MERGING, PATCH_STEM, ss2d_rules
+from backbones.layers.norm import residual_norm
 from backbones.layers.shapes import bottleneck_width
+from backbones.layers.ss2d import DepthwiseConv2d
+from backbones.layers.tracing import Opaque
 from backbones.patterns import ATROUS
 from backbones.weights import KeyRule
 from backbones.zoo import default_cfgs as zoo_cfgs
 
+_HALVES = (torch.bfloat16, torch.float16)
 
-class ChannelGate(nn.Module):
-    """Weighs the channels of a map by the means of its normalised values; the map itself stays as it is."""
+
+def _counts_launches(x: Tensor) -> bool:
+    """Whether the number of operations is what takes the time: on a GPU."""
+    return x.is_cuda
+
+
+def _multiplies(x: Tensor) -> bool:
+    """Whether a 1 x 1 convolution of ``x`` is done as a product, which is fewer launches.
+
+    Not in float32, where PyTorch lets convolutions use TF32, and products not.
+    """
+    return _counts_launches(x) and not torch.compiler.is_compiling() and (autocast_dtype(x) or x.dtype) in _HALVES
+
+
+class PointwiseConv2d(Opaque, nn.Conv2d):
+    """A 1 x 1 convolution; in half precision on a GPU a matrix product.
+
+    Args:
+        in_channels, out_channels: widths of the maps.
+        bias: whether there is a bias.
+    """
+
+    autocast_weights: ClassVar[tuple[str, ...]] = ("weight", "bias")
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, in_channels, h, w) to (b, out_channels, h, w)."""
+        if not _multiplies(x):
+            return super().forward(x)
+        return channels_first(F.linear(channels_last(x), self.weight.flatten(1), self.bias))
+
+
+class SqueezeExcite(nn.Module):
+    """Weighs the channels of a map by their means (arXiv:1709.01507)."""
 
     def __init__(
         self,
@@ -42,14 +88,53 @@ class ChannelGate(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.norm = LayerNorm(dim, device=device, dtype=dtype)
+        self.fc1 = PointwiseConv2d(dim, hidden_dim, device=device, dtype=dtype)
+        self.fc2 = PointwiseConv2d(hidden_dim, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, dim, h, w) to (b, dim, h, w)."""
+        weight = F.relu(self.fc1(x.mean((2, 3), keepdim=True)))
+        return x * torch.sigmoid(self.fc2(weight))
+
+
+class LocalConv2d(DepthwiseConv2d):
+    """A depthwise convolution of a map that is channels-last in memory; on a GPU that of `DepthwiseConv2d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, dim, h, w) to (b, dim, h, w)."""
+        if not _counts_launches(x):
+            return nn.Conv2d.forward(self, x)
+        return channels_first(super().forward(channels_last(x)))
+
+
+class ChannelGate(Opaque, nn.Module):
+    """Weighs the channels of maps by the means of their normalised values, and adds the maps."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm = LayerNorm(dim, autocast_out=True, device=device, dtype=dtype)
         self.global_reduce = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.channel_select = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, h, w, dim) to (b, h, w, dim)."""
-        weight = F.gelu(self.global_reduce(self.norm(x).mean((1, 2), keepdim=True)))
-        return x * torch.sigmoid(self.channel_select(weight))
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Two maps (b, h, w, dim) to one."""
+        if not _counts_launches(x):
+            return x * self._weight(x) + y * self._weight(y)
+        both = torch.cat((x, y))  # a copy, for half the launches
+        pair = (2, x.shape[0])
+        both, weight = both.unflatten(0, pair), self._weight(both).unflatten(0, pair)
+        return (both * weight).sum(0, dtype=both.dtype)  # autocast's default is float32
+
+    def _weight(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) to (b, 1, 1, dim)."""
+        hidden = F.gelu(self.global_reduce(self.norm(x).mean((1, 2), keepdim=True)))
+        return torch.sigmoid(self.channel_select(hidden))
 
 
 class EVSSBlock(nn.Module):
@@ -71,22 +156,27 @@ class EVSSBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1 = LayerNorm(dim, **dd)
+        self.norm1 = LayerNorm(dim, autocast_out=True, **dd)
         self.mixer = mixer(dim, **dd)
         self.conv_branch = nn.Sequential(
-            nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd),
+            LocalConv2d(dim, **dd),
             nn.BatchNorm2d(dim, **dd),
             nn.GELU(),
-            nn.Conv2d(dim, dim, 1, **dd),
+            PointwiseConv2d(dim, dim, **dd),
         )
         self.se = ChannelGate(dim, bottleneck_width(dim, 8), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, h, w, dim)."""
-        y = self.norm1(x)
+        x, y = self.chained(x, None)
+        return x + y
+
+    def chained(self, x: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The block of x + pending, its last sum left to what comes behind: see `backbones.base.chain.run_chain`."""
+        x, y = residual_norm(x, pending, self.norm1)
         local = channels_last(self.conv_branch(channels_first(y)))
-        return x + self.drop_path(self.se(self.mixer(y)) + self.se(local))
+        return x, self.drop_path(self.se(self.mixer(y), local))
 
 
 class InvertedResidual(nn.Module):
@@ -110,17 +200,17 @@ class InvertedResidual(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden_dim = expand_ratio * dim
         self.conv_pw = nn.Sequential(
-            nn.Conv2d(dim, hidden_dim, 1, bias=False, **dd),
+            PointwiseConv2d(dim, hidden_dim, bias=False, **dd),
             nn.BatchNorm2d(hidden_dim, **dd),
             nn.ReLU(inplace=True),
         )
         self.conv_dw = nn.Sequential(
-            nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, bias=False, **dd),
+            LocalConv2d(hidden_dim, bias=False, **dd),
             nn.BatchNorm2d(hidden_dim, **dd),
             nn.ReLU(inplace=True),
         )
-        self.se = SqueezeExcite(hidden_dim, rd_channels=max(1, hidden_dim // 8), **dd)
-        self.conv_pw2 = nn.Sequential(nn.Conv2d(hidden_dim, dim, 1, bias=False, **dd), nn.BatchNorm2d(dim, **dd))
+        self.se = SqueezeExcite(hidden_dim, max(1, hidden_dim // 8), **dd)
+        self.conv_pw2 = nn.Sequential(PointwiseConv2d(hidden_dim, dim, bias=False, **dd), nn.BatchNorm2d(dim, **dd))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
