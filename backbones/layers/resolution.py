@@ -84,7 +84,10 @@ class PatchMerging(Opaque, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) to (b, ceil(h / 2), ceil(w / 2), out_dim)."""
         rows, columns = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
-        x = F.pad(x, (0, 0, 0, 2 * columns - x.shape[2], 0, 2 * rows - x.shape[1]))
+        right, bottom = 2 * columns - x.shape[2], 2 * rows - x.shape[1]
+        traced = torch.compiler.is_compiling() or not isinstance(right, int) or not isinstance(bottom, int)
+        if traced or right > 0 or bottom > 0:  # `pad` copies where it adds nothing, too
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
         x = rearrange(x, "b (h row) (w column) c -> b h w (column row c)", row=2, column=2)
         return self.reduction(self.norm(x))
 
