@@ -10,6 +10,7 @@ from torch import Tensor
 from backbones import ops
 from backbones.ops import dispatch, native
 from backbones.ops.fused.row_sums.operator import row_sums
+from backbones.ops.fused.state_output.operator import state_output
 from backbones.ops.scan.decay import decay_rates
 from backbones.patterns.resampling import upsampling
 from backbones.patterns.taps import window_taps
@@ -35,6 +36,7 @@ CALLS: dict[str, Callable[[Tensor, str | None], Tensor]] = {
     "rms_norm": lambda x, backend: ops.rms_norm(x, torch.ones(3, dtype=x.dtype), 1e-5, backend=backend),
     "layer_norm": lambda x, backend: ops.layer_norm(x, None, None, 1e-5, backend=backend),
     "row_sums": lambda x, backend: row_sums(x, x, upsampling((2, 2), (2, 2), "bilinear"), backend=backend),
+    "state_output": lambda x, backend: state_output(x, x[..., :1], x, x[0, 0], x.dtype, backend=backend),
     "decay_rates": decay_rates,
     "ssd": _ssd,
 }

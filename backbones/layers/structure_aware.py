@@ -18,6 +18,7 @@ from backbones.layers.ss2d import DepthwiseConv2d, scan_grid
 from backbones.layers.tracing import Opaque
 from backbones.ops import Visits, silu_gate
 from backbones.ops.depthwise.replicated import has_replicated_conv, replicated_conv
+from backbones.ops.fused.state_output.operator import state_output
 from backbones.patterns import FORWARD
 from backbones.patterns.taps import replicated_taps
 
@@ -141,9 +142,9 @@ class StructureAwareSSM(Opaque, nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = self.conv2d(x)
         states, C = self._scanned(x)
-        y = self.fusion(states) * C + x * self.ssm.D
-        y = self.out_norm(y.to(self.out_norm.weight.dtype))  # float32 under autocast, as the states
-        return self.out_proj(silu_gate(y, z, backend=self.ssm.backend))
+        dtype, backend = self.out_norm.weight.dtype, self.ssm.backend  # float32 under autocast, as the states
+        y = self.out_norm(state_output(self.fusion(states), C, x, self.ssm.D, dtype, backend=backend))
+        return self.out_proj(silu_gate(y, z, backend=backend))
 
     def _scanned(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """States (b, h, w, c), and C (b, h, w, 1)."""

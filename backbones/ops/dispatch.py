@@ -57,6 +57,7 @@ OPERATORS = {
         Operator("rms_norm", {"cpu": "cpu", "cuda": "triton"}),
         Operator("layer_norm", {"cpu": "cpu", "cuda": "triton"}),
         Operator("row_sums", {"cuda": "triton"}),
+        Operator("state_output", {"cuda": "triton"}),
         Operator("decay_rates", {"cuda": "triton"}),
         Operator("ssd", {}, names=("naive", "chunked"), otherwise="chunked"),
     )
