@@ -15,7 +15,6 @@ from tests.kernels import DEVICE
 
 pytest.importorskip("triton")
 from backbones.ops import program as programs
-from backbones.ops import recorded
 from backbones.ops.program import Instruction, Place, Program, Writer, shared_memory
 from backbones.ops.recorded import Recordings
 from backbones.ops.source import Packed
@@ -127,7 +126,7 @@ def test_other_addresses_run_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_the_library_python_runs_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded.native, "host", lambda device: "it is missing")
+    monkeypatch.setattr(native, "host", lambda device: "it is missing")
     recordings = Recordings()
     with torch.no_grad():
         for call in range(CALLS):
