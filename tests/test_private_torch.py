@@ -128,6 +128,13 @@ def functorch() -> None:
     assert not tracing.is_transformed(torch.ones(1)) and not tracing.is_traced()
 
 
+class _HearsLaunches(tracing.TorchDispatchMode):
+    hears_launches = True
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return operator(*args, **kwargs or {})
+
+
 def modes() -> None:
     count = torch._C._len_torch_dispatch_stack
     assert count() == 0, "_len_torch_dispatch_stack: expected 0 outside of modes"
@@ -140,6 +147,12 @@ def modes() -> None:
         assert count() == 1, "_disable_current_modes: expected the mode back"
     with FlopCounterMode(display=False):
         assert count() == 1 and not tracing.is_traced(), "a mode that only looks on is taken for a tracer"
+        assert tracing.is_watched()
+        with _HearsLaunches():
+            assert count() == 2 and tracing.is_watched()
+    with _HearsLaunches() as mode:
+        assert torch._C._get_dispatch_stack_at(0) is mode, "_get_dispatch_stack_at: expected the mode"
+        assert not tracing.is_watched() and torch.ones(1).item() == 1
 
     names = []
 
@@ -295,6 +308,11 @@ def norms() -> None:
 
 
 def tensors() -> None:
+    leaf = torch.ones(1, requires_grad=True)
+    handle = leaf.register_hook(lambda grad: None)
+    assert tracing.has_gradient_hooks(leaf), "_backward_hooks: expected those that were registered"
+    handle.remove()
+    assert not tracing.has_gradient_hooks(leaf) and not tracing.has_gradient_hooks(torch.ones(1))
     x = torch.arange(4)
     before = tracing.identity(x)
     assert before == tracing.identity(x.view(4)), "_cdata: expected one storage of two views"
@@ -321,6 +339,12 @@ def saved_tensor_hooks() -> None:
 
 
 def operators() -> None:
+    numbers = torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default
+    assert all(tracing.reads_numbers(operator, ()) for operator in numbers)
+    index, places = torch.ops.aten.index.Tensor, torch.tensor([1])
+    assert not tracing.reads_numbers(index, (places, [None, places]))
+    assert tracing.reads_numbers(index, (places, [places > 0]))
+    assert not tracing.reads_numbers(torch.ops.aten.add.Tensor, ())
     aten = torch.ops.aten
     for operator in (aten.add_.Tensor, aten.mm.out, aten._foreach_copy_.default, aten.bernoulli_.float):
         assert tracing.changes_arguments(operator), f"_schema: expected {operator} to be mutable"
@@ -379,7 +403,7 @@ ASSUMED = {
     (): states,
     ("_current_level",): forward_mode,
     ("peek_interpreter_stack", "is_gradtrackingtensor", "is_functorch_wrapped_tensor", "_DisableFuncTorch"): functorch,
-    ("_len_torch_dispatch_stack", "TorchDispatchMode", "_disable_current_modes"): modes,
+    ("_len_torch_dispatch_stack", "_get_dispatch_stack_at", "TorchDispatchMode", "_disable_current_modes"): modes,
     ("_get_tracing_state", "_set_tracing_state"): jit_trace,
     ("CPU", "DispatchKey", "DispatchKeySet", "_AutoDispatchBelowAutograd", "_after_autograd_keyset"): dispatch_keys,
     ("simple_registry", "find", "singleton", "_registration_handles"): fakes,

@@ -160,6 +160,41 @@ def test_launches_are_recorded_at_the_beginnings_of_views(monkeypatch: pytest.Mo
     assert len(seen) == CALLS and launches.listener is None
 
 
+def test_a_recording_within_a_recording_is_part_of_it() -> None:
+    outer, inner = Recordings(), Recordings()
+
+    def function(tensors: list[Any]) -> tuple[Any, ...]:
+        return *inner.call(products, tensors), tensors[0] + 1
+
+    with torch.no_grad():
+        for call in range(CALLS):
+            inner.call(products, inputs(call))  # which records it
+        for call in range(CALLS):
+            found = outer.call(function, inputs(call))
+            for a, b in zip(found, (*products(inputs(call)), inputs(call)[0] + 1), strict=True):
+                assert a is b is None or torch.equal(a, b)
+    assert program(outer) and program(inner)
+
+
+def test_what_is_no_tensor_among_results() -> None:
+    def function(tensors: list[Any]) -> tuple[Any, ...]:
+        x, weight, bias = tensors
+        _, dweight, none = torch.ops.aten.convolution_backward(
+            x.view(1, 1, 5, 3), x.view(1, 1, 5, 3), weight[:1, :1].view(1, 1, 1, 1), None, [1, 1], [0, 0], [1, 1],
+            False, [0, 0], 1, [False, True, False],
+        )  # fmt: skip
+        assert none is None and torch.promote_types(x.dtype, bias.dtype) == x.dtype
+        return dweight, none
+
+    recordings = Recordings()
+    with torch.no_grad():
+        for call in range(CALLS):
+            found = recordings.call(function, inputs(call))
+            torch.testing.assert_close(found[0].flatten(), inputs(call)[0].square().sum().view(1))
+            assert found[1] is None
+    assert program(recordings)
+
+
 def test_what_reads_numbers_is_not_recorded() -> None:
     recordings = Recordings()
     with torch.no_grad():

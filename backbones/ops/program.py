@@ -66,6 +66,12 @@ class Place:
         last = sum([(side - 1) * step for side, step in zip(self.shape, self.stride, strict=True)])
         return (last + 1) * self.dtype.itemsize if all(self.shape) else 0
 
+    def overlaps(self, other: Place) -> bool:
+        """Whether both may have memory in common, taking each as whole from its first element to its last."""
+        return self.buffer == other.buffer and (
+            self.offset < other.offset + other.size and other.offset < self.offset + self.size
+        )
+
     def covers(self, other: Place) -> bool:
         """Whether both are the same elements in the same order, however they are shaped."""
         dense = [_is_contiguous(x.shape, x.stride) for x in (self, other)]

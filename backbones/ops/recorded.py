@@ -15,16 +15,21 @@ from torch import Tensor
 
 from backbones.ops.recorder import Program, Recorder, Tensors
 from backbones.ops.remember import remember
-from backbones.ops.triton_host import is_capturing
+from backbones.ops.triton_host import is_capturing, launches
 
 _MOST = 16  # kinds of calls, after which all begin anew: images may be of ever new sizes
 SEEN = 2  # calls of a kind before its recording, which the next thirty make up for
 
 
 class Recordings:
-    """Of functions of tensors, by the kinds of their calls."""
+    """Of functions of tensors, by the kinds of their calls.
 
-    def __init__(self) -> None:
+    Args:
+        closed: functions read no floating-point numbers but their arguments; what does otherwise is not recorded.
+    """
+
+    def __init__(self, closed: bool = False) -> None:
+        self._closed = closed
         self._kinds: dict[Any, Program | int | None] = {}  # the recording, how many calls there were, or None: never
 
     def call(
@@ -43,22 +48,36 @@ class Recordings:
                 a tensor that holds them, and a :class:`Packed` that knows where.
             seen: how many calls of a kind there are before the one that is recorded, else `SEEN`.
         """
+        if launches.listener is not None:  # a program within a recording would not be in it
+            return function(tensors, *key)
         seen = SEEN if seen is None else seen
         strides = tuple([None if x is None else x.stride() for x in tensors])
         kind = (function.__name__, key, strides, packs, torch.are_deterministic_algorithms_enabled())
         found = self._kinds.get(kind, 0)
-        if callable(found):
-            return found(*tensors)
         first: Any = tensors[0]
+        if callable(found):
+            return below_autocast(first, found, tensors)
         if found == seen and not is_capturing(first):  # whose tables of orders would be made anew at every call
             tensors = _distinct(tensors)
-            with Recorder(tensors) as recorder:
+            with Recorder(tensors, self._closed) as recorder:
                 results = function(tensors, *key)
             remember(self._kinds, kind, recorder.program(results, packs), _MOST)
             return results
         if found is not None and found < seen:
             remember(self._kinds, kind, found + 1, _MOST)
         return function(tensors, *key)
+
+
+def below_autocast(first: Tensor, program: Program, tensors: Tensors) -> tuple[Any, ...]:
+    """``program(*tensors)``, whose calls are what autocast made of others, on the device of ``first``."""
+    device = first.device.type
+    if not torch.is_autocast_enabled(device):
+        return program(*tensors)
+    torch.set_autocast_enabled(device, False)
+    try:
+        return program(*tensors)
+    finally:
+        torch.set_autocast_enabled(device, True)
 
 
 def _distinct(tensors: Tensors) -> list[Tensor | None]:

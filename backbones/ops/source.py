@@ -24,6 +24,7 @@ class Call:
         reads: names of tensors.
         arguments: as the source has them.
         makes: names of its results, unless those are among the arguments.
+        places: the same, with None for what is no tensor.
         unpacks: the results are a list.
         idles: "view" or "memory", which is all that it makes, and computes nothing; or None.
         instruction: how the library runs it.
@@ -35,6 +36,7 @@ class Call:
     reads: list[str] = field(default_factory=list)
     arguments: str = ""
     makes: list[str] = field(default_factory=list)
+    places: list[str | None] = field(default_factory=list)
     unpacks: bool = False
     idles: str | None = None
     instruction: Instruction | None = None
@@ -44,7 +46,8 @@ class Call:
         call = f"{self.function}({self.arguments})"
         if not self.makes:
             return call
-        return f"{', '.join(self.makes)}{',' if self.unpacks else ''} = {call}"
+        names = ", ".join([name or "_" for name in self.places or self.makes])
+        return f"{names}{',' if self.unpacks else ''} = {call}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,11 @@ def _part(packed: Tensor, place: Place) -> Tensor:
     return part.as_strided(place.shape, place.stride)
 
 
+def part_of(base: Tensor, place: Place) -> Tensor:
+    """What lies at a place within the memory of ``base``, of whose dtype it is."""
+    return base.as_strided(place.shape, place.stride, base.storage_offset() + place.offset // place.dtype.itemsize)
+
+
 class Composition:
     """Lines in which Python makes only what it reads or returns itself, and the library runs what it can.
 
@@ -116,18 +124,25 @@ class Composition:
         device: on which they are.
         kept: tensors that instructions know by their addresses.
         constant: how the source names something that is not made within.
+        parts: inputs for which None may be given, for they lie within the last one, and where.
+
+    Attributes:
+        packed: where results lie that are packed, if any are.
     """
 
     def __init__(
         self, calls: Sequence[Call], results: Sequence[str], inputs: Sequence[str], packs: int | None,
         places: dict[str, Place], device: torch.device, kept: Sequence[Tensor], constant: Callable[[Any], str],
+        parts: dict[str, Place],
     ) -> None:  # fmt: skip
-        self._calls, self._results, self._inputs, self._places = calls, results, inputs, places
+        self._calls, self._results, self._places = calls, results, places
+        self._inputs, self._parts = [name for name in inputs if name not in parts], parts
         self._device, self._kept, self._constant = device, kept, constant
         self._packed, self._readers = self._all_packed(len(results) if packs is None else packs)
         self._renamed = self._all_renamed()
         instructions = [call.instruction for call in calls if call.instruction is not None]
         sizes = {name: place.size for name, place in places.items() if place.buffer == name and not self._has(name)}
+        sizes = {name: size for name, size in sizes.items() if name not in parts}
         packed = dict.fromkeys([places[name].buffer for name in results if name in self._packed])
         *begins, size = one_by_one([sizes.pop(name) for name in packed])
         self._packed_size = max(size, 1) if packed else 0  # all of them may be empty
@@ -135,6 +150,10 @@ class Composition:
         self._size = max(size, 1) if offsets else 0
         self._offsets = {name: ("memory", begin) for name, begin in offsets.items()}
         self._offsets.update({name: ("packed", begin) for name, begin in zip(packed, begins, strict=True)})
+        self._offsets.update({name: (self._inputs[-1], place.offset) for name, place in parts.items()})
+        self.packed = None
+        if packed:
+            self.packed = Packed(tuple([self._place_in_packed(name) for name in results]))
         self._lines: list[Line] = []
         self._pending: list[Instruction] = []
         self._pointers: dict[str, str] = {}  # of inputs
@@ -167,6 +186,7 @@ class Composition:
         calls = [call for call in self._calls if call.instruction is not None or call.idles == "memory"]
         ours = {name for call in calls for name in call.makes}
         packed = {x for x in self._results[first:] if x in self._places and self._places[x].buffer in ours}
+        packed -= {*self._results[:first]}
         while True:
             readers = self._all_readers([x for x in self._results if x in self._places and x not in packed])
             taken = {self._places[name].buffer for name in readers}
@@ -247,14 +267,17 @@ class Composition:
         for name, size in (("memory", self._size), ("packed", self._packed_size)):
             if size:
                 lines.append(self._empty(name, (size,), (1,), torch.uint8))
+        for name, place in self._parts.items():
+            if self._has(name):
+                given, part = self._inputs[-1], self._constant(_part)
+                lines.append(Line(f"{name} = {part}({given}, {self._constant(place)})", (name, given)))
         return lines
 
     def _end(self) -> Line:
         returned = ["None" if name in self._packed else name for name in self._results]
         names = [name for name in returned if name in self._places]
-        if self._packed_size:
-            packed = Packed(tuple([self._place_in_packed(name) for name in self._results]))
-            returned += ("packed", self._constant(packed))
+        if self.packed is not None:
+            returned += ("packed", self._constant(self.packed))
             names.append("packed")
         return Line(f"return {', '.join(returned)},", names)
 

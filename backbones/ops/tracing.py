@@ -40,6 +40,7 @@ __all__ = [
     "changes_arguments",
     "copies",
     "current_gpu",
+    "has_gradient_hooks",
     "has_hooks",
     "has_saved_tensor_hooks",
     "has_static_value",
@@ -56,6 +57,7 @@ __all__ = [
     "is_watched",
     "kind_of",
     "own_weight",
+    "reads_numbers",
     "register_fake",
     "returns_of",
     "runs_eagerly",
@@ -118,8 +120,19 @@ def runs_eagerly(x: Tensor) -> bool:
 
 
 def is_watched() -> bool:
-    """Whether something looks at the operators that run now, such as a counter of operations, or transforms them."""
-    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether something looks at the operators that run now, such as a counter of operations, or transforms them.
+
+    Modes whose class has ``hears_launches`` do not count: they learn of launches by themselves.
+    """
+    count = torch._C._len_torch_dispatch_stack()
+    if count and not all([hasattr(torch._C._get_dispatch_stack_at(i), "hears_launches") for i in range(count)]):
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def has_gradient_hooks(x: Tensor) -> bool:
+    """Whether functions see, or change, the gradient of a tensor."""
+    return bool(x._backward_hooks)
 
 
 def has_saved_tensor_hooks() -> bool:
@@ -246,6 +259,13 @@ def returns_of(operator: Any) -> int:
 def changes_arguments(operator: Any) -> bool:
     """Whether PyTorch's operator writes into tensors that it is given."""
     return operator._schema.is_mutable
+
+
+def reads_numbers(operator: Any, args: Sequence[Any]) -> bool:
+    """Whether what PyTorch's operator returns is a number in a tensor, or has a shape that depends on such."""
+    if operator is torch.ops.aten.index.Tensor:
+        return any([x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]])
+    return not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(operator.tags)
 
 
 def is_random(operator: Any) -> bool:
