@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from backbones.layers.half_weights import with_half_weights
 from backbones.layers.line import kind_of_call, steps_of
+from backbones.layers.recorded import run_recorded
 from backbones.ops.tracing import is_hooked, is_replaced, runs_eagerly
 
 _PARTS = {"forward", "branch", "join"}  # of which ``chained`` is another form
@@ -40,7 +40,7 @@ def run_chain(blocks: Iterable[Any], x: Tensor, *args: Any) -> tuple[Tensor, Ten
             kind = kind or kind_of_call(x, pending, *args)
             steps = steps_of(block, kind, x, pending, *args)
         if steps is None:
-            x, pending = with_half_weights(block.chained, block, x, pending, *args)
+            x, pending = run_recorded(block.chained, block, x, pending, *args)
             kind = None
         else:  # what comes out of them is of the same kind
             x, pending = steps.run(x, pending)

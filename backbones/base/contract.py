@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from backbones.layers.constructor import Constructor
 from backbones.layers.half_weights import with_half_weights
+from backbones.layers.recorded import run_recorded
 from backbones.layers.weight_decay import no_weight_decay
 from backbones.weights import WEIGHT_KEYS, KeyRule, Weights
 from backbones.weights.loading import TakesOfficialLayout
@@ -21,7 +22,7 @@ def run_block(block: nn.Module, *args: Any, checkpointed: bool) -> Any:
     """``block(*args)``, computed again in backward if ``checkpointed`` instead of keeping its activations."""
     if checkpointed and torch.is_grad_enabled():
         return checkpoint(with_half_weights, block, block, *args, use_reentrant=False)
-    return with_half_weights(block, block, *args)
+    return run_recorded(block, block, *args)
 
 
 @torch.compiler.assume_constant_result  # asked directly, torch.compile and torch.export answer no

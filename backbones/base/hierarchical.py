@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from backbones.base.chain import can_chain, run_chain
 from backbones.base.contract import Backbone, refuse_onnx_export, run_block
 from backbones.layers.constructor import Constructor
-from backbones.layers.half_weights import with_half_weights
 from backbones.layers.norm import LayerNorm, residual_norm
+from backbones.layers.recorded import run_recorded
 
 _POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")
 
@@ -222,11 +222,11 @@ class HierarchicalBackbone(StagedBackbone):
 
     def _stem(self, x: Tensor) -> Tensor:
         refuse_onnx_export()
-        return with_half_weights(self.stem, self.stem, _at_least(x, self.feature_info[-1]["reduction"]))
+        return run_recorded(self.stem, self.stem, _at_least(x, self.feature_info[-1]["reduction"]))
 
     def _entering(self, i: int, x: Tensor) -> Tensor:
         """The input of stage i, from the output of the one before or of the stem."""
-        return with_half_weights(self.downsamples[i - 1], self.downsamples[i - 1], x) if i > 0 else x
+        return run_recorded(self.downsamples[i - 1], self.downsamples[i - 1], x) if i > 0 else x
 
 
 @torch.fx.wrap

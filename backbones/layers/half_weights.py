@@ -7,11 +7,11 @@ which takes the host as long as a matrix product. Together they are one launch e
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from backbones.layers.line import has_run
 from backbones.ops.tracing import all_modules, casts, is_hooked_before, is_watched, own_weight
 
 Result = TypeVar("Result")
@@ -19,6 +19,7 @@ Result = TypeVar("Result")
 _DEVICE = "cuda"  # on a CPU, a launch costs nothing
 _PRODUCTS = (nn.Linear, nn.Conv2d)  # whose weights and biases autocast casts
 _NAMES = ("weight", "bias")
+cast_their_own: WeakSet[nn.Module] = WeakSet()  # blocks whose weights are left to them
 _running = threading.local()  # ``modules``: those whose weights are cast now, for a larger part of the model
 
 
@@ -27,7 +28,7 @@ def with_half_weights(function: Callable[..., Result], block: nn.Module, *args: 
 
     What autocast would do by itself, fewer launches: same results, and gradients reach the float32 parameters. Only
     under autocast on a GPU, and only float32 parameters of linear layers, convolutions, and modules that name theirs as
-    ``autocast_weights``. Blocks within that run as steps are left out, for those cast their own. Weights that hooks or
+    ``autocast_weights``. Those that `cast_their_own` within are left out. Weights that hooks or
     parametrisations may exchange are left to autocast. While the function runs, other threads that call the same
     modules see these weights, too.
     """
@@ -36,7 +37,7 @@ def with_half_weights(function: Callable[..., Result], block: nn.Module, *args: 
     outer = getattr(_running, "modules", {})
     if block in outer:
         return function(*args)
-    modules = all_modules(block, has_run)
+    modules = all_modules(block, cast_their_own.__contains__)
     found = _weights(modules)
     if not found:
         return function(*args)

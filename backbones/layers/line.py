@@ -11,6 +11,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from backbones.layers.autocast import autocast_dtype
+from backbones.layers.half_weights import cast_their_own
 from backbones.layers.norm import LayerNorm, RMSNorm
 from backbones.layers.scan import OnBackend
 from backbones.layers.selective_ssm import SelectiveSSM
@@ -189,11 +190,6 @@ _MOST = 16  # kinds of inputs
 _lines: WeakKeyDictionary[nn.Module, _Lines] = WeakKeyDictionary()
 
 
-def has_run(block: nn.Module) -> bool:
-    """Whether a block has been run as steps, which cast its weights themselves."""
-    return block in _lines
-
-
 def kind_of_call(x: Tensor, pending: Tensor | None, *args: Any) -> tuple[Any, ...] | None:
     """What the steps of a block depend on besides the block, and pending's dtype: the same for what comes out of them.
 
@@ -220,6 +216,7 @@ def steps_of(block: Any, kind: tuple[Any, ...] | None, x: Tensor, pending: Tenso
     lines = _lines.get(block)
     if lines is not None and not lines.state.holds():
         _lines.pop(block, None)
+        cast_their_own.discard(block)
         lines = None
     steps = None if lines is None else lines.found.get(key)
     if steps is not None and steps.have_same_weights():
@@ -229,6 +226,7 @@ def steps_of(block: Any, kind: tuple[Any, ...] | None, x: Tensor, pending: Tenso
         return None
     if lines is None:
         lines = _lines[block] = _Lines(block)
+        cast_their_own.add(block)
     return remember(lines.found, key, line.steps(), _MOST)
 
 
