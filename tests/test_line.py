@@ -226,6 +226,28 @@ def test_drop_path_is_drawn_as_without_a_line(name: str, monkeypatch: pytest.Mon
         assert error(a, b.detach().cpu().double()) <= OPERATOR["float32"]
 
 
+@needs_kernels
+def test_training_and_evaluation_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, shape = BLOCKS["vmamba"]
+    block = make(drop_path=0.4).to(DEVICE)
+    set_backend(block, "triton")
+    x, pending, *grads = (torch.randn(shape, device=DEVICE) for _ in range(4))
+    asked = []
+    line_of = VSSBlock.line
+    monkeypatch.setattr(VSSBlock, "line", lambda *args: asked.append(args) or line_of(*args))
+    for _ in range(3):
+        block.train()
+        gradients(block, x, pending, tuple(grads))
+        block.eval()
+        y = through(block, x, pending)[1]
+    assert len(asked) == 2
+    block.norm1.eps = 0.5  # which both modes have to see
+    assert not torch.equal(through(block, x, pending)[1], y)
+    block.train()
+    steps_of(block, x, pending)
+    assert len(asked) == 4
+
+
 class Doubled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)

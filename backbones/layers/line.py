@@ -187,7 +187,7 @@ class _Lines:
 
 
 _MOST = 16  # kinds of inputs
-_lines: WeakKeyDictionary[nn.Module, _Lines] = WeakKeyDictionary()
+_lines: WeakKeyDictionary[nn.Module, dict[bool, _Lines]] = WeakKeyDictionary()  # by whether it is in training
 
 
 def kind_of_call(x: Tensor, pending: Tensor | None, *args: Any) -> tuple[Any, ...] | None:
@@ -213,9 +213,10 @@ def steps_of(block: Any, kind: tuple[Any, ...] | None, x: Tensor, pending: Tenso
     if kind is None:
         return None
     key = kind, None if pending is None else pending.dtype
-    lines = _lines.get(block)
+    modes = _lines.setdefault(block, {})
+    lines = modes.get(block.training)
     if lines is not None and not lines.state.holds():
-        _lines.pop(block, None)
+        del modes[block.training]
         cast_their_own.discard(block)
         lines = None
     steps = None if lines is None else lines.found.get(key)
@@ -225,7 +226,7 @@ def steps_of(block: Any, kind: tuple[Any, ...] | None, x: Tensor, pending: Tenso
     if line is None or line.fails:
         return None
     if lines is None:
-        lines = _lines[block] = _Lines(block)
+        lines = modes[block.training] = _Lines(block)
         cast_their_own.add(block)
     return remember(lines.found, key, line.steps(), _MOST)
 
