@@ -91,6 +91,32 @@ def trained(model: torch.nn.Module, image: torch.Tensor, steps: int = 3, accumul
     return [x.detach().clone() for x in model.parameters()]
 
 
+@pytest.mark.filterwarnings("ignore:.*determinis")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_recordings_train_as_autograd_does(name: str, dtype: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    model = create_shallow(name, drop_path_rate=0.2).cuda().train()
+    plain = copy.deepcopy(model)
+
+    def step(model: torch.nn.Module, number: int) -> list[torch.Tensor | None]:
+        torch.manual_seed(number)
+        model.zero_grad()
+        with torch.autocast("cuda", dtype, enabled=dtype is not None):
+            loss = total(model(images(2, 3, 64, 64).cuda()))
+        loss.backward()
+        return [loss.detach(), *[x.grad for x in model.parameters()], *model.buffers()]
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for number in range(5):
+            found = step(model, number)
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):  # blocks run as they are
+                wanted = step(plain, number)
+            assert all(x is y is None or torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def pair(name: str, **kwargs: object) -> tuple[torch.nn.Module, torch.nn.Module]:
     """A model in training mode, and its copy that replays graphs."""
     torch.manual_seed(0)
