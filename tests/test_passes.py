@@ -348,7 +348,8 @@ def test_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         assert same(run(block, number, True), run(other, number, False))
     assert same([*block.buffers()], [*other.buffers()])
-    launches = name != "efficientvmamba, convolutions"  # its second derivatives remain
+    # Without kernels, second derivatives remain.
+    launches = DEVICE == "cuda" or name != "efficientvmamba, convolutions"
     assert len(pairs(recorded._known[block][True].passes)) == launches
     assert block in cast_their_own
 
