@@ -160,17 +160,19 @@ class _Attempt:
 class _Attempted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, attempt: _Attempt, *linked: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.name, ctx.attempt = name, attempt
-        ctx.save_for_backward(*linked)  # which are not to change until then
         outputs = [(x, None if x is None else x.detach()) for x in attempt.forward()]
         ctx.mark_non_differentiable(*[y for x, y in outputs if x is not None and not x.requires_grad])
+        anchor: Any = torch.empty(0)
+        anchor.attempt = attempt  # which lives as long as what is saved, and no longer
+        ctx.name = name
+        ctx.save_for_backward(*linked, anchor)
         return tuple([y for _, y in outputs])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second(ctx.name)
-        assert ctx.saved_tensors is not None
-        return None, None, *ctx.attempt.backward(grads)
+        *_, anchor = ctx.saved_tensors
+        return None, None, *anchor.attempt.backward(grads)
 
 
 class _Recorded(torch.autograd.Function):

@@ -232,9 +232,9 @@ def _kernels(call: Callable[[], object]) -> tuple[int, float]:
 
 
 def _peak(call: Callable[[], object]) -> int:
-    """Bytes allocated at most, the model included; the first call counts, as it captures what graphs keep."""
+    """Bytes allocated at most, the model included; the first calls count, which capture and record."""
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):
+    for _ in range(WARM):
         call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()
