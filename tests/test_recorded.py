@@ -195,6 +195,20 @@ def test_what_is_no_tensor_among_results() -> None:
     assert program(recordings)
 
 
+def test_operators_of_others_are_not_recorded() -> None:
+    with torch.library._scoped_library("tests_recorded", "FRAGMENT") as library:
+        library.define("numbered(Tensor x) -> (Tensor, int)")
+        calls: list[Tensor] = []
+        library.impl("numbered", lambda x: (x + len(calls), calls.append(x) or len(calls)), "CompositeExplicitAutograd")
+        recordings = Recordings()
+        with torch.no_grad():
+            for call in range(CALLS):
+                x = inputs(call)[0]
+                (found,) = recordings.call(lambda tensors: torch.ops.tests_recorded.numbered(tensors[0])[:1], [x])
+                assert torch.equal(found, x + call)
+    assert not any(map(callable, recordings._kinds.values()))
+
+
 def test_what_reads_numbers_is_not_recorded() -> None:
     recordings = Recordings()
     with torch.no_grad():

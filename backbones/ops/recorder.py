@@ -30,6 +30,7 @@ from backbones.ops.triton_host import Launch, launches
 
 Tensors = Sequence[Tensor | None]
 _CONSTANT = re.compile(r"\bc\d+\b")  # in the source
+_NAMESPACES = ("aten", "backbones")  # of operators; those of others may talk to other processes
 _FEW = 2  # calls that the library runs, for which it is not worth while
 
 _aten = torch.ops.aten
@@ -129,11 +130,12 @@ class Recorder(TorchDispatchMode):
         finally:
             launches.listener = self
         made = results if isinstance(results, list | tuple) else (results,)
-        if reads_numbers(operator, args):
+        if operator.namespace not in _NAMESPACES or reads_numbers(operator, args):
             self._differs = True  # another call may read others
             return results
         if results is not None and not any([isinstance(x, Tensor) for x in made]):
-            return results  # what it says of dtypes and shapes
+            self._differs |= any([isinstance(x, Tensor) for x in args])
+            return results
         if operator is _aten.as_strided.default and len(args) > 3:
             self._differs = True  # it counts from where the storage begins, which another call's tensors may not do
         changes = changes_arguments(operator)
