@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from backbones.layers import MambaBlock, NonCausalSSD, PositionalBlock, Scan, recorded, set_backend
@@ -409,3 +410,16 @@ def test_checkpoints_run_the_block_as_it_is() -> None:
             y = checkpoint(recorded.run_recorded, block, block, x, use_reentrant=reentrant)
             y.square().sum().backward()
             assert same([y.detach(), x.grad, *[p.grad for p in block.parameters()]], wanted)
+
+
+@needs_kernels
+def test_attention_asks_again_which_kernels_are_allowed() -> None:
+    block, run = block_and_step("vssd, attention")
+    for number in range(4):
+        run(block, number, True)
+    with sdpa_kernel(SDPBackend.MATH):
+        for number in range(4):
+            run(block, number, True)
+    passes = recorded._known[block][True].passes
+    first, second = pairs(passes)
+    assert ("softmax" in str(second.forward.__kwdefaults__)) > ("softmax" in str(first.forward.__kwdefaults__))

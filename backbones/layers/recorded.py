@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from backbones.layers.autocast import autocast_dtype
@@ -25,6 +26,13 @@ from backbones.ops.tracing import (
 
 Result = TypeVar("Result")
 _OURS = ("backbones.", "timm.", "torch.nn.modules.")  # modules that do the same at every call of a kind
+_CUDA: Any = torch.backends.cuda
+# What PyTorch's attention asks before it chooses a kernel, which is then recorded.
+_KERNELS_OF_ATTENTION = [
+    getattr(_CUDA, name)
+    for name in ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled")
+    if hasattr(_CUDA, name)
+]
 _SIMPLE = (int, float, str, bool, type(None))
 
 
@@ -51,7 +59,8 @@ def run_recorded(function: Callable[..., Result], block: nn.Module, *args: Any) 
         return (result,) if known.single[call] else result
 
     kinds = tuple([(x.shape, x.dtype, x.device) for x in tensors])
-    found = known.passes.call(run, tensors, known.weights(), call, kinds, autocast_dtype(tensors[0]))
+    settings = autocast_dtype(tensors[0]), *[allowed() for allowed in _KERNELS_OF_ATTENTION]
+    found = known.passes.call(run, tensors, known.weights(), call, kinds, settings)
     return cast(Result, found[0] if known.single[call] else found)
 
 
