@@ -27,7 +27,6 @@ from tests.kernels import DEVICE, RUNS, launch_by_the_library, needs_kernels, qu
 from tests.scripts import run_in_the_interpreter
 
 pytest.importorskip("triton")
-from backbones.ops import recorded as programs
 from backbones.ops.passes import Passes, _Pair
 
 pytestmark = quiet
@@ -252,6 +251,20 @@ def test_what_another_call_may_do_otherwise_is_not_recorded(what: str) -> None:
 
 
 @needs_kernels
+def test_gradients_of_what_is_no_weight() -> None:
+    part, _, passes, _ = both()
+    other = torch.ones(C, device=DEVICE, requires_grad=True)
+
+    def function(x: Tensor) -> tuple[Tensor]:
+        return (layer_norm(x, part.norm.weight, part.norm.bias, 1e-5, backend="triton") * other,)
+
+    for number in range(CALLS):
+        (y,) = passes.call(function, [inputs(number)[0].requires_grad_()], [part.norm.weight, part.norm.bias])
+        assert torch.autograd.grad(y.sum(), other)[0] is not None
+    assert not pairs(passes)
+
+
+@needs_kernels
 def test_what_is_needed_of_weights_may_not_change_in_between() -> None:
     part, _, passes, call = both()
     for number in range(CALLS):
@@ -347,11 +360,10 @@ def block_and_step(name: str) -> tuple[nn.Module, Callable[..., list[Any]]]:
 @pytest.mark.filterwarnings("ignore:.*determinis")  # of attention
 @pytest.mark.usefixtures("_deterministic", "_by_the_library")
 @pytest.mark.parametrize("name", BLOCKS)
-def test_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "SEEN", 1)  # which is where it is found out whether something is launched
+def test_blocks(name: str) -> None:
     block, run = block_and_step(name)
     other = copy.deepcopy(block)
-    for number in range(3):
+    for number in range(4):
         assert same(run(block, number, True), run(other, number, False))
     assert same([*block.buffers()], [*other.buffers()])
     # Without kernels, second derivatives remain.

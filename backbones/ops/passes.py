@@ -6,7 +6,8 @@ neither Python nor autograd goes through the function again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,10 +87,14 @@ class Passes:
             self.settle(kind, found + 1 if found < recorded.SEEN + _ATTEMPTS else None)
             attempt = _Attempt(self, kind, function, arguments, weights, learns)
             return _Attempted.apply(self._name, attempt, *attempt.linked)
-        with _Launched() as launched:
+        if found < recorded.SEEN - 1:
+            self.settle(kind, found + 1)
+            return function(*arguments)
+        # What reads other numbers has gradients elsewhere; what launches nothing of ours may be differentiated twice.
+        with _without_cached_casts(), Recorder(tensors, closed=True) as trial:
             results = function(*arguments)
-        # What launches nothing of ours may be differentiated twice.
-        self.settle(kind, found + 1 if launched.heard and type(results) is tuple else None)
+        fits = trial.is_closed and trial.has_launched and type(results) is tuple
+        self.settle(kind, found + 1 if fits else None)
         return results
 
     def settle(self, kind: Any, found: _Pair | int | None) -> None:
@@ -97,21 +102,15 @@ class Passes:
         remember(self._kinds, kind, found, _MOST)
 
 
-class _Launched:
-    """Whether something is launched while this is entered."""
-
-    heard = False
-
-    def __enter__(self) -> _Launched:
-        launches.listener = self
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        launches.listener = None
-
-    def launch(self, *_: Any) -> None:
-        """Is told of one."""
-        self.heard = True
+@contextmanager
+def _without_cached_casts() -> Iterator[None]:
+    """Autocast keeps copies of weights that were made before, which would look like other numbers."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 class _Attempt:
@@ -132,13 +131,8 @@ class _Attempt:
 
     def forward(self) -> list[Tensor | None]:
         """The outputs, as autograd knows them."""
-        cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # it knows copies of weights that were made before
-        try:
-            with torch.enable_grad(), device_of(self._leaves[0]), self._recorder:
-                self._outputs = list(self._function(*self._leaves))
-        finally:
-            torch.set_autocast_cache_enabled(cached)
+        with _without_cached_casts(), torch.enable_grad(), device_of(self._leaves[0]), self._recorder:
+            self._outputs = list(self._function(*self._leaves))
         return self._outputs
 
     def backward(self, grads: Sequence[Tensor]) -> list[Tensor | None]:

@@ -101,7 +101,7 @@ class Recorder(TorchDispatchMode):
         self._constants: dict[Any, str] = {}  # their names
         self._kept: list[Tensor] = []  # constants that instructions know by their addresses
         self._calls: list[Call] = []
-        self._differs = False
+        self._differs = self._launched = False
         self._inputs = [self._name(x) for x in inputs]
         for x, name in zip(inputs, self._inputs, strict=True):
             if closed and x is not None:
@@ -109,6 +109,16 @@ class Recorder(TorchDispatchMode):
         first: Any = inputs[0]
         self._device: torch.device = first.device
         self._writer = None if isinstance(native.host(self._device), str) else Writer(self._device, self._place)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether another call would do the same, as far as is recorded."""
+        return not self._differs
+
+    @property
+    def has_launched(self) -> bool:
+        """Whether it heard of launches."""
+        return self._launched
 
     def __enter__(self) -> Recorder:
         self._outer, launches.listener = launches.listener, self
@@ -180,6 +190,7 @@ class Recorder(TorchDispatchMode):
 
     def launch(self, launch: Launch, tensors: Tensors) -> None:
         """``launch(*tensors)`` read and wrote at their addresses; it wrote to none that lives longer."""
+        self._launched = True
         call = Call(self._constant(launch.run), True, True)
         given = [self._source(x, call) for x in tensors]
         call.reads = [self._beginnings.get(name, name) for name in call.reads]
