@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backbones.layers import SS2D, Scan
+from backbones.layers import SS2D, Scan, convolutions
 from backbones.models import efficientvmamba
 from backbones.models.efficientvmamba import EVSSBlock, InvertedResidual
 from backbones.patterns import ATROUS
@@ -30,8 +30,10 @@ def block(request: pytest.FixtureRequest) -> nn.Module:
 @pytest.fixture
 def in_few_launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def switch() -> None:
-        for condition in ("_counts_launches", "_multiplies"):
-            monkeypatch.setattr(efficientvmamba, condition, lambda x: True)
+        for module, condition in (
+            (efficientvmamba, "counts_launches"), (convolutions, "counts_launches"), (convolutions, "_multiplies"),
+        ):  # fmt: skip
+            monkeypatch.setattr(module, condition, lambda x: True)
 
     return switch
 

@@ -66,7 +66,7 @@ def run_recorded(function: Callable[..., Result], block: nn.Module, *args: Any) 
 
 def _may_be(tensors: list[Tensor], args: tuple[Any, ...]) -> bool:
     """Whether arguments are such that a recording is possible."""
-    if not tensors or not (tensors[0].is_cuda or interprets()) or not runs_eagerly(tensors[0]):
+    if not tensors or not runs_eagerly(tensors[0]) or not (tensors[0].is_cuda or interprets()):
         return False
     if is_watched() or is_hooked_everywhere() or is_transformed(*tensors):
         return False

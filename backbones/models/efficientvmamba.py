@@ -24,87 +24,14 @@ from torch import Tensor, nn
 
 from backbones.base import Constructor, HierarchicalBackbone, build_model
 from backbones.layers import SS2D, LayerNorm, PatchMerging, PatchStem, Scan, channels_first, channels_last
-from backbones.layers.autocast import autocast_dtype
+from backbones.layers.convolutions import LocalConv2d, PointwiseConv2d, SqueezeExcite, counts_launches
 from backbones.layers.key_rules import BLOCKS, CLASSIFIER, PATCH_MERGING, PATCH_STEM, ss2d_rules
 from backbones.layers.norm import residual_norm
 from backbones.layers.shapes import bottleneck_width
-from backbones.layers.ss2d import DepthwiseConv2d
 from backbones.layers.tracing import Opaque
 from backbones.patterns import ATROUS
 from backbones.weights import KeyRule
 from backbones.zoo import default_cfgs as zoo_cfgs
-
-_HALVES = (torch.bfloat16, torch.float16)
-
-
-def _counts_launches(x: Tensor) -> bool:
-    """Whether the number of operations is what takes the time: on a GPU."""
-    return x.is_cuda
-
-
-def _multiplies(x: Tensor) -> bool:
-    """Whether a 1 x 1 convolution of ``x`` is done as a product, which is fewer launches.
-
-    Not in float32, where PyTorch lets convolutions use TF32, and products not.
-    """
-    return _counts_launches(x) and not torch.compiler.is_compiling() and (autocast_dtype(x) or x.dtype) in _HALVES
-
-
-class PointwiseConv2d(Opaque, nn.Conv2d):
-    """A 1 x 1 convolution; in half precision on a GPU a matrix product.
-
-    Args:
-        in_channels, out_channels: widths of the maps.
-        bias: whether there is a bias.
-    """
-
-    autocast_weights: ClassVar[tuple[str, ...]] = ("weight", "bias")
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, in_channels, h, w) to (b, out_channels, h, w)."""
-        if not _multiplies(x):
-            return super().forward(x)
-        return channels_first(F.linear(channels_last(x), self.weight.flatten(1), self.bias))
-
-
-class SqueezeExcite(nn.Module):
-    """Weighs the channels of a map by their means (arXiv:1709.01507)."""
-
-    def __init__(
-        self,
-        dim: int,
-        hidden_dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.fc1 = PointwiseConv2d(dim, hidden_dim, device=device, dtype=dtype)
-        self.fc2 = PointwiseConv2d(hidden_dim, dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, dim, h, w) to (b, dim, h, w)."""
-        weight = F.relu(self.fc1(x.mean((2, 3), keepdim=True)))
-        return x * torch.sigmoid(self.fc2(weight))
-
-
-class LocalConv2d(DepthwiseConv2d):
-    """A depthwise convolution of a map that is channels-last in memory; on a GPU that of `DepthwiseConv2d`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, dim, h, w) to (b, dim, h, w)."""
-        if not _counts_launches(x):
-            return nn.Conv2d.forward(self, x)
-        return channels_first(super().forward(channels_last(x)))
 
 
 class ChannelGate(Opaque, nn.Module):
@@ -124,7 +51,7 @@ class ChannelGate(Opaque, nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Two maps (b, h, w, dim) to one."""
-        if not _counts_launches(x):
+        if not counts_launches(x):
             return x * self._weight(x) + y * self._weight(y)
         both = torch.cat((x, y))  # a copy, for half the launches
         pair = (2, x.shape[0])
