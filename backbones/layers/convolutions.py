@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,8 +57,13 @@ class PointwiseConv2d(Opaque, nn.Conv2d):
         return channels_first(F.linear(channels_last(x), self.weight.flatten(1), self.bias))
 
 
-class SqueezeExcite(nn.Module):
-    """Weighs the channels of a map by their means (arXiv:1709.01507)."""
+class SqueezeExcite(timm.layers.SqueezeExcite):
+    """timm's, weighs the channels of a map by their means (arXiv:1709.01507); with `PointwiseConv2d`.
+
+    Args:
+        dim: width of the map.
+        hidden_dim: width between both convolutions.
+    """
 
     def __init__(
         self,
@@ -66,14 +72,9 @@ class SqueezeExcite(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, rd_channels=hidden_dim, device=device, dtype=dtype)
         self.fc1 = PointwiseConv2d(dim, hidden_dim, device=device, dtype=dtype)
         self.fc2 = PointwiseConv2d(hidden_dim, dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, dim, h, w) to (b, dim, h, w)."""
-        weight = F.relu(self.fc1(x.mean((2, 3), keepdim=True)))
-        return x * torch.sigmoid(self.fc2(weight))
 
 
 class LocalConv2d(DepthwiseConv2d):
