@@ -28,9 +28,9 @@ def with_half_weights(function: Callable[..., Result], block: nn.Module, *args: 
 
     What autocast would do by itself, fewer launches: same results, and gradients reach the float32 parameters. Only
     under autocast on a GPU, and only float32 parameters of linear layers, convolutions, and modules that name theirs as
-    ``autocast_weights``. Those that `cast_their_own` within are left out. Weights that hooks or
-    parametrisations may exchange are left to autocast. While the function runs, other threads that call the same
-    modules see these weights, too.
+    ``autocast_weights``. Blocks within that `cast_their_own` are left out. Weights that hooks or parametrisations may
+    exchange are left to autocast. While the function runs, other threads that call the same modules see these weights,
+    too.
     """
     if not torch.is_autocast_enabled(_DEVICE) or torch.compiler.is_compiling():
         return function(*args)

@@ -190,16 +190,23 @@ _MOST = 16  # kinds of inputs
 _lines: WeakKeyDictionary[nn.Module, dict[bool, _Lines]] = WeakKeyDictionary()  # by whether it is in training
 
 
+def is_plain_call(*tensors: Tensor) -> bool:
+    """Whether tensors are plain, on one device, on which kernels run in eager mode, and nobody looks on."""
+    first = tensors[0]
+    if not runs_eagerly(first) or not (first.is_cuda or interprets()):
+        return False
+    if is_watched() or is_hooked_everywhere() or is_transformed(*tensors):
+        return False
+    return all([type(x) is Tensor and x.device == first.device for x in tensors])
+
+
 def kind_of_call(x: Tensor, pending: Tensor | None, *args: Any) -> tuple[Any, ...] | None:
     """What the steps of a block depend on besides the block, and pending's dtype: the same for what comes out of them.
 
     None where no kernel runs on x, tensors are not plain, or somebody looks on.
     """
-    if type(x) is not Tensor or not (x.is_cuda or interprets()) or not runs_eagerly(x):
-        return None
-    if is_watched() or is_hooked_everywhere() or is_transformed(x, pending):
-        return None
-    if pending is not None and (type(pending) is not Tensor or pending.shape != x.shape):
+    given = (x,) if pending is None else (x, pending)
+    if not is_plain_call(*given) or any([each.shape != x.shape for each in given]):
         return None
     return x.shape, x.dtype, x.device, autocast_dtype(x), args
 

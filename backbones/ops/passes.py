@@ -24,7 +24,6 @@ from backbones.ops.tracing import has_gradient_hooks, has_saved_tensor_hooks
 from backbones.ops.triton_host import device_of, is_capturing, launches
 
 Function = Callable[..., tuple[Tensor | None, ...]]
-_MOST = 16  # kinds of calls, see `backbones.ops.recorded`
 _ATTEMPTS = 3  # of which none may be followed by a backward pass
 
 
@@ -99,7 +98,7 @@ class Passes:
 
     def settle(self, kind: Any, found: _Pair | int | None) -> None:
         """What is known of a kind of calls."""
-        remember(self._kinds, kind, found, _MOST)
+        remember(self._kinds, kind, found, recorded.MOST)
 
 
 @contextmanager
@@ -124,7 +123,9 @@ class _Attempt:
         tensors = (*arguments, *weights)
         self._learning = [i for i, learn in enumerate(learns) if learn]
         self.linked = [tensors[i] for i in self._learning]
-        self._leaves = [x.detach().requires_grad_(learn) for x, learn in zip(arguments, learns, strict=False)]
+        self._leaves = [
+            x.detach().requires_grad_(learn) for x, learn in zip(arguments, learns[: len(arguments)], strict=True)
+        ]
         own = (*self._leaves, *weights)
         self._inputs = [own[i] for i in self._learning]
         self._recorder = Recorder(own, closed=True)

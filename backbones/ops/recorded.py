@@ -17,7 +17,7 @@ from backbones.ops.recorder import Program, Recorder, Tensors
 from backbones.ops.remember import remember
 from backbones.ops.triton_host import is_capturing, launches
 
-_MOST = 16  # kinds of calls, after which all begin anew: images may be of ever new sizes
+MOST = 16  # kinds of calls, after which all begin anew: images may be of ever new sizes
 SEEN = 2  # calls of a kind before its recording, which the next thirty make up for
 
 
@@ -61,10 +61,10 @@ class Recordings:
             tensors = _distinct(tensors)
             with Recorder(tensors, self._closed) as recorder:
                 results = function(tensors, *key)
-            remember(self._kinds, kind, recorder.program(results, packs), _MOST)
+            remember(self._kinds, kind, recorder.program(results, packs), MOST)
             return results
         if found is not None and found < seen:
-            remember(self._kinds, kind, found + 1, _MOST)
+            remember(self._kinds, kind, found + 1, MOST)
         return function(tensors, *key)
 
 

@@ -377,16 +377,18 @@ def is_as_written(module: nn.Module) -> bool:
 
 
 class Weight:
-    """Where a module has a parameter, or what stands for it now, and of what kind that was when it was found.
+    """Where a module has a parameter, or what stands for it now, or a buffer; and of what kind that was when it was
+    found.
 
     Attributes:
         kind: see `kind_of`.
     """
 
-    __slots__ = ("_name", "_own", "_parameters", "kind")
+    __slots__ = ("_kept", "_name", "_own", "kind")
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        self._own, self._parameters, self._name = vars(module), module._parameters, name
+        self._kept: dict[str, Any] = module._buffers if name in module._buffers else module._parameters
+        self._own, self._name = vars(module), name
         self.kind = kind_of(self.now())
 
     @classmethod
@@ -412,7 +414,7 @@ class Weight:
 
     def now(self) -> Any:
         """The tensor, as ``getattr(module, name)`` gives it, in a third of the time."""
-        return self._own.get(self._name, self._parameters.get(self._name))
+        return self._own.get(self._name, self._kept.get(self._name))
 
 
 def kind_of(x: Tensor | None) -> tuple[Any, ...]:
